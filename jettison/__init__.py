@@ -1,0 +1,1 @@
+"""jettison: a pass compiler that fits language models into the memory you have."""
