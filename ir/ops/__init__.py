@@ -1,0 +1,17 @@
+"""Operators of namespace `jettison`; importing this package registers them all."""
+
+from jettison.ir.ops.attention import attention
+from jettison.ir.ops.gated_activation import gated_activation
+from jettison.ir.ops.rotary_embedding import rotary_embedding
+from jettison.ir.ops.windowed_attention import windowed_attention
+from jettison.ir.ops.write_slots import write_slots
+
+__all__ = [
+    "attention",
+    "gated_activation",
+    "quantized_embedding",
+    "quantized_linear",
+    "rotary_embedding",
+    "windowed_attention",
+    "write_slots",
+]

@@ -1,0 +1,180 @@
+"""Program: what every pass sees, the code generators read and the runtimes execute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from jettison.ir.constants import Constant, Packed
+from torch import fx
+
+
+@dataclass(frozen=True)
+class State:
+    """What persists between calls of a program's entries.
+
+    Attributes:
+        name: Unique in its program, e.g. `past_key_values.0.key`.
+        shape: Sizes; `"batch"` and `"capacity"` are chosen when a session starts.
+        dtype: Element type. The initial value is zeros, which means "empty".
+        max_capacity: For a state that never needs more slots than this, whatever the session's capacity.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    max_capacity: int | None = None
+
+    def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
+        """Concrete sizes for a session of `batch` rows and `capacity` slots."""
+        if self.max_capacity is not None:
+            capacity = min(capacity, self.max_capacity)
+        known = {"batch": batch, "capacity": capacity}
+        return tuple(known[size] if isinstance(size, str) else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts about the captured model that no graph shows.
+
+    Attributes:
+        kind: `decoder` (causal, with a language-model head) or `encoder`.
+        name: Class name of the captured module.
+        context: Most positions a sequence may have.
+        vocab_size: Rows of the token embedding; token ids must be below it.
+    """
+
+    kind: str
+    name: str
+    context: int
+    vocab_size: int
+
+
+@dataclass
+class MissRecord:
+    """A place where a pass could have fired and did not."""
+
+    node: str
+    reason: str
+
+
+@dataclass
+class PassRecord:
+    """What one pass did to a program."""
+
+    name: str
+    rewrites: int = 0
+    misses: list[MissRecord] = field(default_factory=list)
+    seconds: float = 0.0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    kl: float | None = None
+    max_error: float | None = None
+    top1_agreement: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass
+class Program:
+    """A model as graphs over shared constants and states.
+
+    Attributes:
+        entries: `forward` after capture; `prefill` and `decode` once the KV cache has a policy. Placeholders of a
+            graph come in the order constants, states, inputs; `node.meta["constant"]` or `["state"]` names what a
+            placeholder stands for, all others are inputs. A graph returns a flat tuple: the model's outputs, then the
+            new value of each state it takes.
+        constants: By name; shared by all entries.
+        packed: Weights held in a compressed format, by the name of the dense weight they replace.
+        states: By name.
+        info: Facts about the model.
+        outputs: Names of the model's outputs, e.g. `("logits",)`.
+        history: One record per pass, in order.
+        pipeline: Canonical text of the passes applied so far.
+    """
+
+    entries: dict[str, fx.GraphModule]
+    constants: dict[str, Constant]
+    info: ModelInfo
+    outputs: tuple[str, ...] = ("logits",)
+    packed: dict[str, Packed] = field(default_factory=dict)
+    states: dict[str, State] = field(default_factory=dict)
+    history: list[PassRecord] = field(default_factory=list)
+    pipeline: str = ""
+
+    def copy(self) -> Program:
+        """A program whose graphs can be edited without touching this one; constants are shared."""
+        entries = {name: copy_graph(entry) for name, entry in self.entries.items()}
+        return Program(
+            entries, dict(self.constants), self.info, self.outputs, dict(self.packed), dict(self.states),
+            list(self.history), self.pipeline,
+        )  # fmt: skip
+
+    def used_constants(self) -> dict[str, Constant]:
+        """Constants that some entry reads, by name."""
+        names = {name for entry in self.entries.values() for name in constant_placeholders(entry)}
+        return {name: constant for name, constant in self.constants.items() if name in names}
+
+    def weight_bytes(self) -> int:
+        """Stored bytes of every constant that some entry reads."""
+        return sum(constant.stored_bytes for constant in self.used_constants().values())
+
+    def state_bytes(self, batch: int, capacity: int) -> int:
+        """Bytes of all states of a session."""
+        total = 0
+        for state in self.states.values():
+            total += torch.Size(state.sizes(batch, capacity)).numel() * state.dtype.itemsize
+        return total
+
+    def __str__(self) -> str:
+        from jettison.ir.text import program_text
+
+        return program_text(self)
+
+
+def copy_graph(entry: fx.GraphModule) -> fx.GraphModule:
+    """A graph with its own nodes and the same metadata objects."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in entry.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda old: mapping[old])
+        mapping[node].meta = dict(node.meta)
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def placeholders(entry: fx.GraphModule) -> Iterator[fx.Node]:
+    """Placeholders of a graph, in order."""
+    return (node for node in entry.graph.nodes if node.op == "placeholder")
+
+
+def constant_placeholders(entry: fx.GraphModule) -> dict[str, fx.Node]:
+    """Placeholder of each constant a graph takes, by constant name."""
+    return {node.meta["constant"]: node for node in placeholders(entry) if "constant" in node.meta}
+
+
+def state_placeholders(entry: fx.GraphModule) -> dict[str, fx.Node]:
+    """Placeholder of each state a graph takes, by state name."""
+    return {node.meta["state"]: node for node in placeholders(entry) if "state" in node.meta}
+
+
+def input_placeholders(entry: fx.GraphModule) -> dict[str, fx.Node]:
+    """Placeholder of each run-time input of a graph, by name."""
+    return {node.name: node for node in placeholders(entry) if "constant" not in node.meta and "state" not in node.meta}
+
+
+def output_node(entry: fx.GraphModule) -> fx.Node:
+    """The node that returns."""
+    return next(node for node in reversed(entry.graph.nodes) if node.op == "output")
+
+
+def fake_mode_of(entry: fx.GraphModule) -> Any:
+    """The FakeTensorMode under which a graph's metadata lives."""
+    for node in placeholders(entry):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+            return value.fake_mode
+    raise ValueError("graph has no placeholder with metadata")

@@ -1,0 +1,59 @@
+"""Run an eager model in a wider dtype than its weights are stored in, converting each weight only while it is used.
+
+This is how a memory-mapped bf16 checkpoint is evaluated in fp32 (the reference of every quality figure) without
+holding it in memory a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jettison.ir.constants import Constant
+from jettison.ir.interpret import embedding_of, linear_by_rows
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+
+class UpcastWeights(TorchFunctionMode):
+    """Inside this mode, parameters of `model` with another floating dtype act as if they had `dtype`.
+
+    Args:
+        model: Its floating-point parameters are converted on use.
+        dtype: The dtype to compute in.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self._narrow = {
+            id(parameter)
+            for parameter in model.parameters()
+            if parameter.is_floating_point() and parameter.dtype != dtype
+        }
+
+    def _is_narrow(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and id(value) in self._narrow
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Convert narrow parameters among the arguments; large linear weights and embeddings only row by row."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "is_floating_point"):
+            return func(*args, **kwargs)  # attribute reads (shape, dtype, device) must not copy a weight
+        if func is F.linear and len(args) >= 2 and self._is_narrow(args[1]):
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            bias = bias.to(self.dtype) if self._is_narrow(bias) else bias
+            return linear_by_rows(args[0], Constant("weight", args[1].detach(), self.dtype), bias)
+        if func is F.embedding and len(args) >= 2 and self._is_narrow(args[1]):
+            return embedding_of(Constant("weight", args[1].detach(), self.dtype), args[0])
+        if func is Tensor.__getitem__ and self._is_narrow(args[0]):
+            return func(*args, **kwargs).to(self.dtype)
+        args, kwargs = tree_map_only(
+            Tensor, lambda value: value.to(self.dtype) if self._is_narrow(value) else value, (args, kwargs)
+        )
+        return func(*args, **kwargs)

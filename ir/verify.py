@@ -1,0 +1,128 @@
+"""Invariants of a program, as a table of (name, predicate).
+
+A predicate returns None when the invariant holds, or the entry, the offending node and what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jettison.ir.errors import VerifyError
+from jettison.ir.program import Program, output_node, placeholders
+from jettison.ir.text import window_text
+from torch import fx
+
+Failure = tuple[str, fx.Node, str]
+Predicate = Callable[[Program], Failure | None]
+
+
+def _nodes(program: Program) -> list[tuple[str, fx.GraphModule, fx.Node]]:
+    return [(name, entry, node) for name, entry in program.entries.items() for node in entry.graph.nodes]
+
+
+def _defined_before_use(program: Program) -> Failure | None:
+    for name, entry in program.entries.items():
+        seen: set[fx.Node] = set()
+        for node in entry.graph.nodes:
+            for operand in node.all_input_nodes:
+                if operand not in seen:
+                    return name, node, f"reads {operand.name}, which is not defined before it"
+            seen.add(node)
+    return None
+
+
+def _only_calls(program: Program) -> Failure | None:
+    for name, _, node in _nodes(program):
+        if node.op not in ("placeholder", "call_function", "output"):
+            return name, node, f"op {node.op}: a program holds placeholders, calls of functions and one output"
+    return None
+
+
+def _no_mutation(program: Program) -> Failure | None:
+    for name, _, node in _nodes(program):
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return name, node, "calls an operator that writes to its input; graphs are functional"
+    return None
+
+
+def _metadata_present(program: Program) -> Failure | None:
+    for name, _, node in _nodes(program):
+        if node.op != "output" and "val" not in node.meta:
+            return name, node, "has no metadata"
+    return None
+
+
+def _constants_known(program: Program) -> Failure | None:
+    for name, entry in program.entries.items():
+        for node in placeholders(entry):
+            constant = program.constants.get(node.meta.get("constant", ""))
+            if "constant" in node.meta and constant is None:
+                return name, node, f"names the constant {node.meta['constant']}, which the program does not have"
+            if constant is not None and (tuple(node.meta["val"].shape), node.meta["val"].dtype) != (
+                constant.shape,
+                constant.dtype,
+            ):
+                return name, node, f"its type differs from its constant's {constant.dtype}{list(constant.shape)}"
+    return None
+
+
+def _states_returned(program: Program) -> Failure | None:
+    for name, entry in program.entries.items():
+        taken = [node for node in placeholders(entry) if "state" in node.meta]
+        returned: tuple[Any, ...] = output_node(entry).args[0]
+        for node in taken:
+            if node.meta["state"] not in program.states:
+                return name, node, f"names the state {node.meta['state']}, which the program does not have"
+        if len(returned) != len(program.outputs) + len(taken):
+            return (
+                name,
+                output_node(entry),
+                (f"returns {len(returned)} values, needed {len(program.outputs)} outputs and {len(taken)} states"),
+            )
+        for node, value in zip(taken, returned[len(program.outputs) :], strict=True):
+            old, new = node.meta["val"], value.meta["val"]
+            if old.dtype != new.dtype or old.dim() != new.dim():
+                return name, value, f"returned for state {node.meta['state']} with another dtype or rank"
+    return None
+
+
+def _placeholder_order(program: Program) -> Failure | None:
+    for name, entry in program.entries.items():
+        ranks = [(0 if "constant" in n.meta else 1 if "state" in n.meta else 2, n) for n in placeholders(entry)]
+        for (left, _), (right, node) in zip(ranks, ranks[1:], strict=False):
+            if right < left:
+                return name, node, "placeholders must come in the order constants, states, inputs"
+    return None
+
+
+INVARIANTS: tuple[tuple[str, Predicate], ...] = (
+    ("graphs hold only calls of functions", _only_calls),
+    ("values are defined before use", _defined_before_use),
+    ("graphs are functional", _no_mutation),
+    ("every value has metadata", _metadata_present),
+    ("placeholders come in order", _placeholder_order),
+    ("constants exist with the type the graph sees", _constants_known),
+    ("every state taken is returned", _states_returned),
+)
+
+
+def verify(program: Program, after: str = "capture") -> None:
+    """Check every invariant.
+
+    Args:
+        program: What to check.
+        after: Who changed it last; named in the error.
+
+    Raises:
+        VerifyError: An invariant fails; shows ten nodes on either side of the offender.
+    """
+    for entry in program.entries.values():
+        entry.graph.lint()
+    for invariant, predicate in INVARIANTS:
+        failure = predicate(program)
+        if failure is not None:
+            entry, node, what = failure
+            window = window_text(program.entries[entry], node)
+            raise VerifyError(f"[{after}] {entry}: {node.name} {what}\nbroken invariant: {invariant}\n{window}")
