@@ -20,7 +20,24 @@ from torch import Tensor, nn
 ATTENTION_NAME = "jettison"
 # Arguments of an attention function that do not change what it computes without a cache and in eval mode.
 _NEUTRAL_ATTENTION_ARGUMENTS = frozenset(
-    ["dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "past_key_values", "past_key_value", "return_dict", "layer_idx", "is_causal", "training", "logits_to_keep", "labels", "position_embeddings", "output_router_logits"]
+    [
+        "dropout",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "past_key_values",
+        "past_key_value",
+        "return_dict",
+        "layer_idx",
+        "is_causal",
+        "training",
+        "logits_to_keep",
+        "labels",
+        "position_embeddings",
+        "output_router_logits",
+    ]
 )
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 

@@ -1,0 +1,130 @@
+"""The contract of a pass, and the driver that checks every pass every time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from jettison.ir.edit import Edit
+from jettison.ir.errors import PassError, UnsupportedError
+from jettison.ir.match import Miss
+from jettison.ir.program import MissRecord, PassRecord, Program
+from jettison.ir.text import program_text
+from jettison.ir.verify import verify
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite of a program. Subclasses are frozen dataclasses whose fields are the options.
+
+    A subclass gives `name`, `match` and `rewrite`, or overrides `transform` when it works on the program as a whole.
+
+    Attributes:
+        name: Text id, the file's name with dashes.
+        entries: Entries it runs on; None means all.
+        is_exact: Whether the program computes the same up to rounding of the compute dtype.
+    """
+
+    name: ClassVar[str]
+    entries: ClassVar[tuple[str, ...] | None] = None
+    is_exact: ClassVar[bool] = True
+
+    def requires(self, program: Program) -> None:
+        """Raise OptionError if the pass cannot run on `program` as it stands, naming the order that works."""
+
+    def match(self, node: fx.Node, program: Program) -> Any | Miss | None:
+        """Look at one node without changing anything.
+
+        Returns:
+            A small frozen dataclass that `rewrite` gets; a Miss with the reason when the node looked like this pass's
+            kind and something stopped it; None when it is not its kind.
+        """
+        raise NotImplementedError(f"{type(self).__name__} overrides neither match nor transform")
+
+    def rewrite(self, match: Any, edit: Edit) -> None:
+        """Change the graph, only through `edit`."""
+        raise NotImplementedError(f"{type(self).__name__} overrides neither rewrite nor transform")
+
+    def ensures(self, program: Program) -> str | None:
+        """What is wrong with the result, or None."""
+
+    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
+        """Rewrite every match in every entry, in place.
+
+        Returns:
+            Number of rewrites, and the misses.
+        """
+        rewrites, misses = 0, []
+        for entry in list(program.entries):
+            if self.entries is not None and entry not in self.entries:
+                continue
+            edit = Edit(program, entry, self.name)
+            in_entry = 0
+            for node in list(edit.graph.nodes):
+                if node._erased:
+                    continue
+                found = self.match(node, program)
+                if isinstance(found, Miss):
+                    misses.append(MissRecord(describe_node(found.node), found.reason))
+                elif found is not None:
+                    self.rewrite(found, edit)
+                    in_entry += 1
+            if in_entry:
+                edit.eliminate_dead_code()
+            rewrites += in_entry
+        return rewrites, misses
+
+    def run(self, program: Program, *, strict: bool = False) -> PassRecord:
+        """Apply the pass in place and check that it kept its contract.
+
+        Args:
+            program: Changed in place.
+            strict: Whether a miss is an error.
+
+        Returns:
+            The record, which is also appended to `program.history`.
+
+        Raises:
+            PassError: The pass broke its contract.
+            UnsupportedError: `strict`, and the pass missed somewhere.
+        """
+        self.requires(program)
+        before = program_text(program, by_identity=True)
+        record = PassRecord(self.name, bytes_before=program.weight_bytes())
+        started = time.perf_counter()
+        record.rewrites, record.misses = self.transform(program)
+        record.seconds = time.perf_counter() - started
+        record.bytes_after = program.weight_bytes()
+        verify(program, after=self.name)
+        has_changed = program_text(program, by_identity=True) != before
+        if has_changed != (record.rewrites > 0):
+            raise PassError(
+                f"[{self.name}] reports {record.rewrites} rewrites, but the graph text "
+                f"{'changed' if has_changed else 'did not change'}."
+            )
+        wrong = self.ensures(program)
+        if wrong is not None:
+            raise PassError(f"[{self.name}] its result breaks its own promise: {wrong}")
+        if strict and record.misses:
+            listed = "\n".join(f"  {miss.node}: {miss.reason}" for miss in record.misses)
+            raise UnsupportedError(
+                f"[{self.name}] strict mode: {len(record.misses)} place(s) could not be rewritten:\n{listed}\n"
+                "Exclude them (an option such as skip=), change the options, or drop --strict."
+            )
+        program.history.append(record)
+        return record
+
+
+def describe_node(node: fx.Node) -> str:
+    """How messages and reports name a node: the module it came from, else the constant it reads."""
+    names = [n.meta["constant"] for n in node.all_input_nodes if "constant" in n.meta]
+    where = node.meta.get("where", "")
+    target = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+    if "constant" in node.meta:
+        return str(node.meta["constant"])
+    if names:
+        return names[0]
+    return f"{where} ({target})" if where else target
