@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
 from jettison.ir import ops as _register_ops  # noqa: F401
 from jettison.ir.constants import Constant
 from jettison.ir.errors import CaptureError
@@ -21,9 +25,6 @@ from jettison.ir.interpret import run_entry
 from jettison.ir.program import ModelInfo, Program, placeholders
 from jettison.ir.upcast import UpcastWeights
 from jettison.ir.verify import verify
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # Largest |captured - eager| over the largest |eager|: the bound the capture promises, in fp32 and in bf16 or fp16.
 CAPTURE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

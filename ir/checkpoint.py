@@ -23,8 +23,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from jettison.ir.errors import CaptureError, JettisonError, UnsupportedError
 from safetensors import SafetensorError, safe_open
+
+from jettison.ir.errors import CaptureError, JettisonError, UnsupportedError
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -69,6 +70,7 @@ class _TensorEntry:
 
 _Entries = dict[str, _TensorEntry]
 _Json = dict[str, Any]
+_Progress = Callable[[int, int], None] | None
 
 
 class Checkpoint:
@@ -165,9 +167,7 @@ class Checkpoint:
         view: torch.Tensor = self._mapped[self._entry(name).file].get_tensor(name)
         return view
 
-    def require_finite(
-        self, names: Iterable[str] | None = None, on_progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def require_finite(self, names: Iterable[str] | None = None, on_progress: _Progress = None) -> None:
         """Read every floating-point tensor once and refuse NaN and infinity.
 
         Costs one pass at memory or disk bandwidth (the pages stay in the page cache for what follows) and a few MB.
@@ -194,7 +194,7 @@ class Checkpoint:
                 if on_progress is not None:
                     on_progress(done_bytes, total_bytes)
 
-    def content_hash(self, on_progress: Callable[[int, int], None] | None = None) -> str:
+    def content_hash(self, on_progress: _Progress = None) -> str:
         """SHA-256 that identifies the model by content: `config.json` and the weight files, wherever the folder lies.
 
         Streams every byte once: 1.3 GiB/s on a processor with SHA instructions, or what the disk gives on a first read.
@@ -418,8 +418,7 @@ def _refuse_quantized_config(file: Path, config: _Json) -> None:
             if not settings or (key == "quantization" and not (isinstance(settings, dict) and "bits" in settings)):
                 continue
             method = settings.get("quant_method") if isinstance(settings, dict) else None
-            described = f"quant_method {method!r}" if method else "no quant_method"
-            _refuse_quantized(file, f"{prefix}{key} with {described}")
+            _refuse_quantized(file, f"{prefix}{key}" + (f" with quant_method {method!r}" if method else ""))
 
 
 def _read_entries(root: Path, config: _Json) -> _Entries:
@@ -452,10 +451,9 @@ def _refuse_missing_weights(root: Path, config: _Json) -> NoReturn:
         first = architectures[0] if isinstance(architectures, list) and architectures else None
         model_class = first if isinstance(first, str) and first.isidentifier() else "AutoModel"
         command = f"from transformers import {model_class} as M; M.from_pretrained('.').save_pretrained('.')"
-        found = f"only pickled weights ({_listed(pickled)})"
         needed += ", because pickles can run code and cannot be mapped"
         do = f'If you trust the files, convert them once, inside the folder: python -c "{command}"'
-        _refuse(root, found, needed, do, UnsupportedError)
+        _refuse(root, f"only pickled weights ({_listed(pickled)})", needed, do, UnsupportedError)
     if gguf:
         _refuse_gguf(root / gguf[0])
     if foreign:
@@ -509,7 +507,10 @@ def _read_header(file: Path) -> _Entries:
         header = None
     if not isinstance(header, dict):
         _refuse_damaged(file, f"a header of {len(header_bytes):,} bytes that is not a JSON object", "safetensors")
-    parsed = {name: _parse_entry(file, name, raw) for name, raw in header.items() if name != "__metadata__"}
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse_damaged(file, "__metadata__ that does not map names to text", "a valid safetensors header")
+    parsed = {name: _parse_entry(file, name, raw) for name, raw in header.items()}
     entries = sorted(parsed.items(), key=lambda item: (item[1].begin, item[1].end))
     cursor = 0
     for name, entry in entries:

@@ -5,11 +5,16 @@ It keeps metadata fresh (every new node is evaluated on fake tensors), records w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
 from jettison.ir.constants import Constant
 from jettison.ir.program import (
     Program,
@@ -21,7 +26,6 @@ from jettison.ir.program import (
     placeholders,
     state_placeholders,
 )
-from torch import Tensor, fx
 
 
 def placeholder_name(name: str) -> str:
@@ -77,6 +81,38 @@ class Edit:
         kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
         with self._fake_mode, torch.no_grad():
             return node.target(*args, **kwargs)
+
+    def inline(self, function: Callable[..., Any], *operands: fx.Node) -> Any:
+        """Trace a function of tensors and insert what it does as a subgraph.
+
+        Args:
+            function: Takes one tensor per operand; plain torch operations and ours; returns a tree of tensors.
+            *operands: Nodes whose metadata are the example values.
+
+        Returns:
+            The same tree, with nodes for tensors.
+        """
+        structure: list[Any] = []
+
+        def flat(*values: Tensor) -> list[Tensor]:
+            leaves, spec = tree_flatten(function(*values))
+            structure[:] = [spec]
+            return leaves
+
+        with self._fake_mode, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside torch
+            traced = make_fx(flat, pre_dispatch=True)(*[operand.meta["val"] for operand in operands])
+        mapping = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), operands, strict=True))
+        returned: list[fx.Node] = []
+        for node in traced.graph.nodes:
+            if node.op == "output":
+                returned = [mapping[leaf] for leaf in node.args[0]]
+            elif node.op == "call_function" and not node.users:
+                continue
+            elif node.op != "placeholder":
+                args, kwargs = (fx.map_arg(a, lambda old: mapping[old]) for a in (node.args, node.kwargs))
+                mapping[node] = self.call(node.target, *args, **kwargs)
+        return tree_unflatten(returned, structure[0])
 
     def refresh(self, node: fx.Node) -> None:
         """Evaluate the metadata of `node` again, after one of its inputs changed type."""

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from jettison.ir.capture import CaptureSource, module_inputs
 from jettison.ir.checkpoint import Checkpoint
 from jettison.ir.errors import CaptureError, UnsupportedError
-from torch import Tensor, nn
 
 ATTENTION_NAME = "jettison"
 # Arguments of an attention function that do not change what it computes without a cache and in eval mode.

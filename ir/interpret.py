@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, fx
+
 from jettison.ir.constants import CHUNK_BYTES, Constant
 from jettison.ir.program import Program, output_node
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 

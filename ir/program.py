@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from jettison.ir.constants import Constant, Packed
 from torch import fx
+
+from jettison.ir.constants import Constant, Packed
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,14 @@ class State:
         name: Unique in its program, e.g. `past_key_values.0.key`.
         shape: Sizes; `"batch"` and `"capacity"` are chosen when a session starts.
         dtype: Element type. The initial value is zeros, which means "empty".
-        max_capacity: For a state that never needs more slots than this, whatever the session's capacity.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: torch.dtype
-    max_capacity: int | None = None
 
     def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
         """Concrete sizes for a session of `batch` rows and `capacity` slots."""
-        if self.max_capacity is not None:
-            capacity = min(capacity, self.max_capacity)
         known = {"batch": batch, "capacity": capacity}
         return tuple(known[size] if isinstance(size, str) else size for size in self.shape)
 

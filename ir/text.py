@@ -11,8 +11,9 @@ from typing import Any
 
 import sympy
 import torch
-from jettison.ir.program import Program, output_node, placeholders
 from torch import fx
+
+from jettison.ir.program import Program, output_node, placeholders
 
 _DTYPES = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
@@ -126,8 +127,7 @@ def program_text(program: Program, *, by_identity: bool = False) -> str:
     for name, packed in sorted(program.packed.items()):
         lines.append(f"packed @{name}: {packed.format}[{','.join(map(str, packed.shape))}]")
     for name, state in program.states.items():
-        most = "" if state.max_capacity is None else f" capacity<={state.max_capacity}"
-        lines.append(f"state %{name}: {dtype_text(state.dtype)}[{','.join(map(str, state.shape))}]{most}")
+        lines.append(f"state %{name}: {dtype_text(state.dtype)}[{','.join(map(str, state.shape))}]")
     namer = _Namer()
     for name, entry in program.entries.items():
         lines += _entry_lines(name, entry, namer)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jettison.ir.constants import Constant
-from jettison.ir.interpret import embedding_of, linear_by_rows
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from jettison.ir.constants import Constant
+from jettison.ir.interpret import embedding_of, linear_by_rows
 
 
 class UpcastWeights(TorchFunctionMode):

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
+
 from jettison.ir.errors import VerifyError
 from jettison.ir.program import Program, output_node, placeholders
 from jettison.ir.text import window_text
-from torch import fx
 
 Failure = tuple[str, fx.Node, str]
 Predicate = Callable[[Program], Failure | None]

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jettison.ir.ops.library import define_op
 from torch import Tensor
+
+from jettison.ir.ops.library import define_op
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from jettison.ir.ops.library import define_op
 from jettison.ir.ops.quantized_linear import check_packed, dequantize_reference, dequantize_rows, row_chunks
-from torch import Tensor
 
 
 def quantized_embedding_reference(

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jettison.ir.ops.library import define_op
 from torch import Tensor
 
-# Weights dequantised at a time: 4 MiB of fp32 stays in the last cache between the steps. 2**20 was the fastest of
-# 2**16 ... 2**24 for 1, 64 and 512 rows of x.
-CHUNK_WEIGHTS = 1 << 20
+from jettison.ir.ops.library import define_op
+
+# Weights dequantised at a time, 2 MiB of fp32: of 2**16 ... 2**24 the fastest for 1 row of x, and as good as any for 64
+# and 512. Smaller chunks pay per call; larger ones leave the cache, and the allocator returns them to the system each
+# time, so that every chunk faults its pages in again.
+CHUNK_WEIGHTS = 1 << 19
 
 PACKED_BITS = (2, 4, 8)
 
@@ -82,7 +84,7 @@ def dequantize_reference(
     zero = torch.full((rows, k_blocks), float(2 ** (bits - 1)), device=codes.device)
     if zeros is not None:
         zero = ((zeros.unsqueeze(-1) >> shifts) & mask).reshape(rows, -1)[:, :k_blocks].to(torch.float32)
-    weight = (code - zero.unsqueeze(-1)) * scales.to(torch.float32).unsqueeze(-1)
+    weight: Tensor = (code - zero.unsqueeze(-1)) * scales.to(torch.float32).unsqueeze(-1)
     return weight.reshape(rows, k_blocks * group)[:, :in_features]
 
 

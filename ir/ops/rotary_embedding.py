@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from jettison.ir.ops.library import define_op
 from torch import Tensor
+
+from jettison.ir.ops.library import define_op
 
 
 def _rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -13,9 +13,10 @@ for `GroupQueryAttention` with `sliding_window_cache=1`, so one saved state serv
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from jettison.ir.ops.attention import QUERY_ROWS, attend, visible_keys
 from jettison.ir.ops.library import define_op
-from torch import Tensor
 
 
 def resident_tokens(tokens: Tensor, capacity: int, window: int) -> Tensor:

@@ -1,0 +1,172 @@
+"""Give the attention of a decoder a KV cache: `forward` becomes `prefill` and `decode`.
+
+Before:
+    entry forward(%input_ids: i64[s0,s1], %position_ids: i64[s0,s1], %attention_mask: i64[s0,s2], ...):
+      %20: f32[s0,8,s1,32] = jettison.attention(%18, %19, %15, None, None, None, None, 0.17, True, 0, 0.0)
+      return %99
+After:
+    state %past_key_values.0.key: f32[batch,4,capacity,32]
+    entry prefill(%past_key_values.0.key: f32[s0,4,s4,32], ..., %input_ids: i64[s0,s1], ...):
+      %20: f32[s0,4,s4,32] = jettison.write_slots(%past_key_values.0.key, %19, %position_ids)
+      %21: f32[s0,4,s4,32] = jettison.write_slots(%past_key_values.0.value, %15, %position_ids)
+      %22: f32[s0,8,s1,32] = jettison.attention(%18, %20, %21, %position_ids, None, None, None, 0.17, True, 0, 0.0)
+      return %99, %20, %21, ...
+    entry decode(...): the same, one token at a time
+
+Fires when: every attention of the program is causal self-attention.
+Declines when: a policy does not apply to a layer (the layer keeps `full`, and the report says why).
+Numerics: `full` and the model's own window are exact; a policy that drops or rounds says so in its file.
+Saves: per generated token, the T - 1 earlier tokens are read from the cache instead of computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from jettison.ir.edit import Edit
+from jettison.ir.errors import OptionError, UnsupportedError
+from jettison.ir.match import arguments, is_call
+from jettison.ir.ops import attention
+from jettison.ir.program import (
+    MissRecord,
+    Program,
+    copy_graph,
+    input_placeholders,
+    output_node,
+    state_placeholders,
+)
+from jettison.passes.base import Pass
+from jettison.passes.options import option
+from jettison.passes.policies import Full, Policy
+from jettison.passes.policies.base import AttentionSite, Step
+
+
+@dataclass(frozen=True)
+class CacheKV(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "cache-kv"
+    policy: Policy = option(Full(), doc="what is kept of keys and values", flat=True)
+
+    def requires(self, program: Program) -> None:
+        """A decoder that has no cache yet."""
+        if program.info.kind != "decoder":
+            raise OptionError(
+                f"[cache-kv] {program.info.name} is an encoder: it attends in both directions and generates nothing, "
+                "so there is nothing to cache. Drop cache-kv from the pipeline."
+            )
+        if "forward" not in program.entries:
+            raise OptionError("[cache-kv] the program already has a KV cache. Give cache-kv once in the pipeline.")
+        inputs = input_placeholders(program.entries["forward"])
+        if "position_ids" not in inputs:
+            raise UnsupportedError(
+                f"[cache-kv] {program.info.name}.forward computes positions itself: a cached step would always be "
+                "position 0. Give forward a `position_ids` [B, S] parameter and use it."
+            )
+        if "attention_mask" not in inputs:
+            raise UnsupportedError(
+                f"[cache-kv] the language-model head of {program.info.name} was not recognised (see the misses of "
+                "select-logits), so the length of a row is unknown."
+            )
+        for node in program.entries["forward"].graph.nodes:
+            reason = _not_cacheable(node)
+            if reason is not None:
+                raise UnsupportedError(
+                    f"[cache-kv] {node.meta.get('where', node.name)} in {program.info.name}: {reason}. Only causal "
+                    "self-attention has a KV cache; export without generation is possible for encoders."
+                )
+
+    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
+        """Rewrite every attention, then copy the graph for the second entry."""
+        edit = Edit(program, "forward", self.name)
+        sites = [node for node in edit.graph.nodes if is_call(node, attention)]
+        misses: list[MissRecord] = []
+        capacities: dict[Any, Any] = {}
+        produced: dict[str, fx.Node] = {}
+        for layer, node in enumerate(sites):
+            site = _site(layer, node, program.info.context)
+            policy = self.policy
+            reason = policy.applies_to(site)
+            if reason is not None:
+                misses.append(MissRecord(node.meta.get("where") or f"attention {layer}", f"kept full: {reason}"))
+                policy = Full()
+            produced.update(_insert(edit, node, site, policy, capacities))
+        logits = list(output_node(edit.entry).args[0])[: len(program.outputs)]
+        edit.set_outputs([*logits, *(produced[name] for name in state_placeholders(edit.entry))])
+        edit.eliminate_dead_code()
+        entry = program.entries.pop("forward")
+        program.entries = {"prefill": entry, "decode": copy_graph(entry), **program.entries}
+        return len(sites), misses
+
+    def ensures(self, program: Program) -> str | None:
+        """Both entries take and return every state."""
+        for entry in ("prefill", "decode"):
+            if set(state_placeholders(program.entries[entry])) != set(program.states):
+                return f"{entry} does not take every state"
+        return None
+
+
+def _not_cacheable(node: fx.Node) -> str | None:
+    if is_call(node, torch.ops.aten.scaled_dot_product_attention.default):
+        return "its attention was not recognised (see the misses of raise-attention)"
+    if not is_call(node, attention):
+        return None
+    operands = arguments(node)
+    if not operands["causal"] or operands["key_valid"] is not None:
+        return "attends to later positions"
+    if operands["query_positions"] is not None or operands["key_positions"] is not None:
+        return "has positions of its own"
+    return None
+
+
+def _site(layer: int, node: fx.Node, context: int) -> AttentionSite:
+    operands = arguments(node)
+    key, value = operands["key"].meta["val"], operands["value"].meta["val"]
+    return AttentionSite(
+        layer, key.shape[1], key.shape[3], value.shape[3], operands["scale"], operands["window"],
+        operands["softcap"], context, key.dtype,
+    )  # fmt: skip
+
+
+def _insert(
+    edit: Edit, node: fx.Node, site: AttentionSite, policy: Policy, capacities: dict[Any, Any]
+) -> dict[str, fx.Node]:
+    """Replace one attention by a policy's step; returns the new value of each state by name."""
+    operands = arguments(node)
+    inputs = input_placeholders(edit.entry)
+    states = policy.states(site)
+    batch = operands["query"].meta["val"].shape[0]
+    nodes = {}
+    for short, state in states.items():
+        sizes = [_size(size, batch, capacities) for size in state.shape]
+        fake = edit.dynamic_tensor(sizes, state.dtype, hint=64)
+        # Every state with "capacity" slots has the same number of them.
+        for size, got in zip(state.shape, fake.shape, strict=True):
+            if size == "capacity":
+                capacities.setdefault("capacity", got)
+        nodes[short] = edit.state(state, fake)
+    tensors = {"query": operands["query"], "key": operands["key"], "value": operands["value"]}
+    tensors["positions"] = inputs["position_ids"]
+    if operands["sinks"] is not None:
+        tensors["sinks"] = operands["sinks"]
+    with edit.before(node):
+        tensors["total_tokens"] = edit.call(torch.ops.aten.sum.dim_IntList, inputs["attention_mask"], [1])
+
+        def traced(*values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            named = dict(zip(tensors, values[: len(tensors)], strict=True))
+            current = dict(zip(nodes, values[len(tensors) :], strict=True))
+            return policy.step(Step(site=site, sinks=named.pop("sinks", None), states=current, **named))
+
+        out, new = edit.inline(traced, *tensors.values(), *nodes.values())
+    edit.replace(node, out)
+    return {states[short].name: new[short] for short in states}
+
+
+def _size(size: int | str, batch: Any, capacities: dict[Any, Any]) -> Any:
+    if size == "batch":
+        return batch
+    return capacities.get("capacity") if size == "capacity" else size

@@ -1,0 +1,117 @@
+"""What a KV-cache policy is: states per layer, and what a step does with them, in plain torch operations.
+
+A policy's functions are traced and inlined into the graph, so one definition is the reference, runs in the torch
+runtime and is what the ONNX lowering and Triton kernels must match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jettison.ir.program import State
+
+# The rounding of a session's capacity, and the slack of a windowed cache, in slots.
+SLOT_GRANULE = 64
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of the model, as a policy sees it.
+
+    Attributes:
+        layer: Index among the model's attentions.
+        kv_heads: Hkv.
+        key_dim: D of the keys.
+        value_dim: D of the values.
+        scale: Factor on the scores.
+        window: Positions a query sees back, itself included; 0 means all.
+        softcap: 0 for none.
+        context: Most positions of a sequence.
+        dtype: Of keys and values.
+    """
+
+    layer: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    window: int
+    softcap: float
+    context: int
+    dtype: torch.dtype
+
+
+@dataclass
+class Step:
+    """The tensors of one call at one attention.
+
+    Attributes:
+        site: The attention.
+        query: `[B, H, S, D]`, rotated where the model rotates.
+        key: `[B, Hkv, S, D]`, likewise.
+        value: `[B, Hkv, S, Dv]`.
+        positions: `[B, S] i64`, true positions.
+        total_tokens: `[B] i64`, tokens of each row so far, this call included.
+        sinks: `[H]` or None.
+        states: Current value of each state of this policy at this layer, by short name.
+    """
+
+    site: AttentionSite
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    total_tokens: Tensor
+    sinks: Tensor | None
+    states: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def new_tokens(self) -> Tensor:
+        """`[B] i64`: how many of the S tokens of each row are real; the rest is padding behind them.
+
+        A row is padded only in its first call, where it has no other tokens.
+        """
+        return torch.clamp_max(self.total_tokens, self.query.shape[2])
+
+    def attend(self, key: Tensor, value: Tensor, key_positions: Tensor | None = None) -> Tensor:
+        """Causal attention of this call's queries over slots; positions default to the slot index."""
+        site = self.site
+        return torch.ops.jettison.attention(
+            self.query, key, value, self.positions, key_positions, None, self.sinks,
+            site.scale, True, site.window, site.softcap,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A KV-cache policy. Subclasses are frozen dataclasses whose fields are the options.
+
+    Attributes:
+        name: Text id.
+    """
+
+    name: ClassVar[str]
+
+    def applies_to(self, site: AttentionSite) -> str | None:
+        """Why this attention must keep the `full` cache instead, or None if the policy applies."""
+
+    def states(self, site: AttentionSite) -> dict[str, State]:
+        """States of one layer by short name (`key`, `value`, ...); `State.name` is `past_key_values.LAYER.SHORT`."""
+        raise NotImplementedError
+
+    def step(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """One call of S >= 1 tokens: the attention's output `[B, H, S, Dv]`, and the new value of each state."""
+        raise NotImplementedError
+
+
+def key_value_states(site: AttentionSite, slots: int | str) -> dict[str, State]:
+    """The `key` and `value` states of a layer with `slots` slots."""
+    stem = f"past_key_values.{site.layer}"
+    return {
+        "key": State(f"{stem}.key", ("batch", site.kv_heads, slots, site.key_dim), site.dtype),
+        "value": State(f"{stem}.value", ("batch", site.kv_heads, slots, site.value_dim), site.dtype),
+    }

@@ -1,0 +1,236 @@
+"""Raise written-out rotary embeddings (arXiv 2104.09864) to `jettison.rotary_embedding`.
+
+Before:
+    %3: f32[s0,s1,8] = aten.cat([%2, %2], -1)
+    %4: f32[s0,s1,8] = aten.cos(%3)
+    %5: f32[s0,1,s1,8] = aten.unsqueeze(%4, 1)
+    %8: f32[s0,2,s1,8] = aten.mul.Tensor(%x, %5)
+    %9: f32[s0,2,s1,4] = aten.slice.Tensor(%x, 3, 0, 4)
+    %10: f32[s0,2,s1,4] = aten.slice.Tensor(%x, 3, 4, 9223372036854775807)
+    %11: f32[s0,2,s1,4] = aten.neg(%10)
+    %12: f32[s0,2,s1,8] = aten.cat([%11, %9], -1)
+    %13: f32[s0,2,s1,8] = aten.mul.Tensor(%12, %7)
+    %14: f32[s0,2,s1,8] = aten.add.Tensor(%8, %13)
+After:
+    %3: f32[s0,s1,4] = aten.cos(%2)
+    %5: f32[s0,2,s1,8] = jettison.rotary_embedding(%x, %3, %4, False)
+
+Fires when: x * cos + turned(x) * sin, where turned is the half layout (Llama, GPT-NeoX) or the interleaved one (GPT-J,
+    Cohere), on `[B, H, S, D]` or `[B, S, H, D]`; and where the rotated channels are joined again with the others
+    (partial rotary). The angles must be repeated visibly (cat([y, y]) or repeat_interleave(y, 2)).
+Declines when: cosine and sine are not visibly one angle per channel pair, or stand along other axes.
+Numerics: exact up to the order of one addition.
+Saves: five passes over x, and half of the cosines and sines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from jettison.ir.edit import Edit
+from jettison.ir.match import Miss, arguments, is_call, only_user
+from jettison.ir.ops import rotary_embedding
+from jettison.ir.program import Program
+from jettison.passes.base import Pass
+
+aten = torch.ops.aten
+_ANGLE_OPS = (aten.cos.default, aten.sin.default, aten.mul.Tensor, aten.to.dtype, aten._to_copy.default)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A whole rotation and where its heads stand (axis 1 or 2)."""
+
+    last: fx.Node
+    x: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+    is_interleaved: bool
+    head_axis: int
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rotated channels of x joined with the rest of x."""
+
+    last: fx.Node
+    x: fx.Node
+    rotation: fx.Node
+
+
+@dataclass(frozen=True)
+class RaiseRotaryEmbedding(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "raise-rotary-embedding"
+
+    def match(self, node: fx.Node, program: Program) -> Rotation | Joined | Miss | None:
+        """Start from the sum of the two products, or from the concatenation behind it."""
+        if is_call(node, aten.cat.default):
+            return _joined(node)
+        if not is_call(node, aten.add.Tensor) or not all(is_call(a, aten.mul.Tensor) for a in node.args[:2]):
+            return None
+        for plain, turned in (node.args[:2], node.args[1::-1]):
+            for position in (0, 1):
+                candidate = turned.args[position]
+                found = _turned_value(candidate)
+                if found is not None and found[0] in plain.args:
+                    x, is_interleaved = found
+                    cos = plain.args[1 - plain.args.index(x)]
+                    return _rotation(node, x, cos, turned.args[1 - position], is_interleaved)
+        return None
+
+    def rewrite(self, match: Rotation | Joined, edit: Edit) -> None:
+        """Emit one rotary embedding; angles are computed once per channel pair."""
+        with edit.before(match.last):
+            if isinstance(match, Joined):
+                operands = arguments(match.rotation)
+                out = edit.call(rotary_embedding, match.x, operands["cos"], operands["sin"], operands["interleaved"])
+            else:
+                cos, sin = (_per_pair(_without_head_axis(angle), edit) for angle in (match.cos, match.sin))
+                x = match.x if match.head_axis == 1 else edit.call(aten.transpose.int, match.x, 1, 2)
+                out = edit.call(rotary_embedding, x, cos, sin, match.is_interleaved)
+                out = out if match.head_axis == 1 else edit.call(aten.transpose.int, out, 1, 2)
+        edit.replace(match.last, out)
+
+
+def _rotation(last: fx.Node, x: fx.Node, cos: Any, sin: Any, is_interleaved: bool) -> Rotation | Miss:
+    if x.meta["val"].dim() != 4:
+        return Miss("the rotated value does not have four axes", last)
+    axes = {_head_axis(angle) for angle in (cos, sin)}
+    if len(axes) != 1 or None in axes:
+        return Miss("cosine and sine do not stand along the positions of [B, H, S, D] or [B, S, H, D]", last)
+    for angle in (cos, sin):
+        if not _is_repeated(_without_head_axis(angle)):
+            return Miss("cosine and sine are not visibly one angle per channel pair", last)
+    return Rotation(last, x, cos, sin, is_interleaved, axes.pop())
+
+
+def _turned_value(node: Any) -> tuple[fx.Node, bool] | None:
+    """x and the layout, if `node` is x with each channel pair (a, b) replaced by (-b, a)."""
+    if is_call(node, aten.cat.default) and len(node.args[0]) == 2 and _is_last_axis(node, node.args[1:]):
+        negated, first = node.args[0]
+        if is_call(negated, aten.neg.default):
+            second = negated.args[0]
+            if is_call(first, aten.slice.Tensor) and is_call(second, aten.slice.Tensor):
+                half = node.meta["val"].shape[-1] // 2
+                x = first.args[0]
+                if second.args[0] is x and _slice_is(first, 0, half, 1) and _slice_is(second, half, None, 1):
+                    return x, False
+            chunks = _chunk_of(first), _chunk_of(second)
+            if None not in chunks and chunks[0][0] is chunks[1][0] and (chunks[0][1], chunks[1][1]) == (0, 1):
+                return chunks[0][0], False
+    if is_call(node, aten.flatten.using_ints, aten.reshape.default) and is_call(node.args[0], aten.stack.default):
+        stack = node.args[0]
+        if len(stack.args[0]) == 2 and _is_last_axis(stack, stack.args[1:]):
+            negated, first = stack.args[0]
+            if is_call(negated, aten.neg.default) and is_call(first, aten.slice.Tensor):
+                second, x = negated.args[0], first.args[0]
+                if is_call(second, aten.slice.Tensor) and second.args[0] is x:
+                    if _slice_is(first, 0, None, 2) and _slice_is(second, 1, None, 2):
+                        return x, True
+    return None
+
+
+def _slice_is(node: fx.Node, start: int, stop: int | None, step: int) -> bool:
+    operands = arguments(node)
+    width = node.args[0].meta["val"].shape[-1]
+    last_axis = node.args[0].meta["val"].dim() - 1
+    found_stop = width if operands["end"] is None else min(operands["end"], width)
+    return (operands["dim"] in (-1, last_axis)) and (operands["start"] or 0, found_stop, operands["step"]) == (
+        start,
+        width if stop is None else stop,
+        step,
+    )
+
+
+def _chunk_of(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """x and the index, if `node` is one of two halves of x along the last axis."""
+    if getattr(node.target, "__name__", "") != "getitem" or not is_call(
+        node.args[0], aten.chunk.default, aten.split.Tensor
+    ):
+        return None
+    source = node.args[0]
+    operands = arguments(source)
+    x = operands["self"]
+    width, axis = x.meta["val"].shape[-1], operands["dim"]
+    is_half = operands.get("chunks") == 2 or operands.get("split_size") == width // 2
+    return (x, node.args[1]) if is_half and axis in (-1, x.meta["val"].dim() - 1) else None
+
+
+def _is_last_axis(node: fx.Node, rest: tuple[Any, ...]) -> bool:
+    axis = rest[0] if rest else node.kwargs.get("dim", 0)
+    return axis in (-1, node.meta["val"].dim() - 1)
+
+
+def _head_axis(angle: Any) -> int | None:
+    """Axis of the heads that an angle broadcasts over: 1 or 2 if it was unsqueezed there, 1 for plain [S, D]."""
+    if is_call(angle, aten.unsqueeze.default):
+        axis = angle.args[1] % angle.meta["val"].dim()
+        return axis if angle.meta["val"].dim() == 4 and axis in (1, 2) else None
+    if is_call(angle, aten.repeat_interleave.self_int) and is_call(
+        angle.args[0], aten.slice.Tensor, aten.unsqueeze.default
+    ):
+        return _head_axis(angle.args[0])
+    if isinstance(angle, fx.Node) and angle.meta["val"].dim() == 2:
+        return 1
+    return None
+
+
+def _without_head_axis(angle: fx.Node) -> fx.Node:
+    return angle.args[0] if is_call(angle, aten.unsqueeze.default) else angle
+
+
+def _is_repeated(angle: Any) -> bool:
+    """Whether an angle is element-wise functions of a visible repetition of one angle per channel pair."""
+    while is_call(angle, *_ANGLE_OPS):
+        if is_call(angle, aten.mul.Tensor) and not isinstance(angle.args[1], (int, float)):
+            return False
+        angle = angle.args[0]
+    return _repetition_of(angle) is not None
+
+
+def _repetition_of(node: Any) -> fx.Node | None:
+    if is_call(node, aten.cat.default) and _is_last_axis(node, node.args[1:]):
+        parts = node.args[0]
+        return parts[0] if len(parts) == 2 and parts[0] is parts[1] else None
+    if is_call(node, aten.repeat_interleave.self_int):
+        axis = arguments(node)["dim"]
+        inner = node.args[0]
+        is_last = axis in (-1, node.meta["val"].dim() - 1) and node.args[1] == 2
+        if is_last and is_call(inner, aten.unsqueeze.default):
+            return inner.args[0] if inner.meta["val"].dim() == 4 else None
+        return inner if is_last else None
+    return None
+
+
+def _per_pair(angle: fx.Node, edit: Edit) -> fx.Node:
+    """The same angle computed once per channel pair: `[B or 1, S, R/2]`."""
+    chain = []
+    while is_call(angle, *_ANGLE_OPS):
+        chain.append(angle)
+        angle = angle.args[0]
+    half = _repetition_of(angle)
+    for node in reversed(chain):
+        half = edit.call(node.target, half, *node.args[1:], **node.kwargs)
+    return edit.call(aten.unsqueeze.default, half, 0) if half.meta["val"].dim() == 2 else half
+
+
+def _joined(node: fx.Node) -> Joined | None:
+    """cat([rotated(x[..., :R]), x[..., R:]], -1)."""
+    if len(node.args[0]) != 2 or not _is_last_axis(node, node.args[1:]):
+        return None
+    rotation, rest = node.args[0]
+    if not is_call(rotation, rotary_embedding) or not is_call(rest, aten.slice.Tensor):
+        return None
+    rotated, x = rotation.args[0], rest.args[0]
+    width = rotation.meta["val"].shape[-1]
+    if not is_call(rotated, aten.slice.Tensor) or rotated.args[0] is not x or only_user(rotation) is not node:
+        return None
+    is_split = _slice_is(rotated, 0, width, 1) and _slice_is(rest, width, None, 1)
+    covers_angles = 2 * rotation.args[1].meta["val"].shape[-1] == width
+    return Joined(node, x, rotation) if is_split and covers_angles else None
