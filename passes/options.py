@@ -181,6 +181,7 @@ def to_spec(instance: Any, name: str | None = None) -> Spec:
 class _OptionField:
     """One dataclass field with its annotation resolved; `default` is MISSING for a required option."""
 
+    owner: str
     name: str
     hint: Any
     default: Any
@@ -202,14 +203,14 @@ class _OptionField:
     def express(self, value: Any) -> Value:
         text = _express(value, self.hint, self.unit)
         if text is None:
-            raise OptionError(f"option {self.name!r} needs {self.type_text}, found {shorten(repr(value))}.")
+            raise OptionError(f"{self.owner}.{self.name} needs {self.type_text}, found {shorten(repr(value))}.")
         return text
 
 
 def _option_fields(cls: type) -> dict[str, _OptionField]:
     hints = typing.get_type_hints(cls)
     return {
-        field.name: _OptionField(field.name, hints[field.name], field.default, field.metadata)
+        field.name: _OptionField(cls.__name__, field.name, hints[field.name], field.default, field.metadata)
         for field in dataclasses.fields(cls)
         if field.init
     }
@@ -253,7 +254,7 @@ def _express(value: Any, hint: Any, unit: str | None) -> Value | None:
                 return RangeMap(tuple(RangeEntry(key, item) for key, item in items)) if items else Scalar(None)
         if origin is None and isinstance(value, (int, float) if arm is float else arm):
             if arm is int and unit == "bytes" and not isinstance(value, bool):
-                return _size(value)
+                return _size(int(value))
             if arm not in _KINDS:
                 return to_spec(value)
             if arm not in (int, float) or not isinstance(value, bool):
@@ -352,7 +353,7 @@ class _Builder:
             nested = f"{part.name}{{{stray.key}={format_value(stray.value)}}}"
             if len(takers) > 1 or isinstance(options[key].value, tuple):
                 problem = f"option {stray.key!r} stands beside several policies."
-                raise self.error(stray.column, problem, f"Write it inside the braces of its own: {nested}.")
+                raise self.error(stray.column, problem, f"Write it inside the braces of its own: {shorten(nested)}.")
             if any(option.key == stray.key for option in part.options):
                 problem = f"option {stray.key!r} is given twice, beside {part.name} and inside its braces."
                 raise self.error(stray.column, problem, "Keep one of them.")

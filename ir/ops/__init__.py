@@ -2,6 +2,8 @@
 
 from jettison.ir.ops.attention import attention
 from jettison.ir.ops.gated_activation import gated_activation
+from jettison.ir.ops.quantized_embedding import quantized_embedding
+from jettison.ir.ops.quantized_linear import quantized_linear
 from jettison.ir.ops.rotary_embedding import rotary_embedding
 from jettison.ir.ops.windowed_attention import windowed_attention
 from jettison.ir.ops.write_slots import write_slots

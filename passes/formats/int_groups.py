@@ -17,12 +17,19 @@ point `2^(b-1)`, not stored. All codes are used and `m` is exact. `|w - w'| <= |
 A constant group decodes to its constant within fp32 rounding, an all-zero group exactly (its scale is 1).
 Groups whose scale would be below the smallest normal fp32 count as all zero.
 
+Relative squared error measured on N(0, 1) weights and on the matrices of tiny-llama, 4 bits, group 32 / 64 / 128: this
+asymmetric rule .0065 / .0083 / .0102 and .0067 / .0085 / .0103; this symmetric rule .0074 / .0090 / .0107 and
+.0075 / .0093 / .0110; the textbook symmetric rule `s = max|w| / 7` .0094 / .0116 / .0138 and .0096 / .0119 / .0142.
+Leaving zero out of the range changes nothing there and turns .0005 into .35 on weights 1 + 0.1 N(0, 1). At 2 bits the
+symmetric rule is the better one (group 32: .131 against .165).
+
 Source: ONNX Runtime, MLAS block quantiser (both rules); llama.cpp `Q4_0` (the signed scale).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -97,9 +104,9 @@ class IntGroups:
 
     @torch.no_grad()
     def encode(self, weight: Tensor, where: str = "weight", out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Quantise a weight, a few million entries at a time.
+        """Quantise a weight, half a million entries at a time.
 
-        Beyond the result it needs about 20 MiB whatever the size of the weight, which may be mapped from a file.
+        Beyond the result it needs less than 20 MiB whatever the size of the weight, which may be mapped from a file.
 
         Args:
             weight: `[N, K]`, any floating-point dtype and strides.
@@ -142,8 +149,9 @@ class IntGroups:
         top_code = 2**self.bits - 1
         # Clamping with 0 includes zero in the range, and makes padding (zeros) harmless to the statistics.
         lo, hi = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
-        if not bool(((lo >= -LARGEST_WEIGHT) & (hi <= LARGEST_WEIGHT)).all()):
-            self._refuse_values(lo, hi, weight, where, first_row)
+        good = (lo >= -LARGEST_WEIGHT) & (hi <= LARGEST_WEIGHT)  # false for NaN too
+        if not bool(good.all()):
+            self._refuse_values(good, weight, where, first_row)
         if self.symmetric:
             scales = torch.where(hi > -lo, hi, lo) / -(2 ** (self.bits - 1))
             scales.masked_fill_(scales.abs() < SMALLEST_SCALE, 1.0)
@@ -211,8 +219,7 @@ class IntGroups:
                 "are cut along the rows of a matrix. Leave this weight out of the pass (skip='...')."
             )
 
-    def _refuse_values(self, lo: Tensor, hi: Tensor, weight: Tensor, where: str, first_row: int) -> None:
-        good = (lo >= -LARGEST_WEIGHT) & (hi <= LARGEST_WEIGHT)
+    def _refuse_values(self, good: Tensor, weight: Tensor, where: str, first_row: int) -> NoReturn:
         row, block = (int(index) for index in (~good).nonzero()[0])
         start = block * self.group
         entries = weight[row, start : start + self.group].to(torch.float32)

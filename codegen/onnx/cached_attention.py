@@ -1,0 +1,163 @@
+"""Attention over a KV cache as `com.microsoft::GroupQueryAttention`.
+
+The operator writes the cache, rotates queries and keys and attends in one call, on `[B, S, H * D]`. So slot writes and
+rotations are kept as promises while the graph is lowered; the attention that reads them redeems them all at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.onnx.ops import symbolic, symbolic_multi_out
+
+from jettison.ir.errors import UnsupportedError
+from jettison.ir.match import arguments, is_call
+from jettison.ir.ops import rotary_embedding, write_slots
+
+aten = torch.ops.aten
+
+
+@dataclass
+class RowLengths:
+    """What the operator wants to know about the batch, computed once per graph.
+
+    Attributes:
+        last_index: `[B] i32`, tokens of each row so far, this call included, minus one.
+        total: `i32` scalar, the longest row.
+    """
+
+    last_index: Tensor
+    total: Tensor
+
+    @classmethod
+    def of_mask(cls, attention_mask: Tensor) -> RowLengths:
+        """From `attention_mask [B, T] i64` whose rows are ones followed by zeros."""
+        last_index = attention_mask.sum(1).to(torch.int32) - 1
+        size = symbolic("::Shape", (attention_mask,), {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,))
+        return cls(last_index, size.squeeze(0).to(torch.int32))
+
+
+def is_cached(node: fx.Node) -> bool:
+    """Whether an attention node reads keys and values right out of two slot writes at its own positions."""
+    operands = arguments(node)
+    key, value, positions = operands["key"], operands["value"], operands["query_positions"]
+    return (
+        operands["causal"]
+        and operands["key_positions"] is None
+        and operands["key_valid"] is None
+        and all(
+            is_call(write, write_slots) and "state" in write.args[0].meta and write.args[2] is positions
+            for write in (key, value)
+        )
+    )
+
+
+def heads_last(node: fx.Node, environment: dict[fx.Node, Any], value: Tensor | None = None) -> Tensor:
+    """`[B, H, S, D]` as `[B, S, H * D]`, without a transpose where the graph made it from that."""
+    if value is None and is_call(node, aten.transpose.int) and set(node.args[1:]) == {1, 2}:
+        split = node.args[0]
+        if is_call(split, aten.reshape.default):
+            flat = split.args[0]
+            wide = split.meta["val"].shape[2] * split.meta["val"].shape[3]
+            if flat.meta["val"].dim() == 3 and flat.meta["val"].shape[2] == wide and flat in environment:
+                return environment[flat]
+    heads = environment[node] if value is None else value
+    return heads.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Tables with which the operator rotates queries and keys itself.
+
+    Attributes:
+        cos: `[context, R/2] f32`.
+        sin: `[context, R/2] f32`.
+        is_interleaved: Channel layout.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    is_interleaved: bool
+
+
+def group_query_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    lengths: RowLengths,
+    *,
+    heads: int,
+    position_ids: Tensor | None,
+    rotation: Rotation | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    is_windowed_cache: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One `GroupQueryAttention`.
+
+    Args:
+        query: `[B, S, H * D]`.
+        key: `[B, S, Hkv * D]`.
+        value: `[B, S, Hkv * D]`.
+        past_key: `[B, Hkv, C, D]`.
+        past_value: `[B, Hkv, C, D]`.
+        lengths: Of the rows.
+        heads: H.
+        position_ids: `[B, S] i64`, read when rotating.
+        rotation: Given when `query` and `key` are not rotated yet.
+        sinks: `[H]` or None.
+        scale: Factor on the scores.
+        window: 0 for none.
+        softcap: 0 for none.
+        is_windowed_cache: The cache holds the window only and the operator evicts.
+
+    Returns:
+        `[B, S, H * D]`, and the new past key and value.
+    """
+    kv_heads, head_dim = past_key.shape[1], past_key.shape[3]
+    if past_value.shape[3] != head_dim:
+        raise UnsupportedError(
+            f"[onnx] keys of {head_dim} channels with values of {past_value.shape[3]}: GroupQueryAttention needs the "
+            'same. Use target="torch".'
+        )
+    attributes: dict[str, Any] = {
+        "num_heads": heads, "kv_num_heads": kv_heads, "scale": scale, "do_rotary": int(rotation is not None),
+        "local_window_size": window or -1,
+    }  # fmt: skip
+    if softcap:
+        attributes["softcap"] = softcap
+    if is_windowed_cache:
+        attributes["sliding_window_cache"] = 1
+    tables = (None, None, None)
+    if rotation is not None:
+        attributes["rotary_interleaved"] = int(rotation.is_interleaved)
+        tables = (rotation.cos, rotation.sin, position_ids)
+    operands = [query, key, value, past_key, past_value, lengths.last_index, lengths.total, *tables, None, sinks]
+    while operands[-1] is None:
+        operands.pop()
+    return tuple(
+        symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            operands,
+            attributes,
+            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
+            shapes=(query.shape, past_key.shape, past_value.shape),
+            version=1,
+        )
+    )
+
+
+def rotated_operands(query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, bool] | None:
+    """Unrotated query and key, cosine, sine and layout, if both are rotated by the same angles just before."""
+    if not is_call(query, rotary_embedding) or not is_call(key, rotary_embedding):
+        return None
+    if query.args[1:] != key.args[1:]:
+        return None
+    return query.args[0], key.args[0], query.args[1], query.args[2], query.args[3]

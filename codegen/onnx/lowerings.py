@@ -1,0 +1,97 @@
+"""How single operators become ONNX: one function per operator, called while the exporter traces.
+
+Everything without an entry here is ATen and is lowered by `torch.onnx` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.onnx.ops import rotary_embedding as onnx_rotary_embedding
+from torch.onnx.ops import symbolic
+
+from jettison.ir import ops
+from jettison.ir.ops.attention import attend, visible_keys
+from jettison.ir.ops.gated_activation import ACTIVATIONS
+
+aten = torch.ops.aten
+# 4 lets the kernel quantise activations to int8, which is what makes it fast on a CPU.
+DEFAULT_ACCURACY_LEVEL = 4
+# ONNX Runtime's 8-bit kernel is fused only at this level; below it dequantises the whole weight at every call.
+EIGHT_BIT_ACCURACY_LEVEL = 4
+
+
+def quantized_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group: int,
+    in_features: int, *, accuracy_level: int = DEFAULT_ACCURACY_LEVEL,
+) -> Tensor:  # fmt: skip
+    """`com.microsoft::MatMulNBits`."""
+    attributes = {
+        "K": in_features, "N": codes.shape[0], "bits": bits, "block_size": group,
+        "accuracy_level": EIGHT_BIT_ACCURACY_LEVEL if bits != 4 else accuracy_level,
+    }  # fmt: skip
+    return symbolic(
+        "com.microsoft::MatMulNBits",
+        (x, codes, scales, zeros, None, bias),
+        attributes,
+        dtype=x.dtype,
+        shape=(*x.shape[:-1], codes.shape[0]),
+        version=1,
+    )
+
+
+def quantized_embedding(
+    indices: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, embedding_dim: int
+) -> Tensor:
+    """`com.microsoft::GatherBlockQuantized`; `codes` must come in rank 2 (`emit` gives the same bytes another shape)."""
+    return symbolic(
+        "com.microsoft::GatherBlockQuantized",
+        (codes, indices, scales, zeros),
+        {"bits": bits, "block_size": group, "gather_axis": 0, "quantize_axis": 1},
+        dtype=scales.dtype,
+        shape=(*indices.shape, embedding_dim),
+        version=1,
+    )
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """The activation and a product, which the exporter knows."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Standard `RotaryEmbedding` (opset 23)."""
+    batch, rows = x.shape[0], x.shape[2]
+    cos, sin = (angle.to(x.dtype).expand(batch, rows, angle.shape[-1]) for angle in (cos, sin))
+    rotated = 2 * cos.shape[-1]
+    if rotated == x.shape[-1]:
+        return onnx_rotary_embedding(x, cos, sin, interleaved=interleaved)
+    # The kernel's partial form reads the channels behind `rotary_embedding_dim` wrongly for rank 4: split and join.
+    turned = onnx_rotary_embedding(x[..., :rotated], cos, sin, interleaved=interleaved)
+    return torch.cat([turned, x[..., rotated:]], -1)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, query_positions: Tensor | None, key_positions: Tensor | None,
+    key_valid: Tensor | None, sinks: Tensor | None, scale: float, causal: bool, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """Attention without a cache: written out over an explicit mask."""
+    query_positions = torch.arange(query.shape[2])[None] if query_positions is None else query_positions
+    key_positions = torch.arange(key.shape[2])[None] if key_positions is None else key_positions
+    visible = visible_keys(query_positions, key_positions, key_valid, causal, window)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    return attend(query, key, value, visible, sinks, scale, softcap)
+
+
+LOWERINGS: dict[Any, Callable[..., Any]] = {
+    ops.attention: attention,
+    ops.gated_activation: gated_activation,
+    ops.quantized_embedding: quantized_embedding,
+    ops.quantized_linear: quantized_linear,
+    ops.rotary_embedding: rotary_embedding,
+}
