@@ -359,6 +359,7 @@ def emit_entry(
     assert onnx_program is not None, "export without a file returns the program"
     model = onnx_program.model
     _place_constants(model, lowered, data)
+    _name_axes(model, axes)
     _make_optional(model)
     _strip_debris(model)
     onnx_ir.save(model, path)
@@ -379,6 +380,24 @@ def _place_constants(model: onnx_ir.Model, lowered: _Lowered, data: ExternalData
         value.name = onnx_name
         value.const_value = data.tensor(onnx_name, shape, constant)
         initializers[onnx_name] = value
+
+
+def _name_axes(model: onnx_ir.Model, axes: list[dict[int, Any]]) -> None:
+    """Restore the names of dynamic axes, which the exporter numbers; tokens come first, states after."""
+    graph = model.graph
+    for value, named in zip(graph.inputs, axes, strict=True):
+        sizes = list(value.shape)
+        for axis, dim in named.items():
+            sizes[axis] = dim.__name__
+        value.shape = onnx_ir.Shape(sizes)
+    past = {value.name: value for value in graph.inputs}
+    for value in graph.outputs:
+        source = past.get(value.name.replace("present.", "past_key_values.", 1))
+        if source is not None:
+            value.shape = source.shape
+        elif value.name == "logits" and "logits_positions" in past:
+            value.shape = onnx_ir.Shape(["batch_size", "logits_length", value.shape[-1]])
+    graph.inputs.sort(key=lambda value: value.name.startswith("past_key_values."))
 
 
 def _make_optional(model: onnx_ir.Model) -> None:
