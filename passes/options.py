@@ -97,8 +97,7 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None or (match[2] or "B") not in grammar.BYTE_UNITS:
-        units = ", ".join(grammar.BYTE_UNITS)
-        raise OptionError(f"{shorten(text)!r} is not a size. Write a number followed by one of {units}.")
+        raise OptionError(f"{shorten(text)!r} is no size. Write a number and one of {', '.join(grammar.BYTE_UNITS)}.")
     count = Fraction(match[1]) * grammar.BYTE_UNITS[match[2] or "B"]
     if count.denominator != 1:
         raise OptionError(f"{shorten(text)!r} is not a whole number of bytes. Use a smaller unit.")
@@ -163,7 +162,7 @@ def to_spec(instance: Any, name: str | None = None) -> Spec:
 
     Raises:
         OptionError: a field holds a value of the wrong type.
-        PassError: a class has no name.
+        PassError: a class has no name, or a default of the wrong type.
     """
     name = name or getattr(type(instance), "name", None)
     if not isinstance(name, str):
@@ -203,7 +202,8 @@ class _OptionField:
     def express(self, value: Any) -> Value:
         text = _express(value, self.hint, self.unit)
         if text is None:
-            raise OptionError(f"{self.owner}.{self.name} needs {self.type_text}, found {shorten(repr(value))}.")
+            family = PassError if value is self.default else OptionError
+            raise family(f"{self.owner}.{self.name} needs {self.type_text}, found {shorten(repr(value))}.")
         return text
 
 
