@@ -44,6 +44,8 @@ from jettison.passes.options import option
 from jettison.passes.policies import Full, Policy
 from jettison.passes.policies.base import AttentionSite, Step
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class CacheKV(Pass):
@@ -72,7 +74,14 @@ class CacheKV(Pass):
                 f"[cache-kv] the language-model head of {program.info.name} was not recognised (see the misses of "
                 "select-logits), so the length of a row is unknown."
             )
-        for node in program.entries["forward"].graph.nodes:
+        nodes = program.entries["forward"].graph.nodes
+        if not any(is_call(node, attention, aten.scaled_dot_product_attention.default) for node in nodes):
+            raise UnsupportedError(
+                f"[cache-kv] no attention was recognised in {program.info.name}, so there is nothing to cache and it "
+                "cannot generate step by step. A decoder must call scaled_dot_product_attention, or write "
+                "softmax(q @ k^T) @ v out in a way that raise-attention recognises."
+            )
+        for node in nodes:
             reason = _not_cacheable(node)
             if reason is not None:
                 raise UnsupportedError(
@@ -111,7 +120,7 @@ class CacheKV(Pass):
 
 
 def _not_cacheable(node: fx.Node) -> str | None:
-    if is_call(node, torch.ops.aten.scaled_dot_product_attention.default):
+    if is_call(node, aten.scaled_dot_product_attention.default):
         return "its attention was not recognised (see the misses of raise-attention)"
     if not is_call(node, attention):
         return None
@@ -154,7 +163,7 @@ def _insert(
     if operands["sinks"] is not None:
         tensors["sinks"] = operands["sinks"]
     with edit.before(node):
-        tensors["total_tokens"] = edit.call(torch.ops.aten.sum.dim_IntList, inputs["attention_mask"], [1])
+        tensors["total_tokens"] = edit.call(aten.sum.dim_IntList, inputs["attention_mask"], [1])
 
         def traced(*values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             named = dict(zip(tensors, values[: len(tensors)], strict=True))

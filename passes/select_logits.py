@@ -6,7 +6,7 @@ Before:
 After:
     entry forward(%input_ids: i64[s0,s1], %position_ids: i64[s0,s1], %attention_mask: i64[s0,s2], %logits_positions: i64[s0,s3]):
     %9: i64[s0] = aten.sum.dim_IntList(%attention_mask, [1])
-    (positions below zero count from the end of each row)
+    (positions below zero count from the last token of each row in this call)
     %14: f32[s0,s3,64] = aten.gather(%8, 1, %13)
     %15: f32[s0,s3,512] = aten.linear(%14, @lm_head.weight)
 
@@ -76,8 +76,10 @@ class SelectLogits(Pass):
         mask = edit.input("attention_mask", edit.dynamic_tensor([batch, None], torch.int64, hint=11))
         wanted = edit.input("logits_positions", edit.dynamic_tensor([batch, None], torch.int64, hint=5))
         with edit.before(head):
-            lengths = edit.call(aten.sum.dim_IntList, mask, [1])
-            from_end = edit.call(aten.add.Tensor, wanted, edit.call(aten.unsqueeze.default, lengths, 1))
+            total = edit.call(aten.sum.dim_IntList, mask, [1])
+            # Tokens of this call: all of a row's tokens in its first call, where padding may follow, S later.
+            new = edit.call(aten.clamp_max.default, total, edit.call(aten.sym_size.int, hidden, 1))
+            from_end = edit.call(aten.add.Tensor, wanted, edit.call(aten.unsqueeze.default, new, 1))
             is_negative = edit.call(aten.lt.Scalar, wanted, 0)
             positions = edit.call(aten.where.self, is_negative, from_end, wanted)
             column = edit.call(aten.unsqueeze.default, positions, 2)

@@ -1,7 +1,5 @@
 """The artifact folder as a container: written whole or not at all, hashed, and checked when it is opened.
 
-This module knows nothing about what a graph or a weight is. It keeps three promises about the folder:
-
 1. *Whole or absent.* `ArtifactWriter` fills a hidden folder beside the destination (same file system) and renames it
    into place as its last step, so no crash, full disk or Ctrl-C leaves half an artifact at the destination.
 2. *Every byte accounted for.* `jettison.json` lists the size and SHA-256 of every other file, and its own SHA-256 over
@@ -14,11 +12,11 @@ The same files and manifest give the same bytes of `jettison.json`: nothing here
 from __future__ import annotations
 
 import ctypes
-import difflib
 import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -32,7 +30,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import FrameType, TracebackType
 from typing import Any
 
 from jettison.ir.errors import ArtifactError, BugError, OptionError, UnsupportedError
@@ -43,12 +40,7 @@ if sys.platform != "win32":
 FORMAT_VERSION = 1
 MANIFEST_NAME = "jettison.json"
 SMALL_FILE_BYTES = 1 << 20  # smaller files are hashed at every open; larger ones on request: they take seconds
-
-Progress = Callable[[str, int, int], None]
-"""Called as (file name, bytes done over all files, bytes in total) while files are hashed."""
-
-_CHUNK_BYTES = 1 << 20
-_LARGEST_MANIFEST_BYTES = 64 << 20
+Progress = Callable[[str, int, int], None]  # (file name, bytes done over all files, bytes in total), while hashing
 _LIBRARIES = "jettison numpy onnx onnx-ir onnxruntime onnxscript safetensors scipy tokenizers torch transformers triton"
 _AGAIN = "The artifact is damaged: copy it again, or write it again with `jettison optimize`"
 _ELSEWHERE = "Choose another folder for the artifact"
@@ -122,7 +114,8 @@ def check_destination(out: str | Path, *, overwrite: bool = False) -> None:
         if target.exists() and not overwrite:
             choices = "Choose another folder, remove this one, or replace it with overwrite=True (--overwrite)"
             raise OptionError(f"[{out}] exists already, and the artifact needs a folder of its own. {choices}.")
-        if target.exists() and not (target / MANIFEST_NAME).is_file() and not (target.is_dir() and _is_empty(target)):
+        is_replaceable = (target / MANIFEST_NAME).is_file() or (target.is_dir() and not any(target.iterdir()))
+        if target.exists() and not is_replaceable:
             found = f"is no folder with {MANIFEST_NAME}, and only an earlier artifact is overwritten"
             raise OptionError(f"[{out}] {found}, for you may need the data. {_ELSEWHERE}, or remove it yourself.")
         parent = target.parent
@@ -136,28 +129,18 @@ def check_destination(out: str | Path, *, overwrite: bool = False) -> None:
         raise _error(out, f"cannot be used ({error})", _ELSEWHERE) from error
 
 
-def _is_empty(folder: Path) -> bool:
-    return next(folder.iterdir(), None) is None
-
-
 def _error(where: object, found: str, action: str) -> ArtifactError:
     return ArtifactError(f"[{where}] {found}. {action}.")
 
 
 def _size_text(n_bytes: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.2f} {unit}"
-    return f"{n_bytes} bytes"
+    return f"{n_bytes / 1e6:,.2f} MB" if n_bytes >= 10_000 else f"{n_bytes} bytes"
 
 
 def _json_text(value: Any) -> str:
-    """Return JSON with sorted keys, two spaces and a final newline: the one form of every JSON file we write.
-
-    The value passes through JSON once before it is sorted, so that int keys sort as the strings that they become.
-    """
-    plain = json.loads(json.dumps(value, allow_nan=False))
-    return json.dumps(plain, sort_keys=True, indent=2, allow_nan=False) + "\n"
+    """Return JSON with sorted keys, two spaces and a final newline: the one form of every JSON file we write."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # int keys become strings before they are sorted
+    return json.dumps(plain, sort_keys=True, indent=2) + "\n"
 
 
 def _manifest_hash(manifest: dict[str, Any]) -> str:
@@ -175,12 +158,10 @@ def _file_name(relative: str | Path) -> str:
     return str(name)
 
 
-def _hash_files(
-    folder: Path, sizes: dict[str, int], on_progress: Progress | None
-) -> Iterator[tuple[str, str | OSError]]:
+def _hash_files(folder: Path, sizes: dict[str, int], tell: Progress | None) -> Iterator[tuple[str, str | OSError]]:
     """Yield (name, SHA-256, or why it cannot be read) for each of `sizes`, in order of name."""
     total, before = sum(sizes.values()), 0
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    buffer = memoryview(bytearray(1 << 20))
     for name in sorted(sizes):
         digest, done = hashlib.sha256(), before
         try:
@@ -188,8 +169,8 @@ def _hash_files(
                 while n_bytes := file.readinto(buffer):
                     digest.update(buffer[:n_bytes])
                     done += n_bytes
-                    if on_progress is not None:
-                        on_progress(name, done, total)
+                    if tell is not None:
+                        tell(name, done, total)
             yield name, digest.hexdigest()
         except OSError as error:
             yield name, error
@@ -198,13 +179,6 @@ def _hash_files(
 
 class ArtifactWriter:
     """Fills a folder beside `out` and renames it to `out` in `finish`; anything short of that leaves nothing behind.
-
-    ```python
-    with ArtifactWriter(out) as writer:
-        writer.copy(source / "config.json")
-        save_file(tensors, writer.path("weights.safetensors"))
-        writer.finish(manifest)
-    ```
 
     Leaving the block by an exception, Ctrl-C, SIGTERM or SIGHUP removes the temporary folder. SIGKILL cannot be caught:
     that leftover goes with the next write to the same `out`. A full disk becomes an `ArtifactError`, whichever library
@@ -236,36 +210,30 @@ class ArtifactWriter:
     def __enter__(self) -> ArtifactWriter:
         with ExitStack() as stack, self._writing("the folder"):
             stack.enter_context(_ending_signals_raise())
-            stack.callback(self._remove)
+            for _ in range(2):  # twice, should an impatient second Ctrl-C cut the first removal short
+                stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             self.out.parent.mkdir(parents=True, exist_ok=True)
             _clean_leftovers(self.out)
             check_destination(self._shown, overwrite=self._overwrite)  # cleaning may have restored an artifact
             self.folder.mkdir()
-            stack.enter_context(_locked(self.folder))
+            lock = _lock(self.folder)
+            if lock is not None:
+                stack.callback(os.close, lock)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         stack, self._stack = self._stack, None
-        explained = None
-        try:
-            # Before the folder is removed, or the free bytes it reports would include those of the failed attempt.
-            if isinstance(error, Exception) and not isinstance(error, ArtifactError):
-                explained = self._explain_full_disk(error)
-        finally:
-            if stack is not None:
-                stack.close()
+        with stack or ExitStack():  # closed after the message, whose free bytes would else count what was removed
+            is_mute = isinstance(error, Exception) and not isinstance(error, ArtifactError)
+            explained = self._explain_full_disk(error) if is_mute else None
         if explained is not None:
             raise explained from error
         if error is None and not self._is_finished:
             raise BugError(f"[{self._shown}] ArtifactWriter was closed without finish(), so no artifact was written.")
 
     def path(self, relative: str | Path) -> Path:
-        """Return where to write `relative`, with its parent folders made.
-
-        Raises:
-            ArtifactError: The name leaves the folder, is `jettison.json`, or a parent cannot be made.
-        """
+        """Return where to write `relative`, parents made; ArtifactError if it leaves the folder or is reserved."""
         self._require_open()
         name = _file_name(relative)
         if name == MANIFEST_NAME:
@@ -275,11 +243,7 @@ class ArtifactWriter:
         return self.folder / name
 
     def copy(self, source: str | Path, relative: str | Path | None = None) -> Path:
-        """Copy the content of file `source` (links followed) to `relative`, by default under its own name.
-
-        Raises:
-            ArtifactError: `source` is not a readable file, or the copy cannot be written.
-        """
+        """Copy the content of `source` (links followed), by default under its own name; ArtifactError if it fails."""
         source = Path(source)
         if not source.is_file():  # a pipe would block for ever
             raise _error(source, f"is missing or not a file, and {self._shown} needs a copy", "Restore it")
@@ -300,11 +264,7 @@ class ArtifactWriter:
         return self.write_text(relative, _json_text(value))
 
     def require_space(self, n_bytes: int) -> None:
-        """Check that `n_bytes` more fit on the disk; the number is also named if the disk fills up all the same.
-
-        Raises:
-            ArtifactError: Fewer bytes are free.
-        """
+        """Raise ArtifactError unless `n_bytes` more fit; the number is also named should the disk fill up later."""
         self._require_open()
         self._bytes_needed = n_bytes
         free = shutil.disk_usage(self.folder).free
@@ -320,20 +280,16 @@ class ArtifactWriter:
                 `manifest_sha256` are set here, whatever it holds under these keys.
 
         Raises:
-            ArtifactError: A file cannot be written or is not a regular file, or `out` cannot be replaced.
-            OptionError: `out` has appeared since the writer was made.
+            ArtifactError, OptionError: A file cannot be written or is no regular file, or `out` has appeared since.
         """
         self._require_open()
-        with self._writing(MANIFEST_NAME):
+        with self._writing("the artifact"):
             files = self._record_files()
             document = json.loads(_json_text({**manifest, "format_version": FORMAT_VERSION, "files": files}))
             document["manifest_sha256"] = _manifest_hash(document)
             (self.folder / MANIFEST_NAME).write_bytes(_json_text(document).encode())
-            for name in (*files, MANIFEST_NAME):
-                _sync(self.folder / name)
-            for folder, _, _ in os.walk(self.folder):
-                _sync(Path(folder))
-        with self._writing("the finished folder"):
+            for path in (*self.folder.rglob("*"), self.folder):
+                _sync(path)
             check_destination(self._shown, overwrite=self._overwrite)  # minutes may have passed since the first check
             _replace(self.folder, self.out)
             self._is_finished = True
@@ -351,19 +307,13 @@ class ArtifactWriter:
                 sizes[_file_name(path.relative_to(self.folder))] = status.st_size
             elif not stat.S_ISDIR(status.st_mode):
                 raise _error(path.name, "is a link or a special file", "Write a regular file, so that it can be copied")
+        sizes.pop(MANIFEST_NAME, None)  # of a finish that failed and is tried again
         files: dict[str, dict[str, Any]] = {}
         for name, digest in _hash_files(self.folder, sizes, self._on_progress):
             if isinstance(digest, OSError):
                 raise digest
             files[name] = {"bytes": sizes[name], "sha256": digest}
         return files
-
-    def _remove(self) -> None:
-        try:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        except (KeyboardInterrupt, SystemExit):  # an impatient second Ctrl-C must not leave the rest behind
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -374,9 +324,9 @@ class ArtifactWriter:
             action = f"{_ELSEWHERE}, or mend its permissions or disk"
             raise self._explain_full_disk(error) or _error(self._shown, reason, action) from error
 
-    def _explain_full_disk(self, error: BaseException) -> ArtifactError | None:
+    def _explain_full_disk(self, error: BaseException | None) -> ArtifactError | None:
         """Return what to tell the user if `error`, or an error behind it, is a disk, quota or file-size limit."""
-        number = _out_of_space(error, self.out.parent)
+        number = _out_of_space(error)
         if number is None:
             return None
         found, action = _OUT_OF_SPACE[number]
@@ -384,35 +334,30 @@ class ArtifactWriter:
         free = shutil.disk_usage(self.out.parent).free if self.out.parent.is_dir() else 0
         needed = "" if self._bytes_needed is None else f" of the {_size_text(self._bytes_needed)} needed"
         state = f"{_size_text(written)}{needed} were written, {_size_text(free)} are free in {self.out.parent}"
-        return _error(self._shown, f"{found}: {state}. The unfinished artifact was removed", action)
+        return _error(self._shown, f"{found} ({error}): {state}. The unfinished artifact was removed", action)
 
 
-def _out_of_space(error: BaseException, parent: Path) -> int | None:
-    """Return the errno of `_OUT_OF_SPACE` that stands in the chain of `error`, unless for a file outside `parent`."""
-    link: BaseException | None = error
+def _out_of_space(error: BaseException | None) -> int | None:
+    """Return the number of `_OUT_OF_SPACE` that stands in the chain of `error`, if one does."""
     for _ in range(16):  # chains can be circular
-        if link is None:
-            return None
-        in_text = _OS_ERROR_IN_TEXT.search(str(link))
-        number = link.errno if isinstance(link, OSError) else int(in_text.group(1)) if in_text else None
-        if isinstance(link, OSError) and number is None and _SHORT_WRITE.fullmatch(str(link)):
-            number = errno.ENOSPC
-        if number in _OUT_OF_SPACE:
-            name = getattr(link, "filename", None)
-            return number if not isinstance(name, str) or Path(name).is_relative_to(parent) else None
-        link = link.__cause__ or link.__context__
+        in_text = _OS_ERROR_IN_TEXT.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(in_text.group(1)) if in_text else None
+        if isinstance(error, OSError) and number is None and _SHORT_WRITE.fullmatch(str(error)):
+            return errno.ENOSPC
+        if number in _OUT_OF_SPACE or error is None:
+            return number
+        error = error.__cause__ or error.__context__
     return None
 
 
 @contextmanager
 def _ending_signals_raise() -> Iterator[None]:
     """Turn SIGTERM and SIGHUP into SystemExit for the time of the block, unless the program handles them already."""
-    caught = []
-    if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        caught = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    is_main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set handlers
+    ending = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if is_main and hasattr(signal, name)]
+    caught = [number for number in ending if signal.getsignal(number) is signal.SIG_DFL]
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)  # what a shell reports for a program that the signal ended
 
     for number in caught:
@@ -464,25 +409,22 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of `folder`, which ends with the process however that dies; yields whether it was free.
+def _lock(folder: Path) -> int | None:
+    """Lock `folder` until the returned descriptor is closed or the process dies; None where it is held or cannot be.
 
     A pid alone would not do: it means nothing in another container, and a restarted one often gets the same pid 1.
     """
     if sys.platform == "win32":
-        yield False
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        return None
+    descriptor = None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held by its writer, or a file system without locks
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _clean_leftovers(out: Path) -> None:
@@ -490,21 +432,19 @@ def _clean_leftovers(out: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(out.name)}\.jettison-(new|old)-\d+-[0-9a-f]{{8}}")
     for folder in sorted(out.parent.iterdir()):
         named = pattern.fullmatch(folder.name)
-        if named is None or folder.is_symlink() or not folder.is_dir():
+        lock = _lock(folder) if named else None
+        if named is None or lock is None:
             continue
-        with _locked(folder) as is_abandoned:
-            if is_abandoned and named.group(1) == "old" and not os.path.lexists(out):
-                os.rename(folder, out)
-            elif is_abandoned:
-                shutil.rmtree(folder, ignore_errors=True)
+        if named.group(1) == "old" and not os.path.lexists(out):
+            os.rename(folder, out)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing `Artifact.verify` found.
-
-    The kinds are `missing`, `size`, `hash`, `unreadable`, `outside` and, as a note only, `extra`.
-    """
+    """What `Artifact.verify` found: `missing`, `size`, `hash`, `unreadable`, `outside` or, as a note only, `extra`."""
 
     kind: str
     name: str
@@ -536,70 +476,51 @@ class Artifact:
     def open(cls, folder: str | Path, *, verify: bool = False, on_progress: Progress | None = None) -> Artifact:
         """Open an artifact: checks `jettison.json`, the size of every file and the hash of files below 1 MiB.
 
-        Args:
-            folder: The artifact.
-            verify: Hash the large files as well (about a second per GB).
-            on_progress: Told about the hashing.
+        With `verify` large files are hashed too (about a second per GB), which `on_progress` is told about.
 
         Raises:
             ArtifactError: No artifact, an artifact of a newer format, or a damaged one.
         """
         artifact = cls(Path(folder), _read_manifest(Path(folder)))
-        problems = artifact._check_files(None if verify else SMALL_FILE_BYTES, on_progress)
+        problems = artifact._check_files(math.inf if verify else SMALL_FILE_BYTES, on_progress)
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise _error(folder, "; ".join(map(str, problems[:5])) + more, _AGAIN)
         return artifact
 
     def path(self, relative: str | Path) -> Path:
-        """Return where the listed file `relative` is.
-
-        Raises:
-            ArtifactError: It is not listed in the manifest, is gone, or leaves the folder.
-        """
+        """Return where the file `relative` is; ArtifactError if it is not listed, gone, or leaves the folder."""
         name = _file_name(relative)
         if name not in self.manifest["files"]:
-            close = difflib.get_close_matches(name, self.manifest["files"], n=3)
-            hint = f"; close to it: {', '.join(close)}" if close else ""
-            raise _error(self.folder, f"lists no file {name}{hint}", f"Ask for a file listed in {MANIFEST_NAME}")
+            raise _error(self.folder, f"lists no file {name}", f"Ask for a file listed in {MANIFEST_NAME}")
         problem = self._check_size(name)
         if problem is not None:
             raise _error(self.folder, str(problem), _AGAIN)
         return self.folder / name
 
     def read_json(self, relative: str | Path) -> Any:
-        """Return the content of the listed JSON file `relative`.
-
-        Raises:
-            ArtifactError: As `path`, or the content is not JSON.
-        """
+        """Return the content of the JSON file `relative`; ArtifactError as `path`, or if it is not JSON."""
         return _read_json(self.path(relative))
 
     def verify(self, on_progress: Progress | None = None) -> list[Problem]:
-        """Check `jettison.json` and the size and hash of every file, and note files that are not listed.
-
-        Returns:
-            Problems in order of file name, notes last. The artifact is sound if all of them are notes.
-        """
+        """Check `jettison.json` and every file, and note files that are not listed; sound if all of it is notes."""
         found = None
         try:
             stored = _read_manifest(self.folder)
             # Catches what its own hash cannot see, such as white space or a key that stands twice.
-            is_as_written = (self.folder / MANIFEST_NAME).read_bytes() == _json_text(stored).encode()
-            if not is_as_written or stored != self.manifest:
+            if (self.folder / MANIFEST_NAME).read_bytes() != _json_text(stored).encode() or stored != self.manifest:
                 found = "was changed after it was written"
         except (ArtifactError, OSError) as error:
             found = str(error)
         problems = [Problem("hash", MANIFEST_NAME, found, "the file as it was written")] if found else []
-        return problems + self._check_files(None, on_progress) + self._extra_files()
+        return problems + self._check_files(math.inf, on_progress) + self._extra_files()
 
-    def _check_files(self, hash_below: int | None, on_progress: Progress | None) -> list[Problem]:
-        """Check sizes of all files and hashes of those smaller than `hash_below` bytes (None: of all)."""
+    def _check_files(self, hash_below: float, on_progress: Progress | None) -> list[Problem]:
+        """Check the sizes of all files, and the hashes of those that are smaller than `hash_below` bytes."""
         files: dict[str, dict[str, Any]] = self.manifest["files"]
         checked = {name: self._check_size(name) for name in sorted(files)}
-        sizes = {name: files[name]["bytes"] for name, problem in checked.items() if problem is None}
-        hashed = {name: size for name, size in sizes.items() if hash_below is None or size < hash_below}
-        for name, digest in _hash_files(self.folder, hashed, on_progress):
+        sizes = {n: files[n]["bytes"] for n in checked if checked[n] is None and files[n]["bytes"] < hash_below}
+        for name, digest in _hash_files(self.folder, sizes, on_progress):
             needed = files[name]["sha256"]
             if isinstance(digest, OSError):
                 checked[name] = Problem("unreadable", name, f"cannot be read ({digest.strerror})", "a readable file")
@@ -615,10 +536,9 @@ class Artifact:
             return Problem("outside", name, "a link that leaves the folder", "a file (copy the folder with `cp -rL`)")
         try:
             status = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return Problem("missing", name, "missing", _size_text(n_bytes))
         except OSError as error:
-            return Problem("unreadable", name, f"cannot be read ({error.strerror})", "a readable file")
+            kind = "missing" if error.errno in {errno.ENOENT, errno.ENOTDIR} else "unreadable"
+            return Problem(kind, name, f"{kind} ({error.strerror})", _size_text(n_bytes))
         if not stat.S_ISREG(status.st_mode):
             return Problem("missing", name, "not a regular file", _size_text(n_bytes))
         if status.st_size != n_bytes:
@@ -646,28 +566,22 @@ def _read_json(path: Path) -> Any:
         raise _error(path, f"is not readable JSON ({error})", _AGAIN) from error
 
 
-def _find_manifest(folder: Path) -> Path:
-    path = folder / MANIFEST_NAME
-    pass_one = "Pass the folder that `jettison optimize --out` wrote"
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Read `jettison.json` and check its version, its own hash, and the names and records in it."""
+    path, from_us = folder / MANIFEST_NAME, "Pass the folder that `jettison optimize --out` wrote"
     try:
         if not folder.is_dir():
-            raise _error(folder, "is a file, not a folder" if folder.exists() else "does not exist", pass_one)
+            raise _error(folder, "is a file, not a folder" if folder.exists() else "does not exist", from_us)
         if not path.exists() and (folder / "config.json").exists():
             found = f"holds no {MANIFEST_NAME}: this looks like a Hugging Face model folder, not an artifact"
             raise _error(folder, found, f"Run `jettison optimize {folder} --out DIR`, and pass DIR")
         if not path.exists():
-            raise _error(folder, f"holds no {MANIFEST_NAME}, so it is no artifact", pass_one)
-        if not path.is_file() or path.stat().st_size > _LARGEST_MANIFEST_BYTES:
+            raise _error(folder, f"holds no {MANIFEST_NAME}, so it is no artifact", from_us)
+        if not path.is_file() or path.stat().st_size > 64 << 20:
             raise _error(path, "is not a small regular file", _AGAIN)
     except (OSError, ValueError) as error:  # no permission on a parent; a null byte in the path
-        raise _error(folder, f"cannot be read ({error})", pass_one) from error
-    return path
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `jettison.json` and check its version, its own hash, and the names and records in it."""
-    path = _find_manifest(folder)
-    manifest = _read_json(path)
+        raise _error(folder, f"cannot be read ({error})", from_us) from error
+    manifest: dict[str, Any] = _read_json(path)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if type(version) is not int or version < 1:
         raise _error(path, f"has format version {version!r}, needed a number from 1 to {FORMAT_VERSION}", _AGAIN)

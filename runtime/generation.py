@@ -14,7 +14,7 @@ import difflib
 import math
 import numbers
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,7 @@ import torch
 
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.runtime.sampling import Sampler
-from jettison.runtime.tokenizer import IncrementalDecoder, Tokenizer
+from jettison.runtime.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -31,36 +31,17 @@ DEFAULT_NEW_TOKENS = 20
 
 # Names of transformers that would change the tokens, and the values at which they do not.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "assistant_model": (),
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "constraints": ([],),
-    "custom_generate": (),
-    "diversity_penalty": (0,),
-    "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "guidance_scale": (1,),
-    "logits_processor": ([],),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_beam_groups": (1,),
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "prefix_allowed_tokens_fn": (),
-    "remove_invalid_values": (False,),
-    "repetition_penalty": (1,),
-    "sequence_bias": ({}, []),
-    "stopping_criteria": ([],),
-    "suppress_tokens": ([],),
-    "token_healing": (False,),
+    **dict.fromkeys(["assistant_model", "custom_generate", "dola_layers", "exponential_decay_length_penalty"], ()),
+    **dict.fromkeys(["forced_bos_token_id", "forced_eos_token_id", "prefix_allowed_tokens_fn"], ()),
     "watermarking_config": (),
+    **dict.fromkeys(["bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids"], ([],)),
+    **dict.fromkeys(["logits_processor", "stopping_criteria", "suppress_tokens"], ([],)),
+    "sequence_bias": ({}, []),
+    **dict.fromkeys(["diversity_penalty", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"], (0,)),
+    **dict.fromkeys(["no_repeat_ngram_size", "penalty_alpha"], (0,)),
+    **dict.fromkeys(["encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams"], (1,)),
+    **dict.fromkeys(["num_return_sequences", "repetition_penalty"], (1,)),
+    **dict.fromkeys(["remove_invalid_values", "token_healing"], (False,)),
 }
 # The same for names that transformers reads only when do_sample is set.
 _UNSUPPORTED_WHEN_SAMPLING: dict[str, tuple[Any, ...]] = {
@@ -73,22 +54,17 @@ _UNSUPPORTED_WHEN_SAMPLING: dict[str, tuple[Any, ...]] = {
 # Names that change what is returned, when it stops or how the cache is kept, but not which tokens are likely: refused
 # when asked for in a call, ignored in a generation_config.json written for another library.
 _UNSUPPORTED_IN_CALLS: dict[str, tuple[Any, ...]] = {
-    "cache_config": (),
-    "cache_implementation": (),
-    "max_time": (),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_logits": (False,),
-    "output_scores": (False,),
+    **dict.fromkeys(["cache_config", "cache_implementation", "max_time"], ()),
+    **dict.fromkeys(["output_attentions", "output_hidden_states", "output_logits", "output_scores"], (False,)),
     "return_dict_in_generate": (False,),
 }
 # Names without effect on one plain decoder: of beam search, speculation, encoder-decoders, compilation and bookkeeping.
-_IGNORED = frozenset(
+_IGNORED = (
     "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bos_token_id "
     "compile_config continuous_batching_config decoder_start_token_id disable_compile early_stopping is_assistant "
     "length_penalty low_memory max_cache_len max_matching_ngram_size num_assistant_tokens "
     "num_assistant_tokens_schedule prefill_chunk_size prompt_lookup_num_tokens renormalize_logits speculation_type "
-    "target_lookbehind transformers_version use_cache use_mtp".split()
+    "target_lookbehind transformers_version use_cache use_mtp"
 )
 _NEAREST = {
     "cache_implementation": "Choose the cache when optimising, with the pass cache-kv{policy=...}",
@@ -102,15 +78,17 @@ _NEAREST = {
 
 
 class Session(Protocol):
-    """A batch of sequences and their state, as the executors provide it.
+    """A batch of sequences and their state, as the executors provide it."""
 
-    Attributes:
-        context: most tokens a row may hold.
-        vocab_size: number of token ids the model has embeddings for.
-    """
+    @property
+    def context(self) -> int:
+        """Most tokens a row may hold."""
+        ...
 
-    context: int
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model has embeddings for."""
+        ...
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Run the prompts; `[B, V] f32`: logits after the last token of each row (rows may differ in length)."""
@@ -134,11 +112,12 @@ class GenerationOptions:
         max_new_tokens: most new tokens per row, at least 1. Wins over max_length; None with no max_length means 20.
         max_length: most tokens of the longest row, prompt included, at least 1.
         do_sample: draw tokens at random; False takes the most likely one and ignores temperature, top_k and top_p.
-        temperature: divides the logits; above 0 when sampling.
+        temperature: divides the logits; 0 to 1e6, at least 1e-6 when sampling.
         top_k: sample among the k best tokens; 0 means all. transformers samples with 50 unless told otherwise.
         top_p: sample among the best tokens that hold this much probability, 0 to 1; 1 means all.
         seed: of the draws, 0 to 2**63 - 1; None follows torch's default generator.
-        stop_strings: end a row when its text contains one of them; the text is cut before it. Needs a tokenizer.
+        stop_strings: end a row when its new text contains one of them; the text is cut before it. Needs a tokenizer.
+            (transformers also counts one that begins in the prompt; that would leave nothing to cut.)
         eos_token_id: token id or ids that end a row; the empty list means none. Kept as a tuple.
         pad_token_id: what finished rows are fed while the others go on; it has no effect on the result.
     """
@@ -165,14 +144,11 @@ class GenerationOptions:
             raise _wrong("seed", self.seed, "an integer below 2**63", "Set seed=0")
         if not isinstance(self.do_sample, bool):
             raise _wrong("do_sample", self.do_sample, "True or False", "Set do_sample=True to sample")
-        _set_number(self, "temperature", 0.0, math.inf, "a finite number above 0", "Set temperature=1.0")
-        if self.do_sample and self.temperature == 0.0:
-            raise _wrong(
-                "temperature",
-                self.temperature,
-                "a finite number above 0 to sample, because logits are divided by it",
-                "Set do_sample=False for the most likely token",
-            )
+        _set_number(self, "temperature", 0.0, 1e6, "a number from 0 to 1e6", "Set temperature=1.0")
+        # Below this, logits / temperature overflows f32.
+        if self.do_sample and self.temperature < 1e-6:
+            needed = "at least 1e-6 to sample, because logits are divided by it"
+            raise _wrong("temperature", self.temperature, needed, "Set do_sample=False for the most likely token")
         _set_number(self, "top_p", 0.0, 1.0, "a number from 0 to 1", "Set top_p=1.0 to keep all tokens")
         object.__setattr__(self, "stop_strings", _as_strings(self.stop_strings))
         object.__setattr__(self, "eos_token_id", _as_eos_ids(self.eos_token_id))
@@ -198,17 +174,14 @@ class GenerationOptions:
         for name in overrides:
             _refuse_unknown(name, known)
         stored = {name: value for name, value in (config or {}).items() if value is not None}
-        if not isinstance(stored.get("pad_token_id", 0), int) or stored.get("pad_token_id", 0) < 0:
-            del stored["pad_token_id"]  # -1 stands for "none" in older files
+        if stored.get("pad_token_id") == -1:
+            del stored["pad_token_id"]  # older files write "none" so
         if "max_length" in given and "max_new_tokens" not in given:
             stored.pop("max_new_tokens", None)
-        values = {name: value for name, value in (stored | given).items() if name in known}
-        options = cls(**values)
-        unsupported = dict(_UNSUPPORTED)
-        if options.do_sample:
-            unsupported |= _UNSUPPORTED_WHEN_SAMPLING
-        for name, neutral in unsupported.items():
-            _refuse_unsupported(name, stored | given, neutral, "" if name in given else " (in generation_config.json)")
+        values = stored | given
+        options = cls(**{name: value for name, value in values.items() if name in known})
+        for name, neutral in (_UNSUPPORTED | (_UNSUPPORTED_WHEN_SAMPLING if options.do_sample else {})).items():
+            _refuse_unsupported(name, values, neutral, "" if name in given else " (in generation_config.json)")
         for name, neutral in _UNSUPPORTED_IN_CALLS.items():
             _refuse_unsupported(name, given, neutral, "")
         return options
@@ -257,11 +230,6 @@ class GenerationResult:
     def texts(self) -> list[str | None]:
         """New text of each row."""
         return [row.text for row in self.rows]
-
-    @property
-    def finish_reasons(self) -> list[FinishReason]:
-        """Why each row ended."""
-        return [row.finish_reason for row in self.rows]
 
 
 class Streamer(Protocol):
@@ -317,10 +285,10 @@ def generate(
         if on_token is not None:
             on_token(row, token)
 
-    steps = batch.open(open_session)
+    events = batch.open(open_session)
     put(torch.tensor([batch.prompts[0]]))
     try:
-        return _drain(steps, put_token)
+        return _drain(events, put_token)
     finally:
         streamer.end()  # also after an error: a TextIteratorStreamer's reader would wait for ever
 
@@ -358,30 +326,30 @@ def stream(
     return _pieces(batch.open(open_session))
 
 
-_Step = list[tuple[int, int, str]]  # one entry per row that got a token: (row, token id, text that became certain)
-_Steps = Generator[_Step, None, GenerationResult]
+_Event = tuple[int, int, str]  # a row got a token: (row, token id, text that became certain)
+_Events = Generator[_Event, None, GenerationResult]
 
 
-def _drain(steps: _Steps, on_token: Callable[[int, int], None] | None) -> GenerationResult:
+def _drain(events: _Events, on_token: Callable[[int, int], None] | None) -> GenerationResult:
     while True:
         try:
-            step = next(steps)
+            row, token, _ = next(events)
         except StopIteration as end:
             result: GenerationResult = end.value
             return result
         if on_token is not None:
-            for row, token, _ in step:
-                on_token(row, token)
+            on_token(row, token)
 
 
-def _pieces(steps: _Steps) -> Generator[str, None, GenerationResult]:
+def _pieces(events: _Events) -> Generator[str, None, GenerationResult]:
     while True:
         try:
-            step = next(steps)
+            _, _, piece = next(events)
         except StopIteration as end:
             result: GenerationResult = end.value
             return result
-        yield from (piece for _, _, piece in step if piece)
+        if piece:
+            yield piece
 
 
 class _Batch:
@@ -397,16 +365,16 @@ class _Batch:
         self.end_tokens: dict[int, FinishReason] = {}
         if self.stop_strings and tokenizer is None:
             raise OptionError(
-                f"[generate] stop_strings: found {list(self.stop_strings)} but no tokenizer, needs one to compare text. "
-                "Pass tokenizer=, or end rows with eos_token_id."
+                f"[generate] stop_strings: found {list(self.stop_strings)} but no tokenizer, needs one to compare "
+                "text. Pass tokenizer=, or end rows with eos_token_id."
             )
         if tokenizer is not None:
-            self.end_tokens |= dict.fromkeys(_special_stops(self.stop_strings, tokenizer.special_tokens), "stop")
+            self.end_tokens |= dict.fromkeys(StopStrings.special_ids(self.stop_strings, tokenizer), "stop")
         self.end_tokens |= dict.fromkeys(_as_eos_ids(options.eos_token_id), "eos")
         self.rows = [_Row(self.stop_strings, tokenizer) for _ in self.prompts]
 
-    def open(self, open_session: OpenSession) -> _Steps:
-        """Open a session and check the prompts against it; the model runs when the steps are read."""
+    def open(self, open_session: OpenSession) -> _Events:
+        """Open a session and check the prompts against it; the model runs as the events are read."""
         wanted = self._wanted_tokens()
         session = open_session(len(self.prompts), self.longest + wanted)
         for row, prompt in enumerate(self.prompts):
@@ -426,40 +394,40 @@ class _Batch:
             )
         return options.max_length - self.longest
 
-    def _run(self, session: Session, budget: int) -> _Steps:
-        """Yield the tokens of each step; times leave out what the reader does between steps."""
-        options, prompts, rows = self.options, self.prompts, self.rows
+    def _run(self, session: Session, budget: int) -> _Events:
+        """Yield the tokens of each step; times leave out what the reader does meanwhile."""
+        options, rows = self.options, self.rows
         sampler = Sampler(len(rows), options.do_sample, options.temperature, options.top_k, options.top_p, options.seed)
         start = time.perf_counter()
-        step = self._accept(sampler, session.prefill(prompts), budget)
+        events = self._accept(sampler, session.prefill(self.prompts), budget)
         prefill_seconds, decode_seconds, steps = time.perf_counter() - start, 0.0, 0
-        yield step
+        yield from events
         while any(row.finish_reason is None for row in rows):
             start = time.perf_counter()
             logits = session.decode([self._next_input(row, session.vocab_size) for row in rows])
-            step = self._accept(sampler, logits, budget)
+            events = self._accept(sampler, logits, budget)
             decode_seconds += time.perf_counter() - start
             steps += 1
-            yield step
-        generated = tuple(row.result(len(prompt)) for row, prompt in zip(rows, prompts, strict=True))
+            yield from events
+        generated = tuple(row.result(len(prompt)) for row, prompt in zip(rows, self.prompts, strict=True))
         return GenerationResult(generated, prefill_seconds, decode_seconds, steps)
 
-    def _accept(self, sampler: Sampler, logits: torch.Tensor, budget: int) -> _Step:
-        """Choose a token for every row that goes on."""
+    def _accept(self, sampler: Sampler, logits: torch.Tensor, budget: int) -> list[_Event]:
+        """Choose a token for every row that goes on; finished rows draw nothing."""
         active = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
-        step = []
+        events = []
         for i, token in zip(active, sampler.choose(logits, active), strict=True):
-            row = self.rows[i]
-            is_last = len(row.token_ids) + 1 >= budget
-            step.append((i, token, row.accept(token, self.end_tokens.get(token), is_last)))
-        return step
+            is_last = len(self.rows[i].token_ids) + 1 >= budget
+            events.append((i, token, self.rows[i].accept(token, self.end_tokens.get(token), is_last)))
+        return events
 
     def _next_input(self, row: _Row, vocab_size: int) -> int:
         """What a row is fed next; a finished row only keeps its place in the batch."""
         pad = self.options.pad_token_id
         # Some models name a padding token that they have no embedding for.
-        is_padded = row.finish_reason is not None and pad is not None and pad < vocab_size
-        return pad if is_padded and pad is not None else row.token_ids[-1]
+        if row.finish_reason is None or pad is None or pad >= vocab_size:
+            return row.token_ids[-1]
+        return pad
 
 
 class _Row:
@@ -469,7 +437,7 @@ class _Row:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer)
-        self._stops = _StopStrings(stop_strings)
+        self._stops = StopStrings(stop_strings)
         self._text: list[str] = []
 
     def accept(self, token: int, ends: FinishReason | None, is_last: bool) -> str:
@@ -489,45 +457,6 @@ class _Row:
     def result(self, prompt_tokens: int) -> GeneratedRow:
         text = None if self._decoder is None else "".join(self._text)
         return GeneratedRow(tuple(self.token_ids), text, self.finish_reason or "length", prompt_tokens)
-
-
-class _StopStrings:
-    """Lets text through up to the first stop string, holding back what may be the beginning of one."""
-
-    def __init__(self, strings: tuple[str, ...]) -> None:
-        self._strings = strings
-        self._held = ""
-        self.is_found = False
-
-    def push(self, text: str) -> str:
-        if self.is_found:
-            return ""
-        text = self._held + text
-        starts = [start for string in self._strings if (start := text.find(string)) >= 0]
-        if starts:
-            self.is_found, self._held = True, ""
-            return text[: min(starts)]
-        prefixes = (string[:n] for string in self._strings for n in range(1, len(string)))
-        held = max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def finish(self) -> str:
-        """Let go of what was held back: nothing follows that could complete it."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _special_stops(strings: tuple[str, ...], special_tokens: Mapping[str, int]) -> list[int]:
-    """Ids of the stop strings that are special tokens, which never show in the text."""
-    for string in strings:
-        inside = [token for token in special_tokens if token and token in string and token != string]
-        if inside:
-            raise UnsupportedError(
-                f"[generate] stop_strings: found {string!r}, which holds the special token {inside[0]!r}; it needs to be "
-                f"either, because special tokens are left out of the text. Use {inside[0]!r} alone."
-            )
-    return [special_tokens[string] for string in strings if string in special_tokens]
 
 
 def _as_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -568,14 +497,14 @@ def _check_prompt(row: int, prompt: list[int], session: Session) -> None:
         position, token = next((p, t) for p, t in enumerate(prompt) if not 0 <= t < session.vocab_size)
         raise OptionError(
             f"[generate] prompt {row}, position {position}: found token {token}, needs 0 to {session.vocab_size - 1}, "
-            f"because the model's vocabulary has {session.vocab_size} tokens. Use the tokenizer of this model, and drop "
-            "padding."
+            f"because the model's vocabulary has {session.vocab_size} tokens. Use the tokenizer of this model, and "
+            "drop padding."
         )
     if len(prompt) >= session.context:
         raise OptionError(
             f"[generate] prompt {row}: found {len(prompt)} tokens, needs at most {session.context - 1}, because the "
-            f"model's context holds {session.context} and one must be left to generate. Shorten the prompt, for example "
-            f"to its last {session.context - 1} tokens."
+            f"model's context holds {session.context} and one must be left to generate. Shorten the prompt, for "
+            f"example to its last {session.context - 1} tokens."
         )
 
 
@@ -601,15 +530,11 @@ def _set_number(options: GenerationOptions, name: str, least: float, most: float
 
 
 def _as_strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else tuple(value or ())
-    if not all(isinstance(string, str) and string for string in strings):
-        raise _wrong(
-            "stop_strings",
-            value,
-            "one or more strings that are not empty",
-            'Set stop_strings=["\n\n"], or leave it out',
-        )
-    return strings
+    strings = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
+        needed = "one or more strings that are not empty"
+        raise _wrong("stop_strings", value, needed, "Leave stop_strings out to stop at none")
+    return tuple(strings)
 
 
 def _as_eos_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -620,10 +545,16 @@ def _as_eos_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _refuse_unknown(name: str, known: set[str]) -> None:
-    other = known | _IGNORED | _UNSUPPORTED.keys() | _UNSUPPORTED_WHEN_SAMPLING.keys() | _UNSUPPORTED_IN_CALLS.keys()
+    other = (
+        known
+        | set(_IGNORED.split())
+        | _UNSUPPORTED.keys()
+        | _UNSUPPORTED_WHEN_SAMPLING.keys()
+        | _UNSUPPORTED_IN_CALLS.keys()
+    )
     if name in other:
         return
-    close = difflib.get_close_matches(name, sorted(known), n=3) or difflib.get_close_matches(name, sorted(other), n=3)
+    close = difflib.get_close_matches(name, known, cutoff=0.7) or difflib.get_close_matches(name, other, cutoff=0.7)
     hint = f"Did you mean {', '.join(close)}?" if close else f"The options are {', '.join(sorted(known))}."
     raise OptionError(f"[generate] {name}: unknown option, needs a name of transformers' generate. {hint}")
 
@@ -635,6 +566,6 @@ def _refuse_unsupported(name: str, values: Mapping[str, Any], neutral: tuple[Any
     off = f"set {name}={neutral[0]!r} to go without" if neutral else f"leave {name} out"
     nearest = f"{_NEAREST[name]}, or {off}" if name in _NEAREST else off[0].upper() + off[1:]
     raise UnsupportedError(
-        f"[generate] {name}: found {value!r}{source}, which jettison does not do (yet) and which would change the output. "
-        f"{nearest}."
+        f"[generate] {name}: found {value!r}{source}, which jettison does not do (yet) and which would change the "
+        f"output. {nearest}."
     )

@@ -103,7 +103,8 @@ class TransformersTokenizer(Tokenizer):
         self.eos_token_id = tokenizer.eos_token_id
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        special |= {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = getattr(tokenizer, "added_tokens_decoder", {})  # not every backend has it
+        special |= {str(token): i for i, token in added.items() if token.special}
         self.special_tokens = special
 
     def _encode(self, text: str) -> list[int]:
@@ -132,8 +133,8 @@ class TransformersTokenizer(Tokenizer):
             )
         except ImportError as error:
             raise UnsupportedError(
-                f"[tokenizer] chat template: cannot be rendered ({error}). Run `pip install 'jinja2>=3.1.6'`, or pass a "
-                "plain prompt."
+                f"[tokenizer] chat template: cannot be rendered ({error}). Run `pip install 'jinja2>=3.1.6'`, or "
+                "pass a plain prompt."
             ) from error
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             raise OptionError(
@@ -217,6 +218,56 @@ class IncrementalDecoder:
         piece = text[len(self._shown) :]
         self._shown = text
         return piece
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, holding back what may be the beginning of one.
+
+    Attributes:
+        is_found: a stop string has come; nothing is let through any more.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        """Watch for any of `strings`, none of them empty."""
+        self._strings = tuple(strings)
+        self._held = ""
+        self.is_found = False
+
+    def push(self, text: str) -> str:
+        """Add text and return what is certainly before any stop string."""
+        if self.is_found:
+            return ""
+        text = self._held + text
+        starts = [start for string in self._strings if (start := text.find(string)) >= 0]
+        if starts:
+            self.is_found, self._held = True, ""
+            return text[: min(starts)]
+        prefixes = (string[:n] for string in self._strings for n in range(1, len(string)))
+        held = max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def finish(self) -> str:
+        """Return what was held back: nothing follows that could complete a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def special_ids(strings: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+        """Ids of the stop strings that are special tokens: `decode` leaves those out, so no text can match them.
+
+        Raises:
+            UnsupportedError: a stop string mixes a special token with other text.
+        """
+        for string in strings:
+            inside = [token for token in tokenizer.special_tokens if token and token in string and token != string]
+            if inside and string not in tokenizer.special_tokens:
+                raise UnsupportedError(
+                    f"[generate] stop_strings: found {string!r}, which mixes the special token {inside[0]!r} with "
+                    f"other text, needs one or the other, because special tokens are left out of the text. Use "
+                    f"{inside[0]!r}."
+                )
+        return [tokenizer.special_tokens[string] for string in strings if string in tokenizer.special_tokens]
 
 
 def has_tokenizer(folder: str | Path) -> bool:

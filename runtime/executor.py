@@ -1,0 +1,69 @@
+"""What runs the entries of a program, whatever the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from jettison.ir.program import ModelInfo, State
+
+
+@dataclass(frozen=True)
+class EntrySignature:
+    """Names an entry takes and returns.
+
+    Attributes:
+        inputs: Run-time inputs.
+        states: States taken and returned.
+        outputs: Outputs before the new states.
+    """
+
+    inputs: tuple[str, ...]
+    states: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Executor(Protocol):
+    """Runs entries; owns weights and kernels, not states.
+
+    Attributes:
+        info: Facts about the model.
+        entries: Signature of each entry.
+        states: Declaration of each state.
+        weight_bytes: Bytes of the weights as this target holds them.
+    """
+
+    info: ModelInfo
+    entries: dict[str, EntrySignature]
+    states: dict[str, State]
+    weight_bytes: int
+
+    def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run an entry once.
+
+        Args:
+            entry: Its name.
+            inputs: Every run-time input, contiguous.
+            states: Every state, contiguous; updated in place.
+
+        Returns:
+            Outputs by name.
+        """
+
+
+def allocate_states(states: Mapping[str, State], batch: int, capacity: int) -> dict[str, Tensor]:
+    """Empty states of a session.
+
+    Args:
+        states: Declarations.
+        batch: Rows.
+        capacity: Slots per row.
+
+    Returns:
+        Zeroed tensors by name.
+    """
+    return {name: torch.zeros(state.sizes(batch, capacity), dtype=state.dtype) for name, state in states.items()}
