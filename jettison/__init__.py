@@ -1,1 +1,58 @@
-"""jettison: a pass compiler that fits language models into the memory you have."""
+"""jettison: a pass compiler that fits language models into the memory you have.
+
+    import jettison
+
+    model = jettison.optimize("path/to/model", passes="quantize-weights{bits=4,group=32}")
+    print(model.generate("Once upon a time", max_new_tokens=64))
+    model.save_pretrained("out")
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jettison.api import load, optimize
+    from jettison.optimized_model import OptimizedModel
+    from jettison.passes.cache_kv import CacheKV
+    from jettison.passes.merge_qkv_projections import MergeQkvProjections
+    from jettison.passes.policies import Full, Window
+    from jettison.passes.quantize_weights import QuantizeWeights
+    from jettison.report import Report
+
+__all__ = [
+    "CacheKV",
+    "Full",
+    "MergeQkvProjections",
+    "OptimizedModel",
+    "QuantizeWeights",
+    "Report",
+    "Window",
+    "load",
+    "optimize",
+]
+
+_HOMES = {
+    "CacheKV": "jettison.passes.cache_kv",
+    "Full": "jettison.passes.policies",
+    "MergeQkvProjections": "jettison.passes.merge_qkv_projections",
+    "OptimizedModel": "jettison.optimized_model",
+    "QuantizeWeights": "jettison.passes.quantize_weights",
+    "Report": "jettison.report",
+    "Window": "jettison.passes.policies",
+    "load": "jettison.api",
+    "optimize": "jettison.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use: `import jettison.runtime.artifact` must not load torch, and the packages below this one
+    # must not pull in the front door.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jettison' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,9 +11,11 @@ from jettison.passes.canonicalize_linear import CanonicalizeLinear
 from jettison.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from jettison.passes.eliminate_no_ops import EliminateNoOps
 from jettison.passes.fold_constants import FoldConstants
+from jettison.passes.raise_attention import RaiseAttention
 from jettison.passes.raise_gated_mlp import RaiseGatedMlp
 from jettison.passes.raise_rms_norm import RaiseRmsNorm
 from jettison.passes.raise_rotary_embedding import RaiseRotaryEmbedding
+from jettison.passes.raise_written_attention import RaiseWrittenAttention
 from jettison.passes.select_logits import SelectLogits
 from jettison.passes.strip_export_asserts import StripExportAsserts
 
@@ -30,6 +32,8 @@ CANONICALIZE: tuple[Pass, ...] = (
 RAISE: tuple[Pass, ...] = (
     RaiseRmsNorm(),
     RaiseRotaryEmbedding(),
+    RaiseAttention(),
+    RaiseWrittenAttention(),
     RaiseGatedMlp(),
     SelectLogits(),
 )

@@ -1,0 +1,168 @@
+"""`optimize` and `load`: the one place where capture, passes, code generation and runtime meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from jettison.artifact_files import ArtifactContents, load_artifact, save_artifact, temporary_executor
+from jettison.ir.errors import OptionError, UnsupportedError
+from jettison.ir.program import PassRecord, Program
+from jettison.ir.text import program_text
+from jettison.optimized_model import OptimizedModel
+from jettison.passes import USER_PASSES
+from jettison.passes.base import Pass
+from jettison.passes.cache_kv import CacheKV
+from jettison.passes.grammar import format_pipeline, parse_pipeline
+from jettison.passes.options import build, lookup, to_spec
+from jettison.passes.pipeline import apply, prepare
+from jettison.passes.policies import POLICIES, Policy
+from jettison.report import Report
+from jettison.runtime.tokenizer import Tokenizer, load_tokenizer
+from jettison.source import ModelSource, open_source
+
+TARGETS = ("onnx", "torch")
+AfterPass = Callable[[Pass, PassRecord, Program], None]
+
+
+def parse_passes(text: str) -> list[Pass]:
+    """Passes from a textual pipeline.
+
+    Args:
+        text: E.g. `quantize-weights{bits=4,group=32},cache-kv{policy=full}`.
+
+    Raises:
+        OptionError: A syntax error (points at the column), an unknown pass or option, or a value out of range.
+    """
+    registry = {pass_.name: pass_ for pass_ in USER_PASSES}
+    registries = {Policy: POLICIES}
+    return [
+        build(lookup(spec.name, registry, "pass", text, spec.column), spec, where=text, registries=registries)
+        for spec in parse_pipeline(text)
+    ]
+
+
+def pipeline_text(passes: Sequence[Pass]) -> str:
+    """Canonical text of passes."""
+    return format_pipeline([to_spec(pass_, pass_.name) for pass_ in passes])
+
+
+def with_cache(passes: Sequence[Pass], program: Program) -> list[Pass]:
+    """The passes, with `cache-kv{policy=full}` appended for a decoder without a cache."""
+    needs_cache = program.info.kind == "decoder" and not any(isinstance(pass_, CacheKV) for pass_ in passes)
+    return [*passes, CacheKV()] if needs_cache else list(passes)
+
+
+def optimize(
+    model: nn.Module | str | Path,
+    passes: Sequence[Pass] | str = (),
+    *,
+    target: str = "onnx",
+    strict: bool = False,
+    check: bool = False,
+    max_kl: float | None = None,
+    dtype: str = "float32",
+    context: int | None = None,
+    seed: int = 0,
+    after_each: AfterPass | None = None,
+) -> OptimizedModel:
+    """Rewrite a model with passes.
+
+    Args:
+        model: A Hugging Face folder, a transformers model, or a module whose forward takes `input_ids`.
+        passes: Pass objects or the text of a pipeline. A decoder without `cache-kv` gets `cache-kv{policy=full}`.
+        target: `onnx` (runs with ONNX Runtime, can be shipped) or `torch`.
+        strict: Whether a place where a pass could not fire is an error.
+        check: Whether to run the program before and after every pass on a few tokens and report the drift.
+        max_kl: With `check` (which it implies): the KL divergence, in nats per token, that no pass may exceed.
+        dtype: What the graph computes in; `onnx` needs `float32`.
+        context: Most positions of a sequence, for a module that does not say.
+        seed: Of the tokens that `check` samples.
+        after_each: Called with each pass, its record and the program.
+
+    Returns:
+        The optimised model.
+
+    Raises:
+        CaptureError: The model cannot be read or captured.
+        OptionError: A bad setting.
+        UnsupportedError: `strict`, and a pass could not fire somewhere.
+        BudgetExceeded: A pass exceeded `max_kl`.
+    """
+    if target not in TARGETS:
+        raise OptionError(f"[optimize] target={target!r}: needed one of {', '.join(TARGETS)}.")
+    if target == "onnx" and dtype != "float32":
+        raise OptionError(f"[optimize] dtype={dtype!r} with target='onnx': CPU graphs compute in float32. Leave it out.")
+    chosen = parse_passes(passes) if isinstance(passes, str) else list(passes)
+    started = time.perf_counter()
+    source = open_source(model, dtype=dtype, context=context)
+    program = source.program
+    prepare(program)
+    raised = [miss for record in program.history for miss in record.misses]
+    program.history.clear()
+    before = program_text(program)
+    chosen = with_cache(chosen, program)
+    program.pipeline = pipeline_text(chosen)
+    callbacks: list[AfterPass] = [after_each] if after_each is not None else []
+    if check or max_kl is not None:
+        from jettison.drift import DriftCheck
+
+        callbacks.insert(0, DriftCheck(program, max_kl=max_kl, seed=seed))
+
+    def call_all(pass_: Pass, record: PassRecord, current: Program) -> None:
+        for callback in callbacks:
+            callback(pass_, record, current)
+
+    records = apply(program, chosen, strict=strict, after_each=call_all)
+    report = Report(
+        model=program.info.name, source=source.name, pipeline=program.pipeline, target=target, passes=records,
+        raised=raised, source_bytes=source.weight_bytes, weight_bytes=program.weight_bytes(),
+        state_bytes=program.state_bytes(1, program.info.context), context=program.info.context,
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+    return _wrap(source, program, report, before, seed)
+
+
+def _wrap(source: ModelSource, program: Program, report: Report, before: str, seed: int) -> OptimizedModel:
+    contents = ArtifactContents(source, program, report, before, program_text(program), seed)
+    folder = source.folder
+
+    def tokenizer() -> Tokenizer:
+        if folder is None:
+            raise UnsupportedError(
+                f"[tokenizer] {program.info.name} was given as a module, without a tokenizer. Pass token ids, or "
+                "optimise its folder."
+            )
+        return load_tokenizer(folder)
+
+    return OptimizedModel(
+        program.info,
+        report,
+        contents.graph_before,
+        contents.graph_after,
+        open_executor=lambda: temporary_executor(contents),
+        save=lambda out, overwrite: save_artifact(contents, out, overwrite=overwrite),
+        tokenizer=tokenizer,
+        generation_config=source.generation_config,
+    )
+
+
+def load(folder: str | Path, *, verify: bool = False, threads: int | None = None) -> OptimizedModel:
+    """Open an artifact folder.
+
+    Args:
+        folder: What `save_pretrained` or `jettison optimize` wrote.
+        verify: Check the hash of every file, not only of small ones.
+        threads: Threads within an operator; default the runtime's own choice.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArtifactError: The folder is no artifact, is damaged, or was written by a newer jettison.
+        UnsupportedError: The installed ONNX Runtime is too old for it.
+    """
+    return load_artifact(Path(folder), verify=verify, threads=threads)

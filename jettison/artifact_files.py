@@ -1,0 +1,209 @@
+"""An optimised model to an artifact folder and back."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jettison.codegen.onnx.emit import EmittedGraph, emit_program, weight_bytes
+from jettison.ir.errors import ArtifactError
+from jettison.ir.program import ModelInfo, Program, State
+from jettison.ir.progress import track
+from jettison.ir.serialize import load_program, save_program
+from jettison.ir.text import dtype_text
+from jettison.optimized_model import OptimizedModel
+from jettison.report import Report
+from jettison.runtime.artifact import Artifact, ArtifactWriter, check_requirements, library_versions
+from jettison.runtime.executor import Executor
+from jettison.runtime.onnx_executor import OnnxExecutor, OnnxGraph
+from jettison.runtime.tokenizer import load_tokenizer
+from jettison.runtime.torch_executor import TorchExecutor
+from jettison.source import ModelSource
+
+DATA_FILE = "model.onnx.data"
+PROGRAM_FILE = "program.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass
+class ArtifactContents:
+    """Everything an artifact is written from."""
+
+    source: ModelSource
+    program: Program
+    report: Report
+    graph_before: str
+    graph_after: str
+    seed: int
+
+
+def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = False) -> None:
+    """Write an artifact folder, whole or not at all.
+
+    Args:
+        contents: What to write.
+        out: Destination.
+        overwrite: Replace an artifact that is there.
+
+    Raises:
+        OptionError: `out` exists.
+        ArtifactError: It cannot be written.
+    """
+    source, program = contents.source, contents.program
+    with ArtifactWriter(out, overwrite=overwrite) as writer:
+        manifest = _manifest(contents)
+        if contents.report.target == "onnx":
+            _write_onnx(contents, writer, manifest)
+        else:
+            writer.require_space(program.weight_bytes())
+            with track("write weights", program.weight_bytes()) as advance:
+                save_program(program, writer.path(PROGRAM_FILE), writer.path(WEIGHTS_FILE), on_bytes=advance)
+            manifest["weight_bytes"] = program.weight_bytes()
+        contents.report.weight_bytes = manifest["weight_bytes"]
+        writer.write_text("graph/before.txt", contents.graph_before)
+        writer.write_text("graph/after.txt", contents.graph_after)
+        if source.config:
+            writer.write_json("config.json", source.config)
+        if source.generation_config:
+            writer.write_json("generation_config.json", source.generation_config)
+        for path, relative in source.tokenizer_files:
+            writer.copy(path, relative)
+        report = contents.report.as_dict()
+        del report["seconds"]  # the artifact holds nothing that differs from run to run
+        for record in report["passes"]:
+            record["seconds"] = 0.0
+        writer.write_json("report.json", {**report, "seconds": 0.0})
+        writer.finish(manifest)
+
+
+def _manifest(contents: ArtifactContents) -> dict[str, Any]:
+    source, program = contents.source, contents.program
+    return {
+        "target": contents.report.target,
+        "pipeline": program.pipeline,
+        "source": {"name": source.name, "sha256": source.content_hash},
+        "libraries": library_versions(),
+        "calibration": None,
+        "seed": contents.seed,
+        "model": asdict(program.info),
+        "states": [
+            {"name": state.name, "shape": list(state.shape), "dtype": dtype_text(state.dtype)}
+            for state in program.states.values()
+        ],
+        "requires": {},
+    }
+
+
+def _write_onnx(contents: ArtifactContents, writer: ArtifactWriter, manifest: dict[str, Any]) -> None:
+    program = contents.program
+    total = weight_bytes(program)
+    writer.require_space(total)
+    with track("write weights", total) as advance:
+        emitted = emit_program(program, writer.folder, on_bytes=advance)
+    manifest["graphs"] = [_graph_dict(graph) for graph in emitted]
+    manifest["requires"] = {"onnxruntime": max((g.minimum_ort for g in emitted), key=_version)}
+    manifest["weight_bytes"] = total
+    if len(emitted) == 1 and len(emitted[0].entries) == 2:
+        from jettison.codegen.onnx.genai_config import genai_config
+
+        described = genai_config(contents.source.config, contents.source.generation_config, program)
+        if described is not None:
+            writer.write_json("genai_config.json", described)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def _graph_dict(graph: EmittedGraph) -> dict[str, Any]:
+    return {
+        "file": graph.path.name,
+        "entries": list(graph.entries),
+        "inputs": [name for name in graph.inputs if name not in graph.states],
+        "outputs": [name for name in graph.outputs if name not in {out for _, out in graph.states.values()}],
+        "states": {name: list(pair) for name, pair in graph.states.items()},
+    }
+
+
+def temporary_executor(contents: ArtifactContents) -> Executor:
+    """Run a model that was not saved: an ONNX target is written to a temporary folder that lives as long as it does."""
+    if contents.report.target == "torch":
+        return TorchExecutor(contents.program)
+    folder = tempfile.TemporaryDirectory(prefix="jettison-")
+    path = Path(folder.name) / "artifact"
+    save_artifact(contents, path)
+    executor = _onnx_executor(Artifact.open(path), threads=None)
+    weakref.finalize(executor, folder.cleanup)
+    return executor
+
+
+_DTYPES = {dtype_text(dtype): dtype for dtype in (torch.float32, torch.float16, torch.int64, torch.int32, torch.int8,
+                                                 torch.uint8, torch.bool, torch.bfloat16)}  # fmt: skip
+
+
+def _onnx_executor(artifact: Artifact, threads: int | None) -> OnnxExecutor:
+    manifest = artifact.manifest
+    states = {
+        entry["name"]: State(entry["name"], tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+        for entry in manifest["states"]
+    }
+    graphs = [
+        OnnxGraph(
+            artifact.path(graph["file"]), tuple(graph["entries"]), tuple(graph["inputs"]), tuple(graph["outputs"]),
+            {name: (past, present) for name, (past, present) in graph["states"].items()},
+        )
+        for graph in manifest["graphs"]
+    ]  # fmt: skip
+    artifact.path(DATA_FILE)  # listed and inside the folder
+    return OnnxExecutor(
+        graphs, ModelInfo(**manifest["model"]), states, manifest["weight_bytes"], threads=threads
+    )
+
+
+def load_artifact(folder: Path, *, verify: bool = False, threads: int | None = None) -> OptimizedModel:
+    """Open an artifact folder; see `jettison.load`."""
+    artifact = Artifact.open(folder, verify=verify)
+    manifest = artifact.manifest
+    check_requirements(manifest)
+    try:
+        info = ModelInfo(**manifest["model"])
+        report = Report.from_dict(artifact.read_json("report.json"))
+        target = manifest["target"]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"[load] {folder}: jettison.json or report.json lacks {error}. Write the artifact again with "
+            "`jettison optimize`."
+        ) from error
+
+    def open_executor() -> Executor:
+        if target == "torch":
+            program = load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE), metadata=False)
+            if threads is not None:
+                torch.set_num_threads(threads)
+            return TorchExecutor(program)
+        return _onnx_executor(artifact, threads)
+
+    def save(out: Path, overwrite: bool) -> None:
+        with ArtifactWriter(out, overwrite=overwrite) as writer:
+            for name in manifest["files"]:
+                writer.copy(artifact.path(name), name)
+            kept = {key: value for key, value in manifest.items() if key not in ("files", "manifest_sha256")}
+            writer.finish(kept)
+
+    has_generation_config = "generation_config.json" in manifest["files"]
+    return OptimizedModel(
+        info,
+        report,
+        artifact.path("graph/before.txt").read_text(),
+        artifact.path("graph/after.txt").read_text(),
+        open_executor=open_executor,
+        save=save,
+        tokenizer=lambda: load_tokenizer(folder),
+        generation_config=artifact.read_json("generation_config.json") if has_generation_config else {},
+        folder=folder,
+    )
