@@ -154,7 +154,9 @@ def build(cls: type[T], spec: Spec, *, where: str, registries: Registries) -> T:
 
 
 def to_spec(instance: Any, name: str | None = None) -> Spec:
-    """Makes the canonical spec of an option dataclass: the fields that differ from their defaults, in order.
+    """Makes the canonical spec of an option dataclass: every option that is set, in order.
+
+    Defaults are printed too, for the text is stored in artifacts and must mean the same to a later version.
 
     Args:
         instance: a frozen dataclass; nested ones are named by their class attribute `name`.
@@ -170,8 +172,7 @@ def to_spec(instance: Any, name: str | None = None) -> Spec:
     options = []
     for field in _option_fields(type(instance)).values():
         value = field.express(getattr(instance, field.name))
-        # Compared as text trees, where 1, 1.0 and true differ.
-        if field.default is MISSING or value != field.express(field.default):
+        if value != Scalar(None) or field.default is MISSING or value != field.express(field.default):
             options.append(Option(field.name, value))
     return Spec(name, tuple(options))
 
