@@ -78,7 +78,7 @@ def run_entry(program: Program, entry: str, inputs: Mapping[str, Tensor]) -> tup
                 environment[node] = inputs[node.meta.get("state", node.name)]
         elif node.op == "output":
             break
-        else:
+        elif node.users:  # an assertion about a mapped weight must not convert it
             environment[node] = _call(node, environment)
         for operand in node.all_input_nodes:
             if last_use[operand] is node:

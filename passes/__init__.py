@@ -1,0 +1,39 @@
+"""Rewrites of a program, one file each: what there is, and what a pipeline text may name."""
+
+from jettison.passes.base import Pass
+from jettison.passes.cache_kv import CacheKV
+from jettison.passes.canonicalize_linear import CanonicalizeLinear
+from jettison.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from jettison.passes.eliminate_no_ops import EliminateNoOps
+from jettison.passes.fold_constants import FoldConstants
+from jettison.passes.merge_qkv_projections import MergeQkvProjections
+from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.passes.raise_attention import RaiseAttention
+from jettison.passes.raise_gated_mlp import RaiseGatedMlp
+from jettison.passes.raise_rms_norm import RaiseRmsNorm
+from jettison.passes.raise_rotary_embedding import RaiseRotaryEmbedding
+from jettison.passes.raise_written_attention import RaiseWrittenAttention
+from jettison.passes.select_logits import SelectLogits
+from jettison.passes.strip_export_asserts import StripExportAsserts
+
+# Every pass, in alphabetical order of the files.
+PASSES: tuple[type[Pass], ...] = (
+    CacheKV,
+    CanonicalizeLinear,
+    EliminateCommonSubexpressions,
+    EliminateNoOps,
+    FoldConstants,
+    MergeQkvProjections,
+    QuantizeWeights,
+    RaiseAttention,
+    RaiseGatedMlp,
+    RaiseRmsNorm,
+    RaiseRotaryEmbedding,
+    RaiseWrittenAttention,
+    SelectLogits,
+    StripExportAsserts,
+)
+# Canonicalisation and raising always run and stay out of the text.
+USER_PASSES: tuple[type[Pass], ...] = (CacheKV, MergeQkvProjections, QuantizeWeights)
+
+__all__ = ["PASSES", "USER_PASSES"]
