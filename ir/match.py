@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -24,7 +24,7 @@ class Miss:
     node: fx.Node
 
 
-def is_call(node: Any, *targets: Any) -> bool:
+def is_call(node: Any, *targets: Any) -> TypeGuard[fx.Node]:
     """Whether `node` is a call of one of `targets`."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 

@@ -30,8 +30,9 @@ def target_text(target: Any) -> str:
     """Short name of a call's target: `aten.linear`, `aten.add.Tensor`, `getitem`."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target).removesuffix(".default")
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return target.__name__
+    name = getattr(target, "__name__", "")
+    if getattr(operator, name, None) is target:
+        return name
     return f"{getattr(target, '__module__', '?')}.{getattr(target, '__name__', target)}"
 
 

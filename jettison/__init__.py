@@ -1,10 +1,10 @@
 """jettison: a pass compiler that fits language models into the memory you have.
 
-    import jettison
+import jettison
 
-    model = jettison.optimize("path/to/model", passes="quantize-weights{bits=4,group=32}")
-    print(model.generate("Once upon a time", max_new_tokens=64))
-    model.save_pretrained("out")
+model = jettison.optimize("path/to/model", passes="quantize-weights{bits=4,group=32}")
+print(model.generate("Once upon a time", max_new_tokens=64))
+model.save_pretrained("out")
 """
 
 import importlib

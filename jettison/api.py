@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -38,7 +38,7 @@ def parse_passes(text: str) -> list[Pass]:
         OptionError: A syntax error (points at the column), an unknown pass or option, or a value out of range.
     """
     registry = {pass_.name: pass_ for pass_ in USER_PASSES}
-    registries = {Policy: POLICIES}
+    registries: dict[type, Mapping[str, type]] = {Policy: POLICIES}
     return [
         build(lookup(spec.name, registry, "pass", text, spec.column), spec, where=text, registries=registries)
         for spec in parse_pipeline(text)
@@ -95,7 +95,9 @@ def optimize(
     if target not in TARGETS:
         raise OptionError(f"[optimize] target={target!r}: needed one of {', '.join(TARGETS)}.")
     if target == "onnx" and dtype != "float32":
-        raise OptionError(f"[optimize] dtype={dtype!r} with target='onnx': CPU graphs compute in float32. Leave it out.")
+        raise OptionError(
+            f"[optimize] dtype={dtype!r} with target='onnx': CPU graphs compute in float32. Leave it out."
+        )
     chosen = parse_passes(passes) if isinstance(passes, str) else list(passes)
     started = time.perf_counter()
     source = open_source(model, dtype=dtype, context=context)

@@ -160,9 +160,7 @@ def _onnx_executor(artifact: Artifact, threads: int | None) -> OnnxExecutor:
         for graph in manifest["graphs"]
     ]  # fmt: skip
     artifact.path(DATA_FILE)  # listed and inside the folder
-    return OnnxExecutor(
-        graphs, ModelInfo(**manifest["model"]), states, manifest["weight_bytes"], threads=threads
-    )
+    return OnnxExecutor(graphs, ModelInfo(**manifest["model"]), states, manifest["weight_bytes"], threads=threads)
 
 
 def load_artifact(folder: Path, *, verify: bool = False, threads: int | None = None) -> OptimizedModel:

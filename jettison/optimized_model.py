@@ -128,7 +128,7 @@ class OptimizedModel:
         return stream(self._session_factory(), ids, options, self.tokenizer)
 
     def _session_factory(self) -> Callable[[int, int], Session]:
-        return lambda batch, capacity: Session(self.executor, batch, capacity)
+        return lambda batch, capacity: Session(self.executor, batch, min(capacity, self.info.context))
 
     def _tokenizer_or_none(self) -> Tokenizer | None:
         from jettison.ir.errors import ArtifactError, UnsupportedError

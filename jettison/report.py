@@ -93,7 +93,9 @@ class Report:
         )
         for record in self.passes:
             for miss in record.misses:
-                console.print(f"{record.name} did not fire at {miss.node}: {miss.reason}", markup=False, highlight=False)
+                console.print(
+                    f"{record.name} did not fire at {miss.node}: {miss.reason}", markup=False, highlight=False
+                )
         for miss in self.raised:
             console.print(f"not recognised: {miss.node}: {miss.reason}", markup=False, highlight=False)
         return lines.getvalue()

@@ -106,6 +106,4 @@ def _from_module(module: nn.Module, dtype: torch.dtype, context: int | None) -> 
             program = capture_module(module, context=context, dtype=dtype)
             config, generation_config = {}, {}
         advance(1)
-    return ModelSource(
-        type(module).__name__, program, config, generation_config, weight_bytes=program.weight_bytes()
-    )
+    return ModelSource(type(module).__name__, program, config, generation_config, weight_bytes=program.weight_bytes())

@@ -151,7 +151,7 @@ class _Lowered(nn.Module):
         for node in placeholders(self.entry):
             if "constant" not in node.meta:
                 environment[node] = next(given)
-        self._lengths = None
+        self._lengths: RowLengths | None = None
         for node in self.entry.graph.nodes:
             if node.op == "call_function":
                 self._lower(node, environment)
@@ -221,10 +221,10 @@ class _Lowered(nn.Module):
         heads = query_node.meta["val"].shape[1]
         rotation = None
         found = rotated_operands(query_node, key_node)
-        if found is not None and self._tables.get((found[2], found[3])) is not None:
+        tables = self._tables.get((found[2], found[3])) if found is not None else None
+        if found is not None and tables is not None:
             query_node, key_node = found[0], found[1]
-            cos, sin = (self._table(name) for name in self._tables[found[2], found[3]])
-            rotation = Rotation(cos, sin, found[4])
+            rotation = Rotation(self._table(tables[0]), self._table(tables[1]), found[4])
         sinks = operands["sinks"]
         out, key, value = group_query_attention(
             heads_last(query_node, environment),

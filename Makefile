@@ -1,0 +1,46 @@
+# Every target sets up what it needs; nothing has to be installed first but Python 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check accept fix bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# The stamps are redone when the dependencies change.
+$(VENV)/.installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed ## compress the bundled model and show what it costs
+	$(BIN)/jettison demo
+
+test: $(VENV)/.installed-dev ## run every test (under 10 minutes on two cores)
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev ## tests, format, lint and types: what continuous integration runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python tests/check_types.py
+	$(BIN)/python -m pytest
+
+fix: $(VENV)/.installed-dev ## format and lint what can be fixed automatically
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+accept: $(VENV)/.installed-dev ## rewrite golden files; look at the diff before committing it
+	$(BIN)/python -m pytest --snapshot-update
+
+bench: $(VENV)/.installed-dev ## measure and write benchmarks/results (minutes; run alone)
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/compile_cost.py
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
