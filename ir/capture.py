@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,8 +22,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from jettison.ir import ops as _register_ops  # noqa: F401
 from jettison.ir.constants import Constant
-from jettison.ir.errors import CaptureError
+from jettison.ir.errors import CaptureError, JettisonError
 from jettison.ir.interpret import run_entry
+from jettison.ir.match import arguments
 from jettison.ir.program import ModelInfo, Program, placeholders
 from jettison.ir.upcast import UpcastWeights
 from jettison.ir.verify import verify
@@ -29,6 +32,11 @@ from jettison.ir.verify import verify
 # Largest |captured - eager| over the largest |eager|: the bound the capture promises, in fp32 and in bf16 or fp16.
 CAPTURE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 DEFAULT_CONTEXT = 2048
+# Tokens of the trace and of the comparison with the eager model; no size may be 0 or 1, which torch.export specialises.
+_TRACED_SHAPE = (2, 5)
+_CHECKED_SHAPE = (2, 6)
+# Lengths at which the trace's assumptions are tried, to find the submodule that made one.
+_PROBED_LENGTHS = (2, 3, 7, 61, 64, 127)
 _INPUT_NAMES = ("input_ids", "position_ids", "attention_mask", "token_type_ids")
 
 
@@ -42,7 +50,7 @@ class CaptureSource:
         weights: Stored tensor of each parameter and persistent buffer, by the name it has in `module`.
         inputs: Which of `input_ids`, `position_ids`, `attention_mask`, `token_type_ids` are passed, by keyword.
         call: Extra keyword arguments of `forward`.
-        kind: `decoder`, `encoder`, or None to decide from the captured attention.
+        kind: `decoder`, `encoder`, or None to find out whether tokens see later ones.
         name: For messages and the report.
         context: Most positions of a sequence.
         vocab_size: Rows of the token embedding, or None to find out.
@@ -62,23 +70,96 @@ class CaptureSource:
 class _Forward(nn.Module):
     """Calls a module by keyword and flattens what it returns to a tuple of tensors."""
 
-    def __init__(self, module: nn.Module, source: CaptureSource, report: Callable[[tuple[str, ...]], None]) -> None:
+    def __init__(self, module: nn.Module, source: CaptureSource, trail: _Trail | None = None) -> None:
         super().__init__()
         self.module = module
-        self._names, self._call = source.inputs, source.call
-        # A function, since torch.export undoes changes of attributes during tracing.
-        self._report = report
+        self._source = source
+        self._trail = trail
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        returned = self.module(**dict(zip(self._names, inputs, strict=True)), **self._call)
+        source, trail = self._source, self._trail
+        if trail is not None:
+            trail.begin(inputs[0])
+        returned = self.module(**dict(zip(source.inputs, inputs, strict=True)), **source.call)
         if isinstance(returned, Tensor):
             named = {"logits": returned}
         elif hasattr(returned, "keys"):
             named = {key: returned[key] for key in returned.keys() if isinstance(returned[key], Tensor)}  # noqa: SIM118
-        else:
+            if source.kind == "decoder" and "logits" in named:
+                named = {"logits": named["logits"]}  # router losses and the like are for training
+        elif isinstance(returned, (tuple, list)) and returned and isinstance(returned[0], Tensor):
             named = {"logits": returned[0]}
-        self._report(tuple(named))
+        else:
+            named = {}
+        if not named:
+            raise CaptureError(
+                f"[capture] {source.name}.forward returns {type(returned).__name__}: needed a tensor, a tuple that "
+                "begins with one, or a mapping that holds one. Wrap the module in one that returns its logits."
+            )
+        if trail is not None:
+            trail.outputs = tuple(named)
         return tuple(named.values())
+
+
+class _Trail:
+    """Which submodule was running when, so that a failure of the trace can name it.
+
+    Attributes:
+        outputs: Names of what the last traced forward returned.
+        is_whole_context_apart: Whether torch.export takes a sequence as long as the context for a case of its own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.outputs: tuple[str, ...] = ()
+        self.is_whole_context_apart = False
+        self._types = {path: type(each).__name__ for path, each in module.named_modules()}
+        self._running = [""]
+        self._size: Any = None
+        # (number of assumptions made so far, submodule that was running until now)
+        self._events: list[tuple[int, str]] = []
+        for path, each in module.named_modules():
+            if path:
+                each.register_forward_pre_hook(lambda *_, path=path: self._enter(path))
+                each.register_forward_hook(lambda *_: self._leave())
+
+    def begin(self, first_input: Tensor) -> None:
+        """A forward begins; its sizes lead to torch's list of assumptions."""
+        self._running, self._events = [""], []
+        self._size = first_input.shape[1]
+
+    def _guards(self) -> list[Any]:
+        # Not public: without it a failure is still reported, less precisely.
+        environment = getattr(getattr(self._size, "node", None), "shape_env", None)
+        return list(getattr(environment, "guards", ()))
+
+    def _enter(self, path: str) -> None:
+        self._events.append((len(self._guards()), self._running[-1]))
+        self._running.append(path)
+
+    def _leave(self) -> None:
+        self._events.append((len(self._guards()), self._running.pop()))
+
+    def running(self) -> str:
+        """The submodule that was running last, e.g. `layers.0.mlp (GatedMlp)`; empty for the module itself."""
+        return self._named(self._running[-1])
+
+    def _named(self, path: str) -> str:
+        return f"{path} ({self._types[path]})" if path else ""
+
+    def assumes_length(self, context: int) -> str:
+        """The first submodule that assumes something about the length which some length breaks; empty if unknown."""
+        symbol = getattr(getattr(self._size, "node", None), "_expr", None)
+        if symbol is None:
+            return ""
+        for number, guard in enumerate(self._guards()):
+            if symbol not in guard.expr.free_symbols:
+                continue
+            others = dict.fromkeys(guard.expr.free_symbols - {symbol}, _TRACED_SHAPE[0])
+            lengths = (length for length in _PROBED_LENGTHS if length <= context)
+            if any(guard.expr.subs({**others, symbol: length}) == False for length in lengths):  # noqa: E712 (sympy)
+                path = next((path for count, path in self._events if count > number), "")
+                return self._named(path)
+        return ""
 
 
 def module_inputs(module: nn.Module) -> tuple[str, ...]:
@@ -106,7 +187,18 @@ def fake_copy(module: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> nn
             memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=kind), requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() and buffer.dtype != torch.float32 else buffer
-    return copy.deepcopy(module, memo)
+    try:
+        return copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError) as error:  # what deepcopy raises on locks, handles and non-leaf tensors
+        raise CaptureError(
+            f"[capture] {type(module).__name__} cannot be copied: {_first_line(error)}. Capture traces a copy without "
+            "weights, so that the module stays as it is: keep files, locks and computed tensors out of its attributes."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def _example(names: tuple[str, ...], vocab_size: int, rows: int, length: int) -> dict[str, Tensor]:
@@ -120,23 +212,51 @@ def _example(names: tuple[str, ...], vocab_size: int, rows: int, length: int) ->
     return {name: known[name] for name in names}
 
 
-def _export(wrapper: _Forward, source: CaptureSource, vocab_size: int) -> torch.export.ExportedProgram:
-    example = _example(source.inputs, vocab_size, rows=2, length=5)
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("sequence", max=source.context)
+def _export(skeleton: nn.Module, source: CaptureSource, vocab_size: int) -> tuple[torch.export.ExportedProgram, _Trail]:
+    """Trace the module, dynamic in batch and length."""
+    trail = _Trail(skeleton)
+    wrapper = _Forward(skeleton, source, trail)
+    rows, length = _TRACED_SHAPE
+    example = _example(source.inputs, vocab_size, rows, min(length, source.context))
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside torch and transformers, not the user's
-            exported = torch.export.export(
-                wrapper,
-                tuple(example.values()),
-                dynamic_shapes=(tuple({0: batch, 1: length} for _ in example),),
-                strict=False,
-            )
-            if _needs_functionalisation(exported):
+        try:
+            exported = _trace(wrapper, example, source.context)
+        except torch._dynamo.exc.UserError as error:
+            if f"!= {source.context}" not in str(error):
+                raise
+            # A slice of a buffer that holds the whole context (a causal mask, a table of positions): torch.export
+            # takes the whole of it for another case. That length is compared with the eager model instead.
+            exported = _trace(wrapper, example, source.context - 1)
+            trail.is_whole_context_apart = True
+        if _needs_functionalisation(exported):
+            with _quiet():
                 exported = exported.run_decompositions({})
+    except JettisonError as error:
+        found = str(error).removeprefix("[capture] ")
+        raise type(error)(f"[capture] {_place(trail.running(), source)}: {found}") from error
     except Exception as error:  # torch.export raises whatever the model raises
-        raise CaptureError(_export_failure(source, error)) from error
-    return exported
+        raise CaptureError(_export_failure(source, trail, error)) from error
+    return exported, trail
+
+
+def _trace(wrapper: _Forward, example: dict[str, Tensor], longest: int) -> torch.export.ExportedProgram:
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("sequence", max=longest)
+    shapes = (tuple({0: batch, 1: length} for _ in example),)
+    with torch.no_grad(), _quiet():
+        return torch.export.export(wrapper, tuple(example.values()), dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence deprecations inside torch and transformers: they are not the user's."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
+        yield
+
+
+def _place(submodule: str, source: CaptureSource) -> str:
+    return f"{submodule} in {source.name}" if submodule else source.name
 
 
 def _needs_functionalisation(exported: torch.export.ExportedProgram) -> bool:
@@ -146,24 +266,24 @@ def _needs_functionalisation(exported: torch.export.ExportedProgram) -> bool:
     return False
 
 
-def _export_failure(source: CaptureSource, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        owner = traceback.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and traceback.tb_frame.f_code.co_name == "forward":
-            frames.append(owner)
-        traceback = traceback.tb_next
-    names = {id(module): name for name, module in source.module.named_modules()}
-    types = [type(module).__name__ for module in frames if not isinstance(module, _Forward)]
-    inside = types[-1] if types else source.name
-    path = next((names[id(module)] for module in reversed(frames) if names.get(id(module))), "")
-    where = f"{path} ({inside})" if path else inside
+def _export_failure(source: CaptureSource, trail: _Trail, error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, torch._dynamo.exc.UserError) and "Constraints violated" in text:
+        where = _place(trail.assumes_length(source.context), source)
+        details = [line.strip(" -") for line in text.splitlines()[1:] if line.strip().startswith("- ")]
+        reason = details[0] if details else _first_line(error)
+        return (
+            f"[capture] {where}: its forward works for one length only, or treats lengths apart: {reason[:300]}\n"
+            "The graph must be dynamic in batch and length. A forward that loops over tokens (recurrent and "
+            "state-space layers) or computes Python numbers from the length cannot be captured: use a model whose "
+            "layers attend, or rewrite that part with tensor operations."
+        )
+    cause = re.search(r"Caused by: \((.+?)\)", text)
+    reason = _first_line(error) + (f" (at {cause.group(1)})" if cause else "")
     return (
-        f"[capture] {where} in {source.name}: torch.export stopped at: {type(error).__name__}: {reason[:300]}\n"
+        f"[capture] {_place(trail.running(), source)}: torch.export stopped at {type(error).__name__}: {reason}\n"
         "The whole model must be one graph that is dynamic in batch and length, without branches on tensor values. "
-        "Rewrite that forward with torch.where or torch.cond, or pass a submodule that exports."
+        "Rewrite that forward with torch.where, or pass a submodule that exports."
     )
 
 
@@ -185,19 +305,53 @@ def _convert(exported: torch.export.ExportedProgram, names: Mapping[str, str]) -
                 by_constant[name].meta = {"val": node.meta["val"], "constant": name}
                 lifted[name] = exported.state_dict.get(target, exported.constants.get(target))
             mapping[node] = by_constant[name]
-            continue
-        if node.op == "get_attr":
-            raise CaptureError(
-                f"[capture] {node.target}: a submodule call remains in the exported graph ({node.name})."
-            )
-        mapping[node] = graph.node_copy(node, lambda old: mapping[old])
-        mapping[node].meta = {"val": node.meta["val"]} if "val" in node.meta else {}
-        stack = node.meta.get("nn_module_stack")
-        if stack:
-            mapping[node].meta["where"] = list(stack.values())[-1][0].removeprefix("module").removeprefix(".")
-    outputs = next(node for node in reversed(graph.nodes) if node.op == "output")
-    outputs.args = (tuple(outputs.args[0]),)
+        elif node.op == "output":
+            graph.output(tuple(mapping[value] for value in _user_outputs(exported, node)))
+        elif _is_whole_copy(node):
+            mapping[node] = mapping[node.args[1]]
+        else:
+            mapping[node] = graph.node_copy(node, lambda old: mapping[old])
+            # Assertions return nothing; functionalisation leaves them without metadata.
+            mapping[node].meta = {"val": node.meta.get("val")}
+            if _where(node):
+                mapping[node].meta["where"] = _where(node)
     return fx.GraphModule(nn.Module(), graph), lifted
+
+
+def _where(node: fx.Node) -> str:
+    """Path of the submodule whose forward made a node."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0].removeprefix("module").removeprefix(".") if stack else ""
+
+
+def _is_whole_copy(node: fx.Node) -> bool:
+    """Whether a node overwrites a whole tensor with another of its type: its value is the other."""
+    if node.target is not torch.ops.aten.copy.default:
+        return False
+    old, new = node.args[0].meta["val"], node.args[1].meta["val"]
+    return (old.shape, old.dtype) == (new.shape, new.dtype)
+
+
+def _user_outputs(exported: torch.export.ExportedProgram, output: fx.Node) -> list[fx.Node]:
+    """What the module returns, without the buffers it writes to.
+
+    Raises:
+        CaptureError: A buffer is written to and read: a call would depend on the calls before it.
+    """
+    signature = exported.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    for name, buffer in signature.inputs_to_buffers.items():
+        node = next(node for node in exported.graph.nodes if node.name == name)
+        readers = [user for user in node.users if not (_is_whole_copy(user) and user.args[0] is node)]
+        if buffer in written and readers:
+            raise CaptureError(
+                f"[capture] {_where(readers[0]) or 'forward'}: writes to its buffer {buffer.removeprefix('module.')} "
+                "and reads it, so one call depends on those before it. A program keeps nothing between calls but its "
+                "KV cache: compute the value from the inputs instead."
+            )
+    user_kind = torch.export.graph_signature.OutputKind.USER_OUTPUT
+    kinds = [spec.kind for spec in signature.output_specs]
+    return [value for value, kind in zip(output.args[0], kinds, strict=True) if kind == user_kind]
 
 
 def _identifier(name: str) -> str:
@@ -206,6 +360,8 @@ def _identifier(name: str) -> str:
 
 def capture(source: CaptureSource, dtype: torch.dtype = torch.float32) -> Program:
     """Capture a module as a Program with one entry, `forward`.
+
+    The module is left as it was: weights, mode (`training`) and attention implementation.
 
     Args:
         source: The module, its weights and its facts.
@@ -216,33 +372,66 @@ def capture(source: CaptureSource, dtype: torch.dtype = torch.float32) -> Progra
 
     Raises:
         CaptureError: The module cannot be exported, or the graph does not compute what the module computes.
+        UnsupportedError: It is a kind of model that jettison does not handle.
     """
+    _require_cpu(source)
     vocab_size = source.vocab_size or _vocab_size(source.module)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     skeleton = fake_copy(source.module, dtype, mode).eval()
-    outputs: list[tuple[str, ...]] = []
-    wrapper = _Forward(skeleton, source, outputs.append)
-    exported = _export(wrapper, source, vocab_size)
+    exported, trail = _export(skeleton, source, vocab_size)
     aliases = _first_names(skeleton)
     entry, lifted = _convert(exported, {f"module.{name}": f"module.{first}" for name, first in aliases.items()})
     for node, name in zip([n for n in placeholders(entry) if "constant" not in n.meta], source.inputs, strict=True):
         node.name = node.target = name
-    constants = {}
-    for node in placeholders(entry):
-        if "constant" in node.meta:
-            name = node.meta["constant"]
-            stored = source.weights.get(name, lifted[name])
-            if stored is None or stored.device.type == "meta" or type(stored).__name__ == "FakeTensor":
-                raise CaptureError(f"[capture] {name}: the model has this parameter, but no weights for it were given.")
-            constants[name] = Constant(name, stored.detach(), node.meta["val"].dtype)
-    kind = source.kind or "decoder"
-    info = ModelInfo(kind, source.name, source.context, vocab_size)
-    program = Program({"forward": entry}, constants, info, outputs[-1])
     entry.graph.eliminate_dead_code()
+    _refuse_randomness(entry, source)
+    info = ModelInfo(source.kind or "decoder", source.name, source.context, vocab_size)
+    program = Program({"forward": entry}, _constants(entry, source, lifted), info, trail.outputs)
     verify(program)
     if source.eager is not None:
-        _check_against_eager(program, source, dtype)
+        _check_against_eager(program, source, dtype, source.context if trail.is_whole_context_apart else None)
     return program
+
+
+def _require_cpu(source: CaptureSource) -> None:
+    for name, tensor in source.weights.items():
+        if tensor.device.type not in ("cpu", "meta"):
+            raise CaptureError(
+                f"[capture] {name} of {source.name} is on {tensor.device}: needed the CPU, where weights are "
+                "rewritten. Move the model with model.cpu(), or pass its folder."
+            )
+
+
+def _constants(entry: fx.GraphModule, source: CaptureSource, lifted: Mapping[str, Any]) -> dict[str, Constant]:
+    constants = {}
+    for node in placeholders(entry):
+        if "constant" not in node.meta:
+            continue
+        name = node.meta["constant"]
+        stored = source.weights.get(name, lifted[name])
+        if stored is None or stored.device.type == "meta" or type(stored).__name__ == "FakeTensor":
+            raise CaptureError(
+                f"[capture] {name} of {source.name} has no values (it is on the meta device). Load the weights before "
+                "capture, or pass the model's folder."
+            )
+        constants[name] = Constant(name, stored.detach(), node.meta["val"].dtype)
+    return constants
+
+
+def _refuse_randomness(entry: fx.GraphModule, source: CaptureSource) -> None:
+    """Refuse a graph that draws random numbers."""
+    for node in entry.graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+            continue
+        operands = arguments(node)
+        is_off = operands.get("train") is False or operands.get("training") is False or operands.get("dropout_p") == 0
+        if node.users and not is_off:
+            raise CaptureError(
+                f"[capture] {_place(node.meta.get('where', ''), source)}: draws random numbers ({target.name()}) in "
+                "eval mode, so two calls differ. Make it depend on `self.training`, or compute the values from the "
+                "inputs."
+            )
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
@@ -265,22 +454,108 @@ def _vocab_size(module: nn.Module) -> int:
     return getattr(module, "vocab_size", None) or sizes[0]
 
 
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule has its own mode again."""
+    modes = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, is_training in modes.items():
+            each.training = is_training
+
+
 @torch.no_grad()
-def _check_against_eager(program: Program, source: CaptureSource, dtype: torch.dtype) -> None:
-    example = _example(source.inputs, program.info.vocab_size, rows=2, length=6)
+def _check_against_eager(program: Program, source: CaptureSource, dtype: torch.dtype, special: int | None) -> None:
+    """Compare with the eager module on a few tokens, and find out whether tokens see later ones.
+
+    Args:
+        program: Its `info.kind` is set.
+        source: What it was captured from.
+        dtype: What the graph computes in.
+        special: Another length to compare at, or None.
+
+    Raises:
+        CaptureError: The graph computes something else.
+    """
     assert source.eager is not None, "checked by the caller"
+    rows, length = _CHECKED_SHAPE
+    shapes = [(rows, min(length, source.context))]
+    if special is not None:
+        shapes.append((1, special))
     eager = source.eager()
-    with UpcastWeights(eager, dtype):
-        expected = _Forward(eager, source, lambda names: None)(*example.values())
-    for name, ours, theirs in zip(program.outputs, run_entry(program, "forward", example), expected, strict=True):
-        error = (ours.double() - theirs.double()).abs().max().item()
-        bound = CAPTURE_TOLERANCE[dtype] * theirs.double().abs().max().item()
-        if not error <= bound:
-            raise CaptureError(
-                f"[capture] {source.name}: the captured graph differs from the eager model in {name} by {error:.3g}, "
-                f"more than {bound:.3g}. The forward depends on something the trace did not see (a random choice, a "
-                "value read from a tensor, the length of the input). Put the model in eval mode, or rewrite that part."
-            )
+    for shape in shapes:
+        example = _example(source.inputs, program.info.vocab_size, *shape)
+        with _evaluating(eager), UpcastWeights(eager, dtype), _quiet():
+            expected = _Forward(eager, source)(*example.values())
+        captured = run_entry(program, "forward", example)
+        for name, ours, theirs in zip(program.outputs, captured, expected, strict=True):
+            if ours.shape != theirs.shape or not _is_close(ours, theirs, CAPTURE_TOLERANCE[dtype]):
+                _refuse_difference(source, name, ours, theirs, example, eager, dtype)
+        if shape is shapes[0]:
+            program.info = _with_kind(program, source, captured[0], example, dtype)
+
+
+def _is_close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    error = (ours.double() - theirs.double()).abs().max().item()
+    return error <= tolerance * theirs.double().abs().max().item()
+
+
+def _refuse_difference(
+    source: CaptureSource,
+    name: str,
+    ours: Tensor,
+    theirs: Tensor,
+    example: dict[str, Tensor],
+    eager: nn.Module,
+    dtype: torch.dtype,
+) -> NoReturn:
+    with _evaluating(eager), UpcastWeights(eager, dtype), _quiet():
+        again = _Forward(eager, source)(*example.values())[0]
+    if again.shape == theirs.shape and not _is_close(again, theirs, CAPTURE_TOLERANCE[dtype]):
+        raise CaptureError(
+            f"[capture] {source.name}: two calls of the eager model with the same tokens differ, also in eval mode. It "
+            "draws random numbers or keeps something between calls. Remove that before capture."
+        )
+    if not theirs.isfinite().all():
+        raise CaptureError(
+            f"[capture] {source.name}: the eager model returns NaN or infinite {name}. Check the weights; a model "
+            "trained in bf16 may need dtype float32."
+        )
+    found = f"shape {list(ours.shape)}, not {list(theirs.shape)}"
+    if ours.shape == theirs.shape:
+        error, largest = (ours.double() - theirs.double()).abs().max().item(), theirs.double().abs().max().item()
+        found = f"an error of {error:.3g}, more than {CAPTURE_TOLERANCE[dtype]:g} of the largest value {largest:.3g}"
+    raise CaptureError(
+        f"[capture] {source.name}: the captured graph differs from the eager model in {name} on "
+        f"{list(example['input_ids'].shape)} tokens: {found}. The forward depends on something the trace did not see "
+        "(a Python number computed from the inputs, a global). Compute it with tensor operations."
+    )
+
+
+def _with_kind(
+    program: Program, source: CaptureSource, captured: Tensor, example: dict[str, Tensor], dtype: torch.dtype
+) -> ModelInfo:
+    """The program's facts, with `kind` found out where the source does not say.
+
+    The first token alone must give what it gives with others behind it and in a larger batch: that is what a KV cache
+    rests on. It also tries the sizes that torch.export knows least about, one row and one token.
+    """
+    if source.kind == "encoder" or captured.dim() < 3 or captured.shape[:2] != example["input_ids"].shape:
+        return replace(program.info, kind="encoder")
+    first = {name: value[:1, :1] for name, value in example.items()}
+    alone = run_entry(program, "forward", first)[0]
+    among = captured[:1, :1]
+    # Rounding differs between sizes, less than what a token that is seen makes.
+    if alone.shape == among.shape and _is_close(alone, among, CAPTURE_TOLERANCE[dtype] / 10):
+        return replace(program.info, kind="decoder")
+    if source.kind == "decoder":
+        raise CaptureError(
+            f"[capture] {source.name}: the logits of a token depend on later tokens or on other rows of the batch, so "
+            "it cannot generate token by token. Needed causal attention; a model that sees both ways is an encoder."
+        )
+    return replace(program.info, kind="encoder")
 
 
 def capture_module(
@@ -292,7 +567,7 @@ def capture_module(
         module: Any module; its parameters are shared with the program, not copied.
         context: Most positions of a sequence; default the module's `context` attribute, or 2048.
         dtype: What the graph computes in.
-        kind: `decoder`, `encoder`, or None: decided from the attention once it is raised.
+        kind: `decoder`, `encoder`, or None: a decoder if no token sees later ones.
 
     Returns:
         The program.
@@ -300,7 +575,6 @@ def capture_module(
     Raises:
         CaptureError: See `capture`.
     """
-    module = module.eval()
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     source = CaptureSource(
         module=module,

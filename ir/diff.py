@@ -2,7 +2,8 @@
 
 Canonical text numbers values in order, so one node removed near the top renumbers every line below it and a plain line
 diff shows the whole graph. Here lines are aligned with numbers and symbols masked; an aligned pair counts as unchanged
-when its operands are aligned too. What is shown is therefore exactly what was added, removed or rewired.
+when its operands correspond too: when they are aligned, or one took the place of the other. What is shown is therefore
+exactly what was added, removed or rewired.
 """
 
 from __future__ import annotations
@@ -124,41 +125,29 @@ def _longest_increasing(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int
     return chain[::-1]
 
 
-class _Symbols:
-    """Which symbol after stands for which symbol before, learnt from aligned lines in order."""
+class _Renaming:
+    """Which number after stands for which number before, learnt from aligned lines in order."""
 
     def __init__(self) -> None:
         self.after: dict[str, str] = {}
         self.before: dict[str, str] = {}
 
+    def learn(self, old: str, new: str) -> None:
+        """From now on `new` stands for `old`, unless either is taken."""
+        if old not in self.after and new not in self.before:
+            self.after[old], self.before[new] = new, old
+
     def agree(self, before: Sequence[str], after: Sequence[str]) -> bool:
-        """Whether the symbols correspond; those seen for the first time on both sides do from now on."""
+        """Whether the numbers correspond. Two that are both new do: the one took the other's place."""
         for old, new in zip(before, after, strict=False):
-            if old not in self.after and new not in self.before:
-                self.after[old], self.before[new] = new, old
+            self.learn(old, new)
         return [self.after.get(old) for old in before] == list(after)
-
-
-class _Values:
-    """Which value after stands for which value before."""
-
-    def __init__(self) -> None:
-        self.after: dict[str, str] = {}
-
-    def agree(self, old: str, new: str) -> bool:
-        """Whether the operands of two aligned lines correspond; their results do by being aligned."""
-        before, after = _VALUE.findall(old), _VALUE.findall(new)
-        operands = 1 if _CALL.match(old) else 0
-        is_same = [self.after.get(value) for value in before[operands:]] == after[operands:]
-        if operands:
-            self.after[before[0]] = after[0]
-        return is_same
 
 
 def _rows(before: _Section, after: _Section) -> list[_Row]:
     """Both sections as one list of lines in order."""
     keys = [[_masked(line) for line in section.lines] for section in (before, after)]
-    values, symbols = _Values(), _Symbols()
+    values, symbols = _Renaming(), _Renaming()
     rows: list[_Row] = []
     i = j = 0
     for a, b in [*_align(*keys), (len(before.lines), len(after.lines))]:
@@ -167,9 +156,13 @@ def _rows(before: _Section, after: _Section) -> list[_Row]:
         if a < len(before.lines):
             old, new = before.lines[a], after.lines[b]
             same_symbols = symbols.agree(_SYMBOL.findall(old), _SYMBOL.findall(new))
-            is_entry = old.startswith("entry ")
-            is_same = _SYMBOL.sub("s", old) == _SYMBOL.sub("s", new) if is_entry else values.agree(old, new)
-            rows.append(_Row(a, b, is_same and same_symbols))
+            is_same = _SYMBOL.sub("s", old) == _SYMBOL.sub("s", new) or not old.startswith("entry ")
+            results = 1 if _CALL.match(old) else 0
+            old_values, new_values = _VALUE.findall(old), _VALUE.findall(new)
+            if results:
+                values.learn(old_values[0], new_values[0])
+            same_operands = values.agree(old_values[results:], new_values[results:])
+            rows.append(_Row(a, b, is_same and same_symbols and same_operands))
         i, j = a + 1, b + 1
     return rows
 
@@ -216,7 +209,8 @@ def diff_text(before: str, after: str) -> str:
     """What changed between two canonical texts, in the manner of a unified diff.
 
     Lines that differ only in the numbers of values or symbols are unchanged. Removed lines carry the numbers of
-    `before`; added and unchanged ones those of `after`. A node whose operands changed stands as removed and added.
+    `before`; added and unchanged ones those of `after`. A node that reads another value stands as removed and added,
+    but not one that reads what was put in the place of its old operand.
 
     Args:
         before: Canonical text, see `jettison.ir.text.program_text`.

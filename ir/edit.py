@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -79,7 +80,8 @@ class Edit:
     def _evaluate(self, node: fx.Node) -> Any:
         args = fx.map_arg(node.args, lambda n: n.meta["val"])
         kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
-        with self._fake_mode, torch.no_grad():
+        # The dispatcher in Python knows symbolic sizes for operators that torch 2.11 composes in C++.
+        with self._fake_mode, enable_python_dispatcher(), torch.no_grad():
             return node.target(*args, **kwargs)
 
     def inline(self, function: Callable[..., Any], *operands: fx.Node) -> Any:

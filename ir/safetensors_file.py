@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class _Extent:
 
 
 def write_constants(
-    path: str | os.PathLike[str], constants: Mapping[str, Constant], on_bytes: Callable[[int], object] | None = None
+    path: str | Path, constants: Mapping[str, Constant], on_bytes: Callable[[int], object] | None = None
 ) -> None:
     """Write the stored form of constants: blocks concatenated along the first axis, in the stored dtype.
 
@@ -133,7 +132,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
             yield rows.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
 
 
-def read_constants(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_constants(path: str | Path) -> dict[str, Tensor]:
     """Map a safetensors file.
 
     Args:
