@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from jettison.ir.errors import PassError
+from jettison.ir.match import arguments, is_call
+from jettison.ir.ops import attention
 from jettison.ir.program import PassRecord, Program
 from jettison.passes.base import Pass
 from jettison.passes.canonicalize_linear import CanonicalizeLinear
@@ -59,8 +62,19 @@ def prepare(program: Program) -> None:
     """Canonicalise and raise a captured program, in place; always runs and stays out of the pipeline text."""
     canonicalize(program)
     for pass_ in RAISE:
+        if isinstance(pass_, SelectLogits):
+            _settle_kind(program)
         pass_.run(program)
     canonicalize(program)
+
+
+def _settle_kind(program: Program) -> None:
+    """A model whose attention looks ahead is an encoder, whatever it was taken for."""
+    for entry in program.entries.values():
+        for node in entry.graph.nodes:
+            if is_call(node, attention) and not arguments(node)["causal"]:
+                program.info = dataclasses.replace(program.info, kind="encoder")
+                return
 
 
 def apply(

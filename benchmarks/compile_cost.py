@@ -1,0 +1,113 @@
+"""What `jettison optimize` costs on the shape of Llama-3.2-1B: seconds, and peak anonymous memory against the folder.
+
+    python benchmarks/compile_cost.py [--layers 16] [--passes TEXT]
+
+The model has random bf16 weights (the cost does not depend on their values) and is made in a temporary folder. The
+command runs in a process of its own; RssAnon is sampled every 20 ms. Writes benchmarks/results/compile_cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from record import environment, write
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_model(folder: Path, layers: int) -> None:
+    """Write the folder: 16 layers are 1.24 B weights, 2.47 GB."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=0, rope_theta=500000.0, dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(0, 0.02)
+        for name, buffer in model.named_buffers():
+            buffer.fill_(0.5) if "inv_freq" in name else buffer.zero_()
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+
+def status_bytes(pid: int, key: str) -> int:
+    """A line of /proc/PID/status in bytes; 0 once the process is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
+
+
+def run(model: Path, out: Path, passes: str) -> dict[str, object]:
+    """Optimise in a process of its own and watch it."""
+    command = [
+        sys.executable,
+        "-m",
+        "jettison",
+        "optimize",
+        str(model),
+        "--passes",
+        passes,
+        "--out",
+        str(out),
+        "--json",
+    ]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak_anon = peak_rss = 0
+    while process.poll() is None:
+        peak_anon = max(peak_anon, status_bytes(process.pid, "RssAnon"))
+        peak_rss = max(peak_rss, status_bytes(process.pid, "VmHWM"))
+        time.sleep(0.02)
+    seconds = time.perf_counter() - started
+    assert process.stdout is not None
+    printed = json.loads(process.stdout.read())
+    if process.returncode != 0:
+        raise SystemExit(f"optimize failed with exit code {process.returncode}")
+    return {
+        "seconds": round(seconds, 1),
+        "peak_anon_bytes": peak_anon,
+        "peak_rss_bytes": peak_rss,
+        "artifact_bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+        "passes": [{key: record[key] for key in ("name", "rewrites", "seconds")} for record in printed["passes"]],
+    }
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--passes", default="quantize-weights{bits=4,group=32}")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="jettison-bench-") as scratch:
+        model = Path(scratch) / "model"
+        make_model(model, arguments.layers)
+        folder_bytes = sum(path.stat().st_size for path in model.iterdir())
+        before = environment()
+        figures = run(model, Path(scratch) / "out", arguments.passes)
+    share = round(figures["peak_anon_bytes"] / folder_bytes, 3)
+    figures = {"layers": arguments.layers, "pipeline": arguments.passes, "folder_bytes": folder_bytes,
+               "peak_anon_share_of_folder": share, **figures}  # fmt: skip
+    print(json.dumps(figures, indent=2))
+    print(write("compile_cost", figures, before))
+
+
+if __name__ == "__main__":
+    main()
