@@ -23,7 +23,8 @@ SMALL_BUDGET_FOLDERS = ("passes", "examples")
 SMALL_BUDGET, BUDGET, FUNCTION_BUDGET = 400, 600, 60
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "misc.py", "manager.py"}
 # Spelled in pieces, so that this file does not contain what it forbids.
-MACHINE_TRACES = tuple("".join(parts) for parts in (("/wo", "rk/"), ("/ro", "ot/"), ("/opt/py", "pi"), (".libr", "ary")))
+_PIECES = (("/wo", "rk/"), ("/ro", "ot/"), ("/opt/py", "pi"), (".libr", "ary"))
+MACHINE_TRACES = tuple("".join(pieces) for pieces in _PIECES)
 
 
 def tracked_files() -> list[Path]:
