@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -50,6 +52,7 @@ class CaptureSource:
         weights: Stored tensor of each parameter and persistent buffer, by the name it has in `module`.
         inputs: Which of `input_ids`, `position_ids`, `attention_mask`, `token_type_ids` are passed, by keyword.
         call: Extra keyword arguments of `forward`.
+        tracing: A context to trace in.
         kind: `decoder`, `encoder`, or None to find out whether tokens see later ones.
         name: For messages and the report.
         context: Most positions of a sequence.
@@ -65,6 +68,7 @@ class CaptureSource:
     kind: str | None = None
     vocab_size: int | None = None
     call: dict[str, Any] = field(default_factory=dict)
+    tracing: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class _Forward(nn.Module):
@@ -220,13 +224,13 @@ def _export(skeleton: nn.Module, source: CaptureSource, vocab_size: int) -> tupl
     example = _example(source.inputs, vocab_size, rows, min(length, source.context))
     try:
         try:
-            exported = _trace(wrapper, example, source.context)
+            exported = _trace(wrapper, example, source, source.context)
         except torch._dynamo.exc.UserError as error:
             if f"!= {source.context}" not in str(error):
                 raise
             # A slice of a buffer that holds the whole context (a causal mask, a table of positions): torch.export
             # takes the whole of it for another case. That length is compared with the eager model instead.
-            exported = _trace(wrapper, example, source.context - 1)
+            exported = _trace(wrapper, example, source, source.context - 1)
             trail.is_whole_context_apart = True
         if _needs_functionalisation(exported):
             with _quiet():
@@ -239,20 +243,30 @@ def _export(skeleton: nn.Module, source: CaptureSource, vocab_size: int) -> tupl
     return exported, trail
 
 
-def _trace(wrapper: _Forward, example: dict[str, Tensor], longest: int) -> torch.export.ExportedProgram:
+def _trace(
+    wrapper: _Forward, example: dict[str, Tensor], source: CaptureSource, longest: int
+) -> torch.export.ExportedProgram:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("sequence", max=longest)
     shapes = (tuple({0: batch, 1: length} for _ in example),)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), source.tracing(), _quiet():
         return torch.export.export(wrapper, tuple(example.values()), dynamic_shapes=shapes, strict=False)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence deprecations inside torch and transformers: they are not the user's."""
-    with warnings.catch_warnings():
+    """Silence deprecations inside torch and transformers, and torch.export's dump of a graph it stopped at."""
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export._trace")]
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", category)
-        yield
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _place(submodule: str, source: CaptureSource) -> str:
@@ -315,7 +329,22 @@ def _convert(exported: torch.export.ExportedProgram, names: Mapping[str, str]) -
             mapping[node].meta = {"val": node.meta.get("val")}
             if _where(node):
                 mapping[node].meta["where"] = _where(node)
+    _split_stacks(graph)
     return fx.GraphModule(nn.Module(), graph), lifted
+
+
+def _split_stacks(graph: fx.Graph) -> None:
+    """Make each matrix that is read from a stack (the weights of experts) a constant of its own: a view, not a copy."""
+    for node in list(graph.nodes):
+        stack = node.args[0] if node.target is torch.ops.aten.select.int else None
+        if not isinstance(stack, fx.Node) or "constant" not in stack.meta or node.args[1] != 0:
+            continue
+        name, row = stack.meta["constant"], node.args[2]
+        with graph.inserting_before(stack):
+            part = graph.placeholder(_identifier(f"{name}.{row}"))
+        part.meta = {"val": node.meta["val"], "constant": f"{name}.{row}", "stack": (name, row)}
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
 
 
 def _where(node: fx.Node) -> str:
@@ -407,14 +436,15 @@ def _constants(entry: fx.GraphModule, source: CaptureSource, lifted: Mapping[str
     for node in placeholders(entry):
         if "constant" not in node.meta:
             continue
-        name = node.meta["constant"]
+        name, row = node.meta.pop("stack", (node.meta["constant"], None))
         stored = source.weights.get(name, lifted[name])
         if stored is None or stored.device.type == "meta" or type(stored).__name__ == "FakeTensor":
             raise CaptureError(
                 f"[capture] {name} of {source.name} has no values (it is on the meta device). Load the weights before "
                 "capture, or pass the model's folder."
             )
-        constants[name] = Constant(name, stored.detach(), node.meta["val"].dtype)
+        stored = stored.detach() if row is None else stored.detach()[row]
+        constants[node.meta["constant"]] = Constant(node.meta["constant"], stored, node.meta["val"].dtype)
     return constants
 
 

@@ -6,41 +6,48 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jettison.ir.capture import CaptureSource, module_inputs
+from jettison.ir.capture import DEFAULT_CONTEXT, CaptureSource, module_inputs
 from jettison.ir.checkpoint import Checkpoint
 from jettison.ir.errors import CaptureError, UnsupportedError
+from jettison.ir.ops.attention import visible_keys
 
-ATTENTION_NAME = "jettison"
+# Under this name transformers finds our attention, mask builder and experts.
+IMPLEMENTATION = "jettison"
+OLDEST_TRANSFORMERS = "5.2"
 # Arguments of an attention function that do not change what it computes without a cache and in eval mode.
 _NEUTRAL_ATTENTION_ARGUMENTS = frozenset(
     [
-        "dropout",
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "past_key_values",
-        "past_key_value",
-        "return_dict",
-        "layer_idx",
-        "is_causal",
-        "training",
-        "logits_to_keep",
-        "labels",
-        "position_embeddings",
-        "output_router_logits",
+        "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+        "past_key_values", "past_key_value", "return_dict", "layer_idx", "is_causal", "training", "logits_to_keep",
+        "labels", "position_embeddings", "output_router_logits",
     ]
-)
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+)  # fmt: skip
+_CONTEXT_NAMES = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length",
+    "context_length",
+)  # fmt: skip
+_LAYER_TYPES = frozenset(["full_attention", "sliding_attention", "attention"])
+_LAYER_TYPE_NAMES = ("layer_types", "layers_block_type", "block_types")
+_VISIBLE = "_jettison_visible"
+
+
+class _Visible(NamedTuple):
+    """Which keys a mask of the library shows: those of `visible_keys`."""
+
+    is_causal: bool
+    window: int
 
 
 def _transformers() -> Any:
@@ -69,40 +76,161 @@ def _attention_forward(
     """What a captured model calls instead of its attention kernel; leaves one `jettison::attention` in the graph."""
     strange = [name for name, value in others.items() if value is not None and name not in _NEUTRAL_ATTENTION_ARGUMENTS]
     if strange:
-        raise UnsupportedError(f"attention with the argument(s) {', '.join(sorted(strange))}")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise UnsupportedError("attention with a mask of its own, beyond causal, sliding-window and padding masks")
-    is_causal = others.get("is_causal")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        raise UnsupportedError(
+            f"its attention takes {', '.join(sorted(strange))}, which jettison's does not have. Use a model with "
+            "plain, sliding-window, soft-capped or sink attention."
+        )
+    visible, key_valid = getattr(attention_mask, _VISIBLE, None), None
+    if visible is not None:
+        # The window of the mask decides, as in eager mode; `sliding_window` is a hint for kernels that build no mask.
+        key_valid = attention_mask if attention_mask.dim() == 2 else None  # type: ignore[union-attr]
+    elif attention_mask is None and not sliding_window:
+        is_causal = others.get("is_causal")
+        visible = _Visible(bool(getattr(module, "is_causal", True) if is_causal is None else is_causal), 0)
+    else:
+        raise UnsupportedError(
+            "its attention has a mask of its own, beyond causal, sliding-window and padding masks. Use a model that "
+            "takes its masks from transformers.masking_utils."
+        )
     out = torch.ops.jettison.attention(
-        query,
-        key,
-        value,
-        None,
-        None,
-        attention_mask,
-        s_aux,
+        query, key, value, None, None, key_valid, s_aux,
         float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-        bool(is_causal),
-        int(sliding_window or 0),
-        float(softcap or 0.0),
-    )
-    return out.transpose(1, 2), None
+        visible.is_causal, visible.window, float(softcap or 0.0),
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
 
 
-def _attention_mask(*_: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **__: Any) -> Tensor | None:
-    """What a captured model calls instead of building a mask: only which keys are real is data."""
-    if use_vmap:
-        raise UnsupportedError("attention with a custom mask function")
-    return attention_mask
+def _attention_mask(
+    *_: Any,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    **__: Any,
+) -> Tensor:
+    """What a captured model calls instead of building a mask: only which keys are real is data.
+
+    Returns:
+        The validity of the keys, or an empty tensor; marked with what the mask shows, for `_attention_forward`.
+    """
+    # A fresh tensor: layers with and without a window share the attention mask they start from.
+    mask = torch.empty(1, 1, 1, 0, dtype=torch.bool) if attention_mask is None else attention_mask.clone()
+    setattr(mask, _VISIBLE, _visible_by(mask_function, _context_of(config)))
+    return mask
 
 
-def register_attention() -> None:
-    """Register the attention function and mask builder under the name `jettison` in transformers."""
+def _visible_by(mask_function: Callable[..., Tensor] | None, context: int) -> _Visible:
+    """Find out what a mask function of (batch, head, query, key) indices shows; None is causal.
+
+    Raises:
+        UnsupportedError: It is neither full, nor causal, nor a causal sliding window.
+    """
+    if mask_function is None:
+        return _Visible(True, 0)
+    visible, reason = None, None
+    # A new thread is outside the trace: what is computed there is computed now.
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            visible = executor.submit(_probe, mask_function, context).result()
+        except Exception as error:  # the mask function reads tensors of the trace: it depends on the input
+            reason = error
+    if visible is None:
+        raise UnsupportedError(
+            "its attention mask is neither causal, nor a causal sliding window, nor full. Use a model that has one."
+        ) from reason
+    return visible
+
+
+def _probe(mask_function: Callable[..., Tensor], context: int) -> _Visible | None:
+    """What a mask function shows within the context, or None if `jettison::attention` cannot show the same."""
+    zero, keys, last = torch.zeros((), dtype=torch.int64), torch.arange(context), context - 1
+
+    def row(query: int) -> Tensor:
+        return torch.broadcast_to(mask_function(zero, zero, torch.tensor(query), keys), (context,))
+
+    is_causal = context > 1 and not bool(row(0)[-1])
+    window = 0 if bool(row(last).all()) else int(row(last).sum())
+    for query in {0, min(1, last), min(window, last), context // 2, last}:
+        shown = visible_keys(torch.tensor([[query]]), keys[None], None, is_causal, window)[0, 0]
+        if not row(query).equal(shown):
+            return None
+    return _Visible(is_causal, window)
+
+
+def _experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What a captured model calls instead of its kernel for experts: every expert as ordinary linears.
+
+    Each token is weighted with zero where it was not routed, so all experts read all tokens: passes, formats and
+    targets see nothing but linears, for N / k times the multiplications.
+
+    Args:
+        self: The module that holds the stacked weights of N experts.
+        hidden: `[T, E]`.
+        top_k_index: `[T, k] i64`, experts of each token.
+        top_k_weights: `[T, k]`.
+
+    Returns:
+        `[T, E]`.
+    """
+    if getattr(self, "_is_expert_parallel", False):
+        raise UnsupportedError("its experts are spread over devices. Load the model on one device.")
+    has_bias, is_transposed = getattr(self, "has_bias", False), getattr(self, "is_transposed", False)
+    has_gate = getattr(self, "has_gate", True)
+    experts = torch.arange(self.num_experts, device=hidden.device)
+    chosen = (top_k_index.unsqueeze(-1) == experts).to(hidden.dtype)
+    routing = (chosen * top_k_weights.to(hidden.dtype).unsqueeze(-1)).sum(1)
+
+    def project(x: Tensor, name: str, expert: int) -> Tensor:
+        weight = getattr(self, name)[expert]
+        bias = getattr(self, f"{name}_bias")[expert] if has_bias else None
+        if not is_transposed:
+            return F.linear(x, weight, bias)
+        return x @ weight if bias is None else x @ weight + bias
+
+    total = torch.zeros_like(hidden)
+    for expert in range(self.num_experts):
+        inner = project(hidden, "gate_up_proj" if has_gate else "up_proj", expert)
+        inner = self._apply_gate(inner) if has_gate else self.act_fn(inner)
+        out = project(inner, "down_proj", expert)
+        if getattr(self, "has_post_expert_norm", False):
+            out = self.post_expert_norm(out)
+        total = total + out * routing[:, expert : expert + 1]
+    return total
+
+
+def register_implementations() -> None:
+    """Register our attention, mask builder and experts in transformers.
+
+    Raises:
+        CaptureError: transformers is missing or too old.
+    """
     transformers = _transformers()
-    transformers.AttentionInterface.register(ATTENTION_NAME, _attention_forward)
-    transformers.AttentionMaskInterface.register(ATTENTION_NAME, _attention_mask)
+    try:
+        transformers.AttentionInterface.register(IMPLEMENTATION, _attention_forward)
+        transformers.AttentionMaskInterface.register(IMPLEMENTATION, _attention_mask)
+        from transformers.integrations.moe import ExpertsInterface
+
+        ExpertsInterface.register(IMPLEMENTATION, _experts_forward)
+    except (AttributeError, ImportError) as error:
+        raise CaptureError(
+            f"[capture] transformers {transformers.__version__} is too old: needed {OLDEST_TRANSFORMERS} or newer, "
+            "where a model's attention and experts can be replaced. Upgrade it with: pip install -U transformers"
+        ) from error
+
+
+@contextmanager
+def _one_sequence_per_row() -> Iterator[None]:
+    """Without an attention mask, transformers looks for several sequences packed in a row; a trace would keep that."""
+    from transformers import masking_utils
+
+    original = getattr(masking_utils, "find_packed_sequence_indices", None)
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        if original is None:
+            del masking_utils.find_packed_sequence_indices
+        else:
+            masking_utils.find_packed_sequence_indices = original
 
 
 @contextmanager
@@ -122,6 +250,14 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def _refuse_encoder_decoder(config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"[capture] {config.model_type} is an encoder-decoder model: needed a decoder or an encoder, which read "
+            "one sequence. Load one half by itself (for instance its ...EncoderModel class) and pass that."
+        )
+
+
 def model_class(config: Any) -> type[nn.Module]:
     """The class a config names, or the library's causal or base class for its model type.
 
@@ -130,11 +266,7 @@ def model_class(config: Any) -> type[nn.Module]:
         UnsupportedError: An encoder-decoder model.
     """
     transformers = _transformers()
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"[capture] {config.model_type} is an encoder-decoder model: decoders and encoders are handled. "
-            "Pass its encoder as a module instead."
-        )
+    _refuse_encoder_decoder(config)
     for name in getattr(config, "architectures", None) or []:
         found = getattr(transformers, name, None)
         if found is not None:
@@ -149,46 +281,89 @@ def model_class(config: Any) -> type[nn.Module]:
 
 
 def is_decoder(cls: type) -> bool:
-    """Whether a transformers class is a causal language model."""
+    """Whether a class, or one it derives from, is a causal language model of transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     known = {name for entry in names for name in ((entry,) if isinstance(entry, str) else entry)}
-    return cls.__name__ in known
+    return any(base.__name__ in known or base.__name__ == "GenerationMixin" for base in cls.__mro__)
+
+
+def _rope_settings(config: Any) -> list[dict[str, Any]]:
+    """Settings of the rotary embeddings: one dictionary, or one per layer type."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return nested or [settings]
 
 
 def _context_of(config: Any) -> int:
-    for name in _CONTEXT_NAMES:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 2048
+    found = (getattr(config, name, None) for name in _CONTEXT_NAMES)
+    context = next((value for value in found if isinstance(value, int) and value > 0), DEFAULT_CONTEXT)
+    for settings in _rope_settings(config):
+        # Beyond this length, longrope turns all positions by other angles, also those of keys that are cached.
+        if settings.get("rope_type") == "longrope":
+            context = min(context, settings.get("original_max_position_embeddings") or context)
+    return context
 
 
 def _attention_implementation(cls: type) -> str:
     if getattr(cls, "_supports_attention_backend", False):
-        return ATTENTION_NAME
+        return IMPLEMENTATION
     # Models that write their attention out are exported as they are; a pass raises what it recognises.
     return "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
 
 
 def _refuse_unsupported(config: Any, cls: type) -> None:
-    if "chunked_attention" in (getattr(config, "layer_types", None) or []):
+    """Refuse what could be traced, but not run token by token, and what is no language model."""
+    if config.get_text_config() is not config:
         raise UnsupportedError(
-            f"[capture] {cls.__name__}: chunked attention is not supported; causal and sliding-window are."
+            f"[capture] {cls.__name__} is a model of several modalities: needed one that reads token ids alone. Load "
+            "its language model by itself (often a ...ForCausalLM class that reads the same folder) and pass that."
         )
+    if not is_decoder(cls):
+        return
+    for name in _LAYER_TYPE_NAMES:
+        for layer, kind in enumerate(getattr(config, name, None) or ()):
+            if isinstance(kind, str) and kind not in _LAYER_TYPES:
+                raise UnsupportedError(
+                    f"[capture] layer {layer} of {cls.__name__} is of type {kind!r}: needed full or sliding-window "
+                    "attention in every layer, because keys and values are all that a program keeps between tokens. "
+                    "Use a model of another family."
+                )
+
+
+def _refuse_convolutions(module: nn.Module) -> None:
+    for path, each in module.named_modules():
+        if isinstance(each, nn.Conv1d):
+            raise UnsupportedError(
+                f"[capture] {path} ({type(each).__name__}) in {type(module).__name__} mixes neighbouring tokens: "
+                "needed attention for that, because keys and values are all that a program keeps between tokens. Use "
+                "a model of another family."
+            )
+
+
+def _keep_rotary_angles(module: nn.Module) -> None:
+    """Take dynamic rotary embeddings as they are up to the context: they look at the longest position to rescale."""
+    for each in module.modules():
+        kinds = getattr(each, "rope_type", None)
+        if isinstance(kinds, str) and "dynamic" in kinds:
+            each.rope_type = "default"
+        elif isinstance(kinds, dict):
+            each.rope_type = {layer: "default" if "dynamic" in kind else kind for layer, kind in kinds.items()}
 
 
 def _source(cls: type, config: Any, module: nn.Module, weights: dict[str, Tensor], eager: Any) -> CaptureSource:
     decoder = is_decoder(cls)
     accepted = module_inputs(module)
     if decoder:
+        _refuse_convolutions(module)
         inputs = tuple(name for name in accepted if name in ("input_ids", "position_ids"))
     else:
         has_types = getattr(config, "type_vocab_size", 1) > 1
         wanted = ("input_ids", "attention_mask", *(("token_type_ids",) if has_types else ()))
         inputs = tuple(name for name in accepted if name in wanted)
-    call = {"use_cache": False} if decoder else {}
+    _keep_rotary_angles(module)
+    call = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
     return CaptureSource(
         module=module,
         eager=eager,
@@ -199,24 +374,32 @@ def _source(cls: type, config: Any, module: nn.Module, weights: dict[str, Tensor
         kind="decoder" if decoder else "encoder",
         vocab_size=config.vocab_size,
         call=call,
+        tracing=_one_sequence_per_row,
     )
 
 
 def source_from_model(model: nn.Module) -> CaptureSource:
-    """Capture source of a live transformers model; its tensors are shared, not copied.
+    """Capture source of a live transformers model; its tensors are shared, not copied, and it is not changed.
 
     Args:
         model: A `PreTrainedModel` in memory.
+
+    Raises:
+        CaptureError: transformers is too old.
+        UnsupportedError: A kind of model that is not handled.
     """
-    register_attention()
+    register_implementations()
     cls, config = type(model), model.config
+    _refuse_encoder_decoder(config)
     _refuse_unsupported(config, cls)
     shadow = copy.deepcopy(model, {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in model.parameters()})
     implementation = _attention_implementation(cls)
     if implementation != config._attn_implementation:
         shadow.set_attn_implementation(implementation)
+    if cls._can_set_experts_implementation():
+        shadow.set_experts_implementation(IMPLEMENTATION)
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return _source(cls, config, shadow.eval(), weights, lambda: model.eval())
+    return _source(cls, config, shadow, weights, lambda: model)
 
 
 def source_from_checkpoint(checkpoint: Checkpoint) -> CaptureSource:
@@ -227,35 +410,82 @@ def source_from_checkpoint(checkpoint: Checkpoint) -> CaptureSource:
 
     Raises:
         CaptureError: transformers does not know the model, or the weights do not fit it.
+        UnsupportedError: A kind of model that is not handled.
     """
-    transformers = _transformers()
-    register_attention()
-    checkpoint.refuse_remote_code(transformers.CONFIG_MAPPING.keys())
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise CaptureError(
-            f"[capture] {checkpoint.folder / 'config.json'}: transformers {transformers.__version__} cannot read it: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    register_implementations()
+    config = _config_of(checkpoint)
     cls = model_class(config)
     _refuse_unsupported(config, cls)
-    with _parameters_on_meta():
-        module = cls._from_config(
-            copy.deepcopy(config), dtype=torch.float32, attn_implementation=_attention_implementation(cls)
-        )
-    module.eval()
-    module.tie_weights()
+    module = _empty_model(cls, config, checkpoint)
     weights = _match_weights(checkpoint, module)
     if weights is None:
         # Stored under other names or in other shapes (experts merged at load): only transformers knows how.
-        loaded = cls.from_pretrained(str(checkpoint.folder), dtype="auto", local_files_only=True)
-        return source_from_model(loaded)
+        return source_from_model(_load_by_transformers(cls, checkpoint))
     return _source(cls, config, module, weights, lambda: _load_eager(module, weights))
 
 
+def _config_of(checkpoint: Checkpoint) -> Any:
+    transformers = _transformers()
+    checkpoint.refuse_remote_code(transformers.CONFIG_MAPPING.keys())
+    file, kind = checkpoint.folder / "config.json", checkpoint.config.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        written_by = checkpoint.config.get("transformers_version")
+        raise CaptureError(
+            f"[capture] {file}: model_type {kind!r} is unknown to transformers {transformers.__version__}"
+            + (f"; the model was saved with {written_by}" if written_by else "")
+            + ". Upgrade transformers, or load the model yourself and pass the module."
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    except Exception as error:  # each configuration class checks its fields in its own way
+        raise CaptureError(
+            f"[capture] {file}: transformers {transformers.__version__} refuses it: {_first_line(error)}. Correct the "
+            "file, download it again, or upgrade transformers."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _empty_model(cls: Any, config: Any, checkpoint: Checkpoint) -> Any:
+    """The model a config describes, its parameters on the meta device."""
+    options: dict[str, Any] = {"attn_implementation": _attention_implementation(cls)}
+    if cls._can_set_experts_implementation():
+        options["experts_implementation"] = IMPLEMENTATION
+    try:
+        with _parameters_on_meta():
+            module = cls._from_config(copy.deepcopy(config), dtype=torch.float32, **options)
+        module.eval()
+        module.tie_weights()
+    except Exception as error:  # whatever the constructor of a model raises
+        raise CaptureError(
+            f"[capture] {checkpoint.folder / 'config.json'}: {cls.__name__} cannot be built from it: "
+            f"{type(error).__name__}: {_first_line(error)}. Correct the file, or install what that model needs."
+        ) from error
+    return module
+
+
+def _load_by_transformers(cls: Any, checkpoint: Checkpoint) -> nn.Module:
+    try:
+        model, info = cls.from_pretrained(
+            str(checkpoint.folder), dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever loading raises
+        raise CaptureError(
+            f"[capture] {checkpoint.folder}: transformers cannot load {cls.__name__} from it: "
+            f"{type(error).__name__}: {_first_line(error)}. The weights and config.json belong to different models, or "
+            "a shard is missing."
+        ) from error
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(name) for name in info.get(what) or ())
+        if names:
+            _refuse_weights(checkpoint, cls, what.removesuffix("_keys"), names)
+    return model
+
+
 def _load_eager(module: Any, weights: dict[str, Tensor]) -> nn.Module:
-    """Put the mapped weights into `module` and give it its stock attention."""
+    """Put the mapped weights into `module` and give it its stock attention and experts."""
     shared: dict[int, nn.Parameter] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         for name, parameter in list(owner._parameters.items()):
@@ -267,55 +497,81 @@ def _load_eager(module: Any, weights: dict[str, Tensor]) -> nn.Module:
             full = f"{path}.{name}" if path else name
             if buffer is not None and full in weights:
                 owner._buffers[name] = weights[full].to(buffer.dtype)
-    if module.config._attn_implementation == ATTENTION_NAME:
+    if module.config._attn_implementation == IMPLEMENTATION:
         module.set_attn_implementation("eager")
+    if module._can_set_experts_implementation():
+        module.set_experts_implementation("eager")
     return module
 
 
 def _match_weights(checkpoint: Checkpoint, module: Any) -> dict[str, Tensor] | None:
-    """Stored tensor of every parameter and persistent buffer, or None if names do not correspond one to one."""
+    """Stored tensor of every parameter and persistent buffer, or None if only transformers can convert them.
+
+    Raises:
+        CaptureError: A tensor is missing, has another shape, or belongs to a part that the model does not have.
+    """
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    stored = set(checkpoint.names)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     aliases: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         aliases.setdefault(id(parameter), []).append(name)
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
+    buffers = [[name] for name in module.state_dict() if name not in parameters]
     weights: dict[str, Tensor] = {}
-    missing: list[str] = []
-    for names in aliases.values():
-        candidates = [c for name in names for c in (name, name.removeprefix(prefix), prefix + name)]
-        found = next((candidate for candidate in candidates if candidate in stored), None)
-        if found is None:
-            missing.append(names[0])
-            continue
-        if tuple(checkpoint.shape(found)) != shapes[names[0]]:
-            if len(missing) == 0 and not _has_conversion(module):
-                raise CaptureError(
-                    f"[capture] {checkpoint.folder}: tensor {found} has shape {list(checkpoint.shape(found))}, but "
-                    f"{type(module).__name__} built from config.json needs {list(shapes[names[0]])}. "
-                    "The weights and config.json belong to different models."
-                )
-            return None
-        for name in names:
-            weights[name] = checkpoint.tensor(found)
-    if missing:
-        if _has_conversion(module):
-            return None
-        raise CaptureError(
-            f"[capture] {checkpoint.folder}: {len(missing)} of {len(aliases)} parameters of {type(module).__name__} are "
-            f"not in the weight files, first: {', '.join(missing[:3])}. The weights and config.json belong to "
-            "different models, or a shard is missing."
-        )
-    persistent = {name for name in module.state_dict() if name not in shapes}
-    for name in persistent:
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in stored:
-                weights[name] = checkpoint.tensor(candidate)
+    missing, misshaped, used = [], [], set()
+    for names in (*aliases.values(), *buffers):
+        # Several stored copies of a tied tensor are all accounted for; the first is read.
+        stored = [spelling for name in names for spelling in _spellings(name, prefix) if spelling in checkpoint]
+        used.update(stored)
+        if not stored:
+            missing += names[:1] if names[0] in parameters else []
+        elif names[0] in parameters and tuple(checkpoint.shape(stored[0])) != tuple(parameters[names[0]].shape):
+            misshaped.append(
+                f"{stored[0]} {list(checkpoint.shape(stored[0]))} (config.json says {list(parameters[names[0]].shape)})"
+            )
+        else:
+            weights.update({name: checkpoint.tensor(stored[0]) for name in names})
+    if (missing or misshaped) and _has_conversion(module, checkpoint):
+        return None
+    extra = [name for name in checkpoint.names if name not in used and not _is_harmless(name, module, prefix)]
+    for what, found in (("missing", missing), ("mismatched", misshaped), ("unexpected", extra)):
+        if found:
+            _refuse_weights(checkpoint, type(module), what, found)
     return weights
 
 
-def _has_conversion(module: Any) -> bool:
+def _spellings(name: str, prefix: str) -> tuple[str, ...]:
+    """Names under which a tensor may be stored: saved from the base model, or from the model with a head."""
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def _is_harmless(name: str, module: Any, prefix: str) -> bool:
+    """Whether a stored tensor that the model does not take may be left out, as transformers does without a word."""
+    ignored = [*(module._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    if any(re.search(pattern, name) for pattern in ignored):
+        return True
+    # The head of the model that a base model was saved with (`cls.predictions.*` beside `bert.*`).
+    is_base_model = not hasattr(module, prefix.removesuffix("."))
+    first = name.removeprefix(prefix).split(".")[0]
+    return is_base_model and not hasattr(module, first)
+
+
+def _refuse_weights(checkpoint: Checkpoint, cls: type, what: str, names: list[str]) -> None:
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    needed = {
+        "missing": "every parameter of the model that config.json describes",
+        "mismatched": "the shapes that config.json describes",
+        "unexpected": "no tensors beyond the model that config.json describes",
+    }[what]
+    raise CaptureError(
+        f"[capture] {checkpoint.folder}: {what} tensors for {cls.__name__}: {listed}; needed {needed}. The weights and "
+        "config.json belong to different models, or the folder is incomplete: download it again."
+    )
+
+
+def _has_conversion(module: Any, checkpoint: Checkpoint) -> bool:
     """Whether transformers renames or merges this model's tensors while it loads them."""
+    if any(name.endswith(("LayerNorm.gamma", "LayerNorm.beta", "weight_g", "weight_v")) for name in checkpoint.names):
+        return True  # spellings of the first releases
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:

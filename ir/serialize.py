@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.utils._sympy.numbers import int_oo
@@ -510,7 +511,7 @@ class _Reader:
         # Entries that are copies of each other share their metadata, as they did before they were saved.
         known: dict[Any, Any] = {}
         for name, entry in program.entries.items():
-            with mode, torch.no_grad(), warnings.catch_warnings():
+            with mode, enable_python_dispatcher(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations inside torch
                 for node in placeholders(entry):
                     constant = program.constants.get(node.meta.get("constant", ""))
@@ -567,7 +568,7 @@ class _Reader:
 def _placeholder(graph: fx.Graph, name: str, kind: str, reserved: Iterable[str]) -> fx.Node:
     """A placeholder of a constant or state, under an identifier that is safe in generated code."""
     identifier = re.sub(r"[^0-9a-zA-Z_]", "_", name)
-    while identifier in reserved:
+    while identifier == "self" or identifier in reserved:
         identifier += "_"
     node = graph.placeholder(identifier)
     node.target = node.name  # which fx has checked against keywords and the names in use

@@ -1,7 +1,7 @@
 """Quality of an optimised model: perplexity of a text, and distance from the source model's weights in fp32.
 
-Text is cut into windows of `min(context, 1024)` tokens; no token is added and the remainder is dropped. In a window of W
-tokens the logits after token i score token i + 1:
+Text is cut into windows of `min(context, 1024)` tokens; no token is added and the remainder is dropped. In a window of
+W tokens the logits after token i score token i + 1:
 
 - without `prefill`, tokens 0 to W - 2 go through the `prefill` entry in chunks, and tokens 1 to W - 1 are scored: W - 1
   tokens per window (the first has nothing before it);
@@ -55,7 +55,7 @@ class EvalResult:
             unscored tokens; special tokens have no text, and a character that is cut by the edge of a window counts as
             the three bytes of the replacement character.
         kl: Mean KL(reference || artifact) in nats per scored token; None without a reference.
-        top1_agreement: Fraction of scored tokens for which both find the same token likeliest; None without a reference.
+        top1_agreement: Fraction of scored tokens for which both find the same token likeliest; None likewise.
         tokens: Scored tokens.
         weight_bytes: Bytes of the weights as the target holds them.
         state_bytes: Allocated bytes of the states of one sequence of a window's length.
@@ -82,6 +82,10 @@ class EagerReference:
     Weights stay as they are stored (mapped, perhaps bf16) and are converted while they are used. A model from a folder
     runs with the library's plain attention; a module runs as it is.
 
+    Attributes:
+        name: For messages: the folder, or the class.
+        vocab_size: Rows of the token embedding, where that is known.
+
     Args:
         model: A Hugging Face folder, a transformers model, or a module whose forward takes `input_ids`.
 
@@ -97,6 +101,7 @@ class EagerReference:
             self._inputs = module_inputs(model)
             self._call: dict[str, Any] = {"use_cache": False} if is_library_model else {}
             self._model = model
+            self.vocab_size = _embedding_rows(model)
             return
         from jettison.ir.huggingface import open_checkpoint
 
@@ -108,6 +113,7 @@ class EagerReference:
             )
         self.name, self._inputs, self._call = str(checkpoint.folder), source.inputs, source.call
         self._model = source.eager()
+        self.vocab_size = source.vocab_size
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits after every token of a sequence.
@@ -128,6 +134,12 @@ class EagerReference:
         if not isinstance(returned, Tensor):
             returned = returned["logits"] if hasattr(returned, "keys") else returned[0]
         return returned[0].float()
+
+
+def _embedding_rows(model: nn.Module) -> int | None:
+    """Vocabulary of a module, as capture finds it: its first embedding is that of the tokens."""
+    sizes = (module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding))
+    return getattr(model, "vocab_size", None) or next(sizes, None)
 
 
 @contextmanager
@@ -231,6 +243,8 @@ def evaluate(
         reference = recorded_reference(model)
     elif not isinstance(reference, EagerReference):
         reference = EagerReference(reference)
+    if reference is not None and reference.vocab_size not in (None, model.info.vocab_size):
+        raise _not_comparable(reference, f"has a vocabulary of {reference.vocab_size} tokens", model)
     scoring = _Scoring(model, reference, prefill or 1, length)
     with track("evaluate", len(chosen) * (length - scoring.first)) as advance:
         if prefill is None:
@@ -247,8 +261,8 @@ def _window_length(model: OptimizedModel, context: int | None) -> int:
     most = model.info.context
     if context is not None and not 2 <= context <= most:
         raise OptionError(
-            f"[eval] context={context}: needs 2 to {most}, the context of {model.info.name}, because the first token of "
-            "a window is not scored. Leave it out for the longest."
+            f"[eval] context={context}: needs 2 to {most}, the context of {model.info.name}, because the first token "
+            "of a window is not scored. Leave it out for the longest."
         )
     return min(context or most, LONGEST_WINDOW)
 
@@ -280,6 +294,13 @@ def _check_tokens(windows: list[list[int]], model: OptimizedModel) -> None:
         )
 
 
+def _not_comparable(reference: EagerReference, wrong: str, model: OptimizedModel) -> OptionError:
+    return OptionError(
+        f"[eval] reference {reference.name}: {wrong}, needs finite logits of the {model.info.vocab_size} tokens of "
+        f"{model.info.name}, or there is nothing to compare. Give the model that the artifact was made from."
+    )
+
+
 class _Scoring:
     """Sums over the scored tokens of all windows."""
 
@@ -303,15 +324,11 @@ class _Scoring:
         logits, vocab_size = self.reference.logits(window[:-1]), self.model.info.vocab_size
         wrong = None
         if logits.shape[-1] != vocab_size:
-            wrong = f"found logits of {logits.shape[-1]} tokens"
+            wrong = f"gives logits of {logits.shape[-1]} tokens"
         elif not bool(logits.isfinite().all()):
-            wrong = "found NaN or infinite logits"
+            wrong = "gives NaN or infinite logits"
         if wrong is not None:
-            raise OptionError(
-                f"[eval] reference {self.reference.name}: {wrong}, needs finite ones of the {vocab_size} tokens of "
-                f"{self.model.info.name}, or there is nothing to compare. Give the model that the artifact was made "
-                "from."
-            )
+            raise _not_comparable(self.reference, wrong, self.model)
         return logits[self.first - 1 :]
 
     def score_in_chunks(self, window: list[int], advance: Callable[[float], None]) -> None:
@@ -327,20 +344,28 @@ class _Scoring:
 
     def score_by_decoding(self, group: list[list[int]], advance: Callable[[float], None]) -> None:
         """Run the first tokens of some windows through `prefill` and the rest through `decode`."""
-        expected = None
+        expected = None  # [W - first, B, V]
         for row, window in enumerate(group):
             found = self.reference_logits(window)
             if found is not None:
-                expected = found.new_empty((len(group), *found.shape)) if expected is None else expected
-                expected[row] = found
+                if expected is None:
+                    expected = found.new_empty((found.shape[0], len(group), found.shape[1]))
+                expected[:, row] = found
         session = self.model.session(len(group), self.length)
         self.state_bytes = session.state_bytes // len(group)
-        logits = session.prefill([window[: self.first] for window in group])
+        # Steps are scored many at a time: one step's few rows are too little work to spread over threads.
+        most = max(1, _rows_per_chunk(self.model.info.vocab_size) // len(group))
+        steps = [session.prefill([window[: self.first] for window in group])]
         for position in range(self.first, self.length):
-            targets = [window[position] for window in group]
-            self.add(logits, targets, None if expected is None else expected[:, position - self.first])
-            if position + 1 < self.length:
-                logits = session.decode(targets)
+            is_last = position + 1 == self.length
+            if len(steps) == most or is_last:
+                scored = slice(position + 1 - len(steps), position + 1)
+                targets = [window[at] for at in range(scored.start, scored.stop) for window in group]
+                wanted = None if expected is None else expected[scored.start - self.first : scored.stop - self.first]
+                self.add(torch.cat(steps), targets, None if wanted is None else wanted.flatten(0, 1))
+                steps.clear()
+            if not is_last:
+                steps.append(session.decode([window[position] for window in group]))
             advance(len(group))
 
     def add(self, logits: Tensor, targets: list[int], expected: Tensor | None) -> None:
@@ -351,7 +376,7 @@ class _Scoring:
             targets: The tokens that came, `N` of them.
             expected: `[N, V] f32` of the reference, or None.
         """
-        rows = max(1, CHUNK_BYTES // (8 * logits.shape[-1]))
+        rows = _rows_per_chunk(logits.shape[-1])
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             log_q = logits[chunk].double().log_softmax(-1)
@@ -388,6 +413,10 @@ class _Scoring:
             weight_bytes=self.model.executor.weight_bytes,
             state_bytes=self.state_bytes,
         )
+
+
+def _rows_per_chunk(vocab_size: int) -> int:
+    return max(1, CHUNK_BYTES // (8 * vocab_size))
 
 
 def _scored_bytes(tokenizer: Tokenizer, window: list[int], first: int) -> int:

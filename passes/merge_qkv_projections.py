@@ -46,7 +46,7 @@ aten = torch.ops.aten
 class Projections:
     """The three linears of one attention by the names of their constants; `biases` is empty if they have none."""
 
-    weights: tuple[str, str, str]
+    weights: tuple[str, ...]
     biases: tuple[str, ...]
 
 
@@ -84,17 +84,18 @@ class MergeQkvProjections(Pass):
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Merge each set of projections in every entry: an entry left out would need the single weights as well."""
-        misses: dict[tuple[str, str], MissRecord] = {}
-        found: dict[Projections, None] = {}
-        for entry in program.entries.values():
-            for node in entry.graph.nodes:
-                match = self.match(node, program)
-                if isinstance(match, Miss):
-                    record = MissRecord(describe_node(match.node), match.reason)
-                    misses.setdefault((record.node, record.reason), record)
-                elif match is not None:
-                    found[match] = None
-        rewrites = 0
+        found: list[Projections] = []
+        misses: list[MissRecord] = []
+        for node in (node for entry in program.entries.values() for node in entry.graph.nodes):
+            match = self.match(node, program)
+            if isinstance(match, Projections) and match not in found:
+                if any(set(match.weights) & set(other.weights) for other in found):
+                    match = Miss("its keys are merged with those of other queries", node)
+                else:
+                    found.append(match)
+            if isinstance(match, Miss):
+                record = MissRecord(describe_node(match.node), match.reason)
+                misses += [record] if record not in misses else []
         for projections in found:
             weight = _joined(projections.weights, "weight", program)
             bias = _joined(projections.biases, "bias", program) if projections.biases else None
@@ -102,10 +103,9 @@ class MergeQkvProjections(Pass):
                 edit = Edit(program, entry_name, self.name)
                 self._merge(projections, weight, bias, edit)
                 edit.eliminate_dead_code()
-                rewrites += 1
             for name in (*projections.weights, *projections.biases):
                 del program.constants[name]
-        return rewrites, list(misses.values())
+        return len(found) * len(program.entries), misses
 
     def _merge(self, projections: Projections, weight: Constant, bias: Constant | None, edit: Edit) -> None:
         """One linear and its three parts, where the first of the three linears stood."""
@@ -123,11 +123,11 @@ class MergeQkvProjections(Pass):
 
     def ensures(self, program: Program) -> str | None:
         """A constant of several blocks is not also read block by block."""
-        used = program.used_constants()
-        for name, constant in used.items():
-            for other in used.values():
-                if other is not constant and len(constant.blocks) > 1 and other.blocks[0] is constant.blocks[0]:
-                    return f"{other.name} is read beside {name}, which contains it"
+        used = program.used_constants().values()
+        inside = {id(block): merged.name for merged in used if len(merged.blocks) > 1 for block in merged.blocks}
+        for constant in used:
+            if len(constant.blocks) == 1 and id(constant.blocks[0]) in inside:
+                return f"{constant.name} is read beside {inside[id(constant.blocks[0])]}, which contains it"
         return None
 
 
@@ -169,7 +169,7 @@ def _mergeable(node: fx.Node, linears: list[fx.Node], program: Program) -> Proje
         return Miss(f"{shared} is read elsewhere too", node)
     for entry in program.entries.values():
         placeholders = constant_placeholders(entry)
-        users = [next(iter(placeholders[name].users), None) for name in projections.weights]
+        users = [next(iter(placeholders[name].users)) for name in projections.weights]
         if not all(is_call(user, aten.linear.default) for user in users) or len({user.args[0] for user in users}) > 1:
             return Miss("another entry uses the projections in another way", node)
     return projections
@@ -186,10 +186,8 @@ def _joined(names: tuple[str, ...], kind: str, program: Program) -> Constant:
     paths = [name.split(".") for name in names]
     common = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
     stem = ".".join([*(parts[0] for parts in common), "qkv_proj"])
-    name = next(
-        candidate
-        for candidate in (f"{stem}{number}.{kind}" for number in ("", *range(1, len(program.constants) + 2)))
-        if candidate not in program.constants
-    )
+    # Attentions in one module may have no path of their own.
+    candidates = (f"{stem}{number or ''}.{kind}" for number in itertools.count())
+    name = next(candidate for candidate in candidates if candidate not in program.constants)
     blocks = [block for constant in constants for block in constant.blocks]
     return Constant(name, blocks, constants[0].dtype)

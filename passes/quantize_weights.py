@@ -104,12 +104,9 @@ class QuantizeWeights(Pass):
 
     def match(self, node: fx.Node, program: Program) -> WeightRead | Miss | None:
         """A linear or an embedding of a constant that nothing else reads in another way."""
-        if is_call(node, aten.linear.default):
-            weight = node.args[1]
-        elif is_call(node, aten.embedding.default):
-            weight = node.args[0]
-        else:
+        if not is_call(node, aten.linear.default, aten.embedding.default):
             return self._unquantized_product(node)
+        weight = arguments(node)["weight"]
         name = constant_name(weight)
         if name is None:
             return Miss("the weight is not a constant", node)
@@ -156,14 +153,14 @@ class QuantizeWeights(Pass):
                     reads.setdefault(entry_name, []).append(found)
         if self.skip is not None and not any(self._is_skipped(name) for name in program.used_constants()):
             misses["skip", ""] = MissRecord(f"skip={self.skip!r}", "found in the name of no weight")
-        self._encode_all(program, {read.weight for found in reads.values() for read in found})
-        for entry_name, found in reads.items():
+        self._encode_all(program, {read.weight for in_entry in reads.values() for read in in_entry})
+        for entry_name, in_entry in reads.items():
             edit = Edit(program, entry_name, self.name)
-            for read in found:
+            for read in in_entry:
                 self.rewrite(read, edit)
             edit.eliminate_dead_code()
         _drop_replaced(program)
-        return sum(len(found) for found in reads.values()), list(misses.values())
+        return sum(len(in_entry) for in_entry in reads.values()), list(misses.values())
 
     def rewrite(self, match: WeightRead, edit: Edit) -> None:
         """Read the packed parts instead of the weight."""

@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from jettison.ir.edit import Edit
 from jettison.ir.match import Miss, arguments, is_call
@@ -38,8 +39,8 @@ from jettison.ir.program import MissRecord, Program
 from jettison.passes.base import Pass
 
 aten = torch.ops.aten
-# A score lowered by this much is hidden: softmax gives it exactly 0 beside any score within 9,000 of zero.
-HIDDEN = -1e4
+# A score lowered by this much (-1e4 as bf16 rounds it) is hidden: softmax gives it 0 beside ordinary scores.
+HIDDEN = -9984.0
 _PROBES = ((1, 1), (2, 5), (1, 33), (2, 67))
 # Windows below this length are found by looking; longer ones by the numbers that occur in the mask's graph.
 _LONG_PROBE = 2048
@@ -132,13 +133,15 @@ class RaiseAttention(Pass):
         query, key, value, mask, scale = (given[n] for n in ("query", "key", "value", "attn_mask", "scale"))
         if given["dropout_p"]:
             return Miss("attention drops weights at random", node)
-        terms = ()
+        if isinstance(scale, fx.Node):
+            return Miss("the scale is not a number in the graph", node)
+        terms: tuple[MaskTerm, ...] = ()
         if mask is not None:
             terms = (MaskTerm("keep" if mask.meta["val"].dtype == torch.bool else "add", mask),)
         if scale is None:
             scale = query.meta["val"].shape[-1] ** -0.5
-        operands = AttentionOperands(node, query, key, value, terms, float(scale))
-        return check_attention(operands, program, is_causal=given["is_causal"])
+        found = AttentionOperands(node, query, key, value, terms, float(scale))
+        return check_attention(found, program, is_causal=given["is_causal"])
 
     def rewrite(self, match: AttentionMatch, edit: Edit) -> None:
         """Emit the operator."""
@@ -151,7 +154,7 @@ def check_attention(operands: AttentionOperands, program: Program, *, is_causal:
     Args:
         operands: The candidate.
         program: The program it is in.
-        is_causal: Whether attention is causal besides its mask.
+        is_causal: Whether attention without a mask is causal.
 
     Returns:
         The match, or what stands in the way.
@@ -168,13 +171,13 @@ def check_attention(operands: AttentionOperands, program: Program, *, is_causal:
         if operand.meta["val"].dtype != last.meta["val"].dtype:
             return Miss(f"{name} and the result have different dtypes", last)
     heads, key_heads, value_heads = (n.meta["val"].shape[1] for n in (query, key, value))
-    if key_heads != value_heads or heads % key_heads:
-        return Miss(
-            f"{heads}, {key_heads} and {value_heads} heads of queries, keys and values do not form groups", last
-        )
+    if not isinstance(heads, int) or key_heads != value_heads or heads % key_heads:
+        return Miss(f"{heads} query, {key_heads} key and {value_heads} value heads do not form groups", last)
+    if list(map(str, last.meta["val"].shape)) != [str(n) for n in (batch, heads, length, value.meta["val"].shape[3])]:
+        return Miss("the result is not [B, H, S, D] for the queries' B, H and S", last)
     if not operands.mask:
         return AttentionMatch(operands, Visibility(is_causal))
-    visibility = prove_visibility(operands.mask, heads, program)
+    visibility = _visibility(operands.mask, heads, program)
     return visibility if isinstance(visibility, Miss) else AttentionMatch(operands, visibility)
 
 
@@ -226,23 +229,12 @@ def shared_proofs() -> Iterator[None]:
         _proofs.reset(token)
 
 
-def prove_visibility(terms: tuple[MaskTerm, ...], heads: int, program: Program) -> Visibility | Miss:
-    """Which keys a mask shows.
-
-    Args:
-        terms: At least one; all of them apply.
-        heads: H of the scores `[B, H, S, T]`.
-        program: The program they are in.
-
-    Returns:
-        What `jettison.attention` has to be told, or why it cannot be told.
-    """
+def _visibility(terms: tuple[MaskTerm, ...], heads: int, program: Program) -> Visibility | Miss:
     known = _proofs.get()
-    if known is None:
-        return _prove(terms, heads, program)
-    if (terms, heads) not in known:
-        known[terms, heads] = _prove(terms, heads, program)
-    return known[terms, heads]
+    proofs = {} if known is None else known
+    if (terms, heads) not in proofs:
+        proofs[terms, heads] = _prove(terms, heads, program)
+    return proofs[terms, heads]
 
 
 def mask_nodes(roots: Sequence[fx.Node]) -> list[fx.Node] | Miss:
@@ -267,8 +259,6 @@ def mask_nodes(roots: Sequence[fx.Node]) -> list[fx.Node] | Miss:
             is_data = node.op == "placeholder" and "constant" not in node.meta
             if is_data and node.name not in ("position_ids", "attention_mask"):
                 return Miss(f"{_NOT_KNOWN}it depends on the values of {node.name}", roots[0])
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                return Miss(f"{_NOT_KNOWN}it is random", roots[0])
             stack.append((node, True))
             stack += [(operand, False) for operand in _operands_read(node)]
     return order
@@ -297,7 +287,7 @@ def _prove(terms: tuple[MaskTerm, ...], heads: int, program: Program) -> Visibil
     key_valid = next((node for node in nodes if node.op == "placeholder" and node.name == "attention_mask"), None)
     seen: list[tuple[Tensor, Tensor]] = []
     try:
-        for batch, length in _probe_sizes(nodes, program.info.context):
+        for batch, length in _probe_sizes(nodes, program):
             for valid in _paddings(batch, length)[0 if key_valid is not None else -1 :]:
                 seen.append((valid, _visible(terms, heads, _run(nodes, roots, valid, program), valid)))
         # The last probe is the longest, without padding.
@@ -312,15 +302,19 @@ def _prove(terms: tuple[MaskTerm, ...], heads: int, program: Program) -> Visibil
     return Visibility(is_causal, window, key_valid)
 
 
-def _probe_sizes(nodes: list[fx.Node], context: int) -> list[tuple[int, int]]:
+def _probe_sizes(nodes: list[fx.Node], program: Program) -> list[tuple[int, int]]:
     """Batch sizes and lengths to run a mask at; past every number in it that could be a window."""
-    numbers: set[int] = set()
+    context = program.info.context
+    numbers: list[float] = []
     for node in nodes:
-        if node.op == "placeholder" and "constant" in node.meta:
-            numbers.update(node.meta["val"].shape)
-        torch.utils._pytree.tree_map_only(int, numbers.add, (node.args, node.kwargs))
+        numbers += [abs(item) for item in tree_leaves((node.args, node.kwargs)) if isinstance(item, (int, float))]
+        if "constant" in node.meta:
+            constant = program.constants[node.meta["constant"]]
+            is_small = constant.nbytes <= 64
+            numbers += [*constant.shape, *(constant.value().double().abs().flatten().tolist() if is_small else [])]
     short = [(batch, length) for batch, length in _PROBES if length <= context]
-    long = {min(context, _LONG_PROBE)} | {min(n + 2, context) for n in numbers if _LONG_PROBE - 2 < n < context}
+    windows = {int(number) for number in numbers if _LONG_PROBE - 2 < number < context}
+    long = {min(context, _LONG_PROBE)} | {min(window + 2, context) for window in windows}
     return short + [(1, length) for length in sorted(long) if length > short[-1][1]]
 
 
@@ -372,26 +366,28 @@ def _visible(terms: tuple[MaskTerm, ...], heads: int, values: dict[fx.Node, Any]
     """`[B, 1, S, S] bool`: which keys the terms leave visible."""
     batch, length = valid.shape
     visible = torch.ones(batch, 1, length, length, dtype=torch.bool)
-    for term in sorted(terms, key=lambda term: term.kind == "multiply"):
+    spread = []
+    for term in terms:
         value = values[term.node]
         if term.is_flat and value.dim() == 3:
             value = value.reshape(-1, heads if value.shape[0] == batch * heads else 1, *value.shape[1:])
-        if term.kind == "add":
-            value = value * term.weight
-            is_bias = (value != 0) & ~(value <= HIDDEN)
-            if is_bias.any():
-                bias = value[is_bias].flatten()[0].item()
-                raise _NotKnownError(f"it adds {bias:.3g} to scores of visible keys, a position bias such as ALiBi")
-            value = value == 0
-        elif term.kind == "multiply":
-            if not (((value == 1) | (value == 0)).all() and ((value == 1) | ~visible).all()):
-                raise _NotKnownError("it multiplies scores of visible keys")
+        spread.append(value[(None,) * (4 - value.dim())])
+        if term.kind == "multiply":
             continue
-        else:
-            value = value == (term.kind == "keep")
-        if value.dim() == 4 and not (value == value[:, :1]).all():
+        shown = spread[-1] * term.weight > HIDDEN if term.kind == "add" else spread[-1] == (term.kind == "keep")
+        if shown.shape[1] > 1 and not (shown == shown[:, :1]).all():
             raise _NotKnownError("it differs between heads")
-        visible = visible & (value[:, :1] if value.dim() == 4 else value)
+        visible = visible & shown[:, :1]
+    # Visible scores must stay as they are, and hidden ones hidden.
+    for term, value in zip(terms, spread, strict=True):
+        if term.kind == "multiply" and ((value != 1) & (visible | (value != 0))).any():
+            raise _NotKnownError("it multiplies scores of visible keys")
+        if term.kind == "add":
+            added = value * term.weight
+            is_bias = (added != 0) & (visible | ~(added <= 0))
+            if is_bias.any():
+                bias = added.expand_as(is_bias)[is_bias][0].item()
+                raise _NotKnownError(f"it adds {bias:.3g} to scores, a position bias such as ALiBi")
     return visible
 
 

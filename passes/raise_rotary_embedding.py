@@ -16,8 +16,9 @@ After:
     %5: f32[s0,2,s1,8] = jettison.rotary_embedding(%x, %3, %4, False)
 
 Fires when: x * cos + turned(x) * sin, where turned is the half layout (Llama, GPT-NeoX) or the interleaved one (GPT-J,
-    Cohere), on `[B, H, S, D]` or `[B, S, H, D]`; and where the rotated channels are joined again with the others
-    (partial rotary). The angles must be repeated visibly (cat([y, y]) or repeat_interleave(y, 2)).
+    Cohere, GLM), on `[B, H, S, D]` or `[B, S, H, D]`; the half layout written as cat([a * cos - b * sin, b * cos +
+    a * sin]) over the halves a and b of x (gpt-oss); and where the rotated channels are joined again with the others
+    (partial rotary). The angles must be repeated visibly (cat([y, y]) or repeat_interleave(y, 2)), or not at all.
 Declines when: cosine and sine are not visibly one angle per channel pair, or stand along other axes.
 Numerics: exact up to the order of one addition.
 Saves: five passes over x, and half of the cosines and sines.
@@ -51,6 +52,7 @@ class Rotation:
     sin: fx.Node
     is_interleaved: bool
     head_axis: int
+    has_one_angle_per_pair: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class RaiseRotaryEmbedding(Pass):
     def match(self, node: fx.Node, program: Program) -> Rotation | Joined | Miss | None:
         """Start from the sum of the two products, or from the concatenation behind it."""
         if is_call(node, aten.cat.default):
-            return _joined(node)
+            return _joined(node) or _rotated_halves(node)
         if not is_call(node, aten.add.Tensor) or not all(is_call(a, aten.mul.Tensor) for a in node.args[:2]):
             return None
         for plain, turned in (node.args[:2], node.args[1::-1]):
@@ -91,7 +93,7 @@ class RaiseRotaryEmbedding(Pass):
                 operands = arguments(match.rotation)
                 out = edit.call(rotary_embedding, match.x, operands["cos"], operands["sin"], operands["interleaved"])
             else:
-                cos, sin = (_per_pair(_without_head_axis(angle), edit) for angle in (match.cos, match.sin))
+                cos, sin = (_per_pair(angle, match, edit) for angle in (match.cos, match.sin))
                 x = match.x if match.head_axis == 1 else edit.call(aten.transpose.int, match.x, 1, 2)
                 out = edit.call(rotary_embedding, x, cos, sin, match.is_interleaved)
                 out = out if match.head_axis == 1 else edit.call(aten.transpose.int, out, 1, 2)
@@ -105,34 +107,28 @@ def _rotation(last: fx.Node, x: fx.Node, cos: Any, sin: Any, is_interleaved: boo
     if len(axes) != 1 or None in axes:
         return Miss("cosine and sine do not stand along the positions of [B, H, S, D] or [B, S, H, D]", last)
     for angle in (cos, sin):
-        if not _is_repeated(_without_head_axis(angle)):
+        if _one_per_pair(_without_head_axis(angle), is_interleaved) is None:
             return Miss("cosine and sine are not visibly one angle per channel pair", last)
     return Rotation(last, x, cos, sin, is_interleaved, axes.pop())
 
 
 def _turned_value(node: Any) -> tuple[fx.Node, bool] | None:
-    """x and the layout, if `node` is x with each channel pair (a, b) replaced by (-b, a)."""
+    """The value x and the layout, if `node` is x with each channel pair (a, b) replaced by (-b, a)."""
     if is_call(node, aten.cat.default) and len(node.args[0]) == 2 and _is_last_axis(node, node.args[1:]):
         negated, first = node.args[0]
         if is_call(negated, aten.neg.default):
-            second = negated.args[0]
-            if is_call(first, aten.slice.Tensor) and is_call(second, aten.slice.Tensor):
-                half = node.meta["val"].shape[-1] // 2
-                x = first.args[0]
-                if second.args[0] is x and _slice_is(first, 0, half, 1) and _slice_is(second, half, None, 1):
-                    return x, False
-            chunks = _chunk_of(first), _chunk_of(second)
-            if None not in chunks and chunks[0][0] is chunks[1][0] and (chunks[0][1], chunks[1][1]) == (0, 1):
-                return chunks[0][0], False
+            halves = _half_of(first), _half_of(negated.args[0])
+            if None not in halves and halves[0][0] is halves[1][0] and (halves[0][1], halves[1][1]) == (0, 1):
+                return halves[0][0], False
     if is_call(node, aten.flatten.using_ints, aten.reshape.default) and is_call(node.args[0], aten.stack.default):
         stack = node.args[0]
         if len(stack.args[0]) == 2 and _is_last_axis(stack, stack.args[1:]):
             negated, first = stack.args[0]
             if is_call(negated, aten.neg.default) and is_call(first, aten.slice.Tensor):
                 second, x = negated.args[0], first.args[0]
-                if is_call(second, aten.slice.Tensor) and second.args[0] is x:
-                    if _slice_is(first, 0, None, 2) and _slice_is(second, 1, None, 2):
-                        return x, True
+                is_of_x = is_call(second, aten.slice.Tensor) and second.args[0] is x
+                if is_of_x and _slice_is(first, 0, None, 2) and _slice_is(second, 1, None, 2):
+                    return x, True
     return None
 
 
@@ -149,7 +145,7 @@ def _slice_is(node: fx.Node, start: int, stop: int | None, step: int) -> bool:
 
 
 def _chunk_of(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """x and the index, if `node` is one of two halves of x along the last axis."""
+    """The value x and the index, if `node` is one of two halves of x along the last axis."""
     if getattr(node.target, "__name__", "") != "getitem" or not is_call(
         node.args[0], aten.chunk.default, aten.split.Tensor
     ):
@@ -172,10 +168,8 @@ def _head_axis(angle: Any) -> int | None:
     if is_call(angle, aten.unsqueeze.default):
         axis = angle.args[1] % angle.meta["val"].dim()
         return axis if angle.meta["val"].dim() == 4 and axis in (1, 2) else None
-    if is_call(angle, aten.repeat_interleave.self_int) and is_call(
-        angle.args[0], aten.slice.Tensor, aten.unsqueeze.default
-    ):
-        return _head_axis(angle.args[0])
+    if is_call(angle, aten.repeat_interleave.self_int, aten.slice.Tensor):
+        return _head_axis(angle.args[0]) if angle.meta["val"].dim() == 4 else None
     if isinstance(angle, fx.Node) and angle.meta["val"].dim() == 2:
         return 1
     return None
@@ -185,39 +179,83 @@ def _without_head_axis(angle: fx.Node) -> fx.Node:
     return angle.args[0] if is_call(angle, aten.unsqueeze.default) else angle
 
 
-def _is_repeated(angle: Any) -> bool:
-    """Whether an angle is element-wise functions of a visible repetition of one angle per channel pair."""
-    while is_call(angle, *_ANGLE_OPS):
-        if is_call(angle, aten.mul.Tensor) and not isinstance(angle.args[1], (int, float)):
-            return False
-        angle = angle.args[0]
-    return _repetition_of(angle) is not None
+def _one_per_pair(angle: Any, is_interleaved: bool) -> tuple[fx.Node, list[fx.Node]] | None:
+    """A node with one angle per channel pair, and the element-wise functions that lead from it to `angle`.
 
-
-def _repetition_of(node: Any) -> fx.Node | None:
-    if is_call(node, aten.cat.default) and _is_last_axis(node, node.args[1:]):
-        parts = node.args[0]
-        return parts[0] if len(parts) == 2 and parts[0] is parts[1] else None
-    if is_call(node, aten.repeat_interleave.self_int):
-        axis = arguments(node)["dim"]
-        inner = node.args[0]
-        is_last = axis in (-1, node.meta["val"].dim() - 1) and node.args[1] == 2
-        if is_last and is_call(inner, aten.unsqueeze.default):
-            return inner.args[0] if inner.meta["val"].dim() == 4 else None
-        return inner if is_last else None
-    return None
-
-
-def _per_pair(angle: fx.Node, edit: Edit) -> fx.Node:
-    """The same angle computed once per channel pair: `[B or 1, S, R/2]`."""
+    None if `angle` is not visibly each of these values twice, in the order of the layout.
+    """
     chain = []
     while is_call(angle, *_ANGLE_OPS):
+        if is_call(angle, aten.mul.Tensor) and not isinstance(angle.args[1], (int, float)):
+            return None
         chain.append(angle)
         angle = angle.args[0]
-    half = _repetition_of(angle)
-    for node in reversed(chain):
-        half = edit.call(node.target, half, *node.args[1:], **node.kwargs)
-    return edit.call(aten.unsqueeze.default, half, 0) if half.meta["val"].dim() == 2 else half
+    if not is_interleaved:
+        if not is_call(angle, aten.cat.default) or not _is_last_axis(angle, angle.args[1:]):
+            return None
+        parts = angle.args[0]
+        return (parts[0], chain) if len(parts) == 2 and parts[0] is parts[1] else None
+    if not is_call(angle, aten.repeat_interleave.self_int) or angle.args[1] != 2:
+        return None
+    if arguments(angle)["dim"] not in (-1, angle.meta["val"].dim() - 1):
+        return None
+    once = angle.args[0]
+    if is_call(once, aten.slice.Tensor):  # the first half of values that stand twice in the other layout
+        twice = once.args[0]
+        if not _slice_is(once, 0, twice.meta["val"].shape[-1] // 2, 1):
+            return None
+        inner = _one_per_pair(_without_head_axis(twice), False)
+        return None if inner is None else (inner[0], chain + inner[1])
+    return _without_head_axis(once), chain
+
+
+def _per_pair(angle: fx.Node, match: Rotation, edit: Edit) -> fx.Node:
+    """The same angle computed once per channel pair: `[B or 1, S, R/2]`."""
+    angle = _without_head_axis(angle)
+    if not match.has_one_angle_per_pair:
+        found = _one_per_pair(angle, match.is_interleaved)
+        assert found is not None, "checked by match"
+        angle, chain = found
+        for node in reversed(chain):
+            angle = edit.call(node.target, angle, *node.args[1:], **node.kwargs)
+    return edit.call(aten.unsqueeze.default, angle, 0) if angle.meta["val"].dim() == 2 else angle
+
+
+def _rotated_halves(node: fx.Node) -> Rotation | Miss | None:
+    """cat([a * cos - b * sin, b * cos + a * sin], -1) over the halves a and b of x."""
+    if len(node.args[0]) != 2 or not _is_last_axis(node, node.args[1:]):
+        return None
+    minus, plus = node.args[0]
+    if not is_call(minus, aten.sub.Tensor) or not is_call(plus, aten.add.Tensor):
+        return None
+    products = [*minus.args[:2], *plus.args[:2]]
+    if not all(is_call(product, aten.mul.Tensor) for product in products):
+        return None
+    (first, cos), (second, sin), (second_again, cos_again), (first_again, sin_again) = (p.args[:2] for p in products)
+    if (first, second, cos, sin) != (first_again, second_again, cos_again, sin_again):
+        return None
+    halves = _half_of(first), _half_of(second)
+    if None in halves or halves[0][0] is not halves[1][0] or (halves[0][1], halves[1][1]) != (0, 1):
+        return None
+    x = halves[0][0]
+    if x.meta["val"].dim() != 4:
+        return Miss("the rotated value does not have four axes", node)
+    axes = {_head_axis(angle) for angle in (cos, sin)}
+    width = x.meta["val"].shape[-1]
+    if len(axes) != 1 or None in axes or {angle.meta["val"].shape[-1] for angle in (cos, sin)} != {width // 2}:
+        return Miss("cosine and sine do not stand along the positions of [B, H, S, D] or [B, S, H, D]", node)
+    return Rotation(node, x, cos, sin, False, axes.pop(), has_one_angle_per_pair=True)
+
+
+def _half_of(node: Any) -> tuple[fx.Node, int] | None:
+    """The value x and the index, if `node` is one of the two halves of x along the last axis."""
+    if not is_call(node, aten.slice.Tensor):
+        return _chunk_of(node) if isinstance(node, fx.Node) else None
+    x = node.args[0]
+    half = x.meta["val"].shape[-1] // 2
+    if _slice_is(node, 0, half, 1):
+        return x, 0
+    return (x, 1) if _slice_is(node, half, None, 1) else None
 
 
 def _joined(node: fx.Node) -> Joined | None:

@@ -47,6 +47,8 @@ from jettison.passes.raise_attention import (
 )
 
 aten = torch.ops.aten
+_RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+_EXCHANGES = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -155,7 +157,9 @@ def _product_with_values(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node | No
         if product is not None:
             return product, change
         user = only_user(node)
-        if not is_call(user, *_CASTS, *_CHANGES, aten.reshape.default):
+        if is_call(user, aten.einsum.default):
+            return user, user
+        if not is_call(user, *_CASTS, *_CHANGES, *_RESHAPES):
             return None, None
         change = user if is_call(user, *_CHANGES) else change
         node = user
@@ -189,9 +193,8 @@ def _step_back(scores: _Scores) -> _Scores | Miss:
         return stopped
     if is_call(node, *_CASTS):
         return replace(scores, node=source)
-    if is_call(node, aten.reshape.default):
-        keeps_keys = [str(n) for n in source.meta["val"].shape[-2:]] == [str(n) for n in node.meta["val"].shape[-2:]]
-        return replace(scores, node=source) if keeps_keys and source.meta["val"].dim() in (3, 4) else stopped
+    if is_call(node, *_RESHAPES):
+        return replace(scores, node=source) if _keeps_rows(node) else stopped
     if is_call(node, aten.tanh.default) and not scores.softcap:
         # c * tanh(g * x) is c * tanh((c * g) * x / c): the outer factor is the cap and a factor of the scale.
         return replace(scores, node=source, softcap=abs(scores.scale))
@@ -226,18 +229,15 @@ def _step_back_sum(scores: _Scores) -> _Scores | Miss:
 
 def _step_back_factor(scores: _Scores) -> _Scores | Miss | None:
     node = scores.node
-    one, other = node.args[:2]
-    factor = _number(other, scores.program)
-    if factor is not None:
-        return replace(scores, node=one, scale=scores.scale * (factor if is_call(node, *_MULTIPLY) else 1 / factor))
-    if is_call(node, *_DIVIDE):
-        return None
-    factor = _number(one, scores.program)
-    if factor is not None:
-        return replace(scores, node=other, scale=scores.scale * factor)
-    for rest, mask in ((one, other), (other, one)):
-        if not isinstance(mask_nodes([mask]), Miss):
-            return scores.with_term("multiply", mask, rest)
+    for rest, other in (node.args[:2], node.args[1::-1]):
+        factor = _number(other, scores.program)
+        if factor is not None:
+            factor = factor if is_call(node, *_MULTIPLY) else 1 / factor if factor else 0.0
+            return replace(scores, node=rest, scale=scores.scale * factor) if factor else None
+        if is_call(node, *_DIVIDE):
+            return None
+        if not isinstance(mask_nodes([other]), Miss):
+            return scores.with_term("multiply", other, rest)
     return None
 
 
@@ -264,7 +264,7 @@ def _written_attention(product: fx.Node, scores: _Scores, program: Program) -> A
     last = product
     if product.meta["val"].dim() == 3:
         last = only_user(product)
-        if not is_call(last, aten.reshape.default) or not _keeps_rows(last) or last.meta["val"].dim() != 4:
+        if not is_call(last, *_RESHAPES) or not _keeps_rows(last) or last.meta["val"].dim() != 4:
             return Miss("heads stay merged with the batch behind the product", product)
     scale = scores.scale * query_factor * key_factor
     operands = AttentionOperands(last, query, key, value, scores.mask, scale, scores.softcap, not is_key)
@@ -282,15 +282,23 @@ def _bare(node: fx.Node, program: Program) -> tuple[fx.Node, float, bool]:
                 break
         elif is_call(node, *_MULTIPLY, *_DIVIDE):
             number = _number(node.args[1], program)
-            if number is None:
+            if not number:
                 break
             factor = factor * number if is_call(node, *_MULTIPLY) else factor / number
-        elif is_call(node, aten.transpose.int) and {axis % rank for axis in node.args[1:]} == {rank - 2, rank - 1}:
+        elif _is_turn(node):
             is_turned = not is_turned
-        elif not (is_call(node, aten.reshape.default) and _keeps_rows(node) and rank == 3):
+        elif not (is_call(node, *_RESHAPES) and _keeps_rows(node) and rank == 3):
             break
         node = source
     return node, factor, is_turned
+
+
+def _is_turn(node: fx.Node) -> bool:
+    """Whether a node exchanges the last two axes."""
+    if not is_call(node, *_EXCHANGES):
+        return is_call(node, aten.mT.default)
+    rank = node.meta["val"].dim()
+    return {axis % rank for axis in node.args[1:]} == {rank - 2, rank - 1}
 
 
 def _keeps_rows(reshape: fx.Node) -> bool:
@@ -332,7 +340,7 @@ def _repeated(node: fx.Node, axis: int) -> tuple[fx.Node, int, bool] | None:
     if is_call(node, aten.repeat.default):
         is_tiled = [at for at, count in enumerate(node.args[1]) if count != 1] == [axis]
         return (node.args[0], 0, False) if is_tiled else None
-    if not is_call(node, aten.reshape.default):
+    if not is_call(node, *_RESHAPES):
         return None
     wide, grown = node.args[0], _grown_axis(node.args[0])
     before, after = ([str(size) for size in n.meta["val"].shape] for n in (wide, node))
@@ -356,7 +364,7 @@ def _head_operands(node: fx.Node, axis: int) -> list[tuple[fx.Node, int]]:
     rank = node.meta["val"].dim() if isinstance(node.meta.get("val"), Tensor) else 0
     if is_call(node, rotary_embedding):
         return [(node.args[0], axis)] if axis == 1 else []
-    if is_call(node, aten.transpose.int):
+    if is_call(node, *_EXCHANGES):
         one, other = node.args[1] % rank, node.args[2] % rank
         return [(node.args[0], {one: other, other: one}.get(axis, axis))]
     if is_call(node, aten.permute.default):

@@ -1,0 +1,244 @@
+"""Speed and memory of an optimised model: prefill and decode rates, peak memory, and bytes read per token."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from jettison.ir.errors import OptionError
+from jettison.ir.progress import track
+from jettison.ir.text import dtype_text
+from jettison.optimized_model import OptimizedModel
+from jettison.runtime.executor import Executor
+from jettison.runtime.session import Session
+
+SAMPLE_SECONDS = 0.02
+_STATUS = Path("/proc/self/status")
+_CPUS = Path("/sys/devices/system/cpu")
+_ITEMSIZE = {
+    dtype_text(dtype): dtype.itemsize
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+                  torch.int8, torch.uint8, torch.bool)
+}  # fmt: skip
+# Operators that read only the rows they are asked for, and which of their operands are tables.
+_TABLE_OPERANDS = {"aten.embedding": (0,), "jettison.quantized_embedding": (1, 2, 3)}
+
+
+@dataclass
+class PeakMemory:
+    """Samples the anonymous memory of this process from a thread, inside a `with` block.
+
+    Mapped file pages (weights) are not anonymous: the kernel can drop and read them again, so they are not counted
+    against a limit. A peak shorter than the sampling interval can be missed.
+
+    Attributes:
+        anon_bytes: Largest RssAnon seen; None where the system does not tell.
+    """
+
+    anon_bytes: int | None = None
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def __enter__(self) -> PeakMemory:
+        """Take the first sample and start the thread."""
+        self._sample()
+        if self.anon_bytes is not None:
+            self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the thread and take the last sample."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._sample()
+
+    def _run(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
+        now = status_bytes("RssAnon")
+        if now is not None:
+            self.anon_bytes = max(now, self.anon_bytes or 0)
+
+
+def status_bytes(name: str) -> int | None:
+    """A field of /proc/self/status in bytes, e.g. `VmHWM`; None on systems without it."""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found[1]) * 1024
+
+
+def bench(
+    model: OptimizedModel,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    batch: int = 1,
+    rounds: int = 3,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure an optimised model on random tokens.
+
+    Every round opens a session, runs a prompt through `prefill` and then decodes; the first round warms up and is not
+    counted. Sampling and tokenising are not part of the times.
+
+    Args:
+        model: A decoder.
+        prompt_tokens: Tokens of the prompt of each row.
+        new_tokens: Decode steps.
+        batch: Rows.
+        rounds: Counted rounds.
+        seed: Of the tokens.
+
+    Returns:
+        By key: `prefill_tokens_per_s` and `decode_tokens_per_s`, medians over the rounds, of all rows together;
+        `peak_rss_bytes`, the largest resident size in the life of the process (VmHWM), mapped weights and whatever ran
+        before included; `peak_anon_bytes`, the largest RssAnon sampled while the model was opened and measured (both
+        None on systems that do not tell); `weight_bytes`, as the target holds them; `state_bytes`, allocated for all
+        rows; `bytes_read_per_token`, see `bytes_read_per_token`; `threads` within an operator; `target`.
+
+    Raises:
+        OptionError: The model is an encoder, a number is below 1, or the tokens do not fit the context.
+    """
+    if model.info.kind != "decoder":
+        raise OptionError(f"[bench] {model.info.name} is an encoder: it has no prefill and decode to measure.")
+    given = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "rounds": rounds}
+    for name, value in given.items():
+        if value < 1:
+            raise OptionError(f"[bench] {name}={value}: needs at least 1.")
+    total = prompt_tokens + new_tokens
+    if total > model.info.context:
+        raise OptionError(
+            f"[bench] {prompt_tokens} prompt tokens and {new_tokens} new ones: needs at most {model.info.context} "
+            f"together, the context of {model.info.name}. Ask for fewer."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(model.info.vocab_size, (batch, total), generator=generator).tolist()
+    prefill_rates, decode_rates = [], []
+    with PeakMemory() as peak, track("bench", (rounds + 1) * total) as advance:
+        executor = model.executor
+        for round_ in range(rounds + 1):
+            session = model.session(batch, total)
+            prefill_seconds, decode_seconds = _time_round(session, tokens, prompt_tokens)
+            if round_:
+                prefill_rates.append(batch * prompt_tokens / prefill_seconds)
+                decode_rates.append(batch * new_tokens / decode_seconds)
+            advance(total)
+        state_bytes = session.state_bytes
+    return {
+        "prefill_tokens_per_s": statistics.median(prefill_rates),
+        "decode_tokens_per_s": statistics.median(decode_rates),
+        "peak_rss_bytes": status_bytes("VmHWM"),
+        "peak_anon_bytes": peak.anon_bytes,
+        "weight_bytes": executor.weight_bytes,
+        "state_bytes": state_bytes,
+        "bytes_read_per_token": bytes_read_per_token(model, session, prompt_tokens, new_tokens),
+        "threads": threads_of(executor, model.report.target),
+        "target": model.report.target,
+    }
+
+
+def _time_round(session: Session, tokens: list[list[int]], prompt_tokens: int) -> tuple[float, float]:
+    """Seconds of prefill and of all decode steps."""
+    started = time.perf_counter()
+    session.prefill([row[:prompt_tokens] for row in tokens])
+    filled = time.perf_counter()
+    for step in range(prompt_tokens, len(tokens[0])):
+        session.decode([row[step] for row in tokens])
+    return filled - started, time.perf_counter() - filled
+
+
+def bytes_read_per_token(model: OptimizedModel, session: Session, prompt_tokens: int, new_tokens: int) -> int:
+    """Bytes that generating one token has to read: weights, and the states of its row; the floor of a decode step.
+
+    Weights are those that the `decode` graph reads, in the dtype it computes in: all of each constant, packed parts
+    included, but of a table that is only looked up just the rows looked up. A step reads them once for all its rows, so
+    each token bears its share. Of the states, ONNX Runtime reads the slots that are filled (on average over the decode
+    steps), the torch executor all of them, and either reads all slots of a state of fixed size.
+
+    Args:
+        model: The model.
+        session: A session of the size that was measured.
+        prompt_tokens: Tokens of a row before the first decode step.
+        new_tokens: Decode steps.
+    """
+    filled = min(1.0, (prompt_tokens + (new_tokens + 1) / 2) / session.capacity)
+    state_bytes = 0.0
+    for name, state in model.executor.states.items():
+        row_bytes = session.states[name].untyped_storage().nbytes() / session.batch
+        is_partly_read = "capacity" in state.shape and model.report.target == "onnx"
+        state_bytes += row_bytes * (filled if is_partly_read else 1.0)
+    return round(weight_bytes_per_step(model.graph, session.batch) / session.batch + state_bytes)
+
+
+def weight_bytes_per_step(graph: str, batch: int) -> int:
+    """Weight bytes that one call of the `decode` entry reads.
+
+    Args:
+        graph: Canonical text of a program.
+        batch: Rows, each with one token.
+    """
+    constants = {
+        name: (_ITEMSIZE[dtype], [int(size) for size in sizes.split(",") if size])
+        for name, dtype, sizes in re.findall(r"^constant @(\S+): (\w+)\[([\d,]*)\]", graph, re.MULTILINE)
+    }
+    lookups: Counter[str] = Counter()
+    whole: set[str] = set()
+    for operator, arguments in re.findall(r"^  %\d+: .*? = ([\w.]+)\((.*)\)$", _entry_text(graph, "decode"), re.M):
+        tables = _TABLE_OPERANDS.get(operator, ())
+        for position, argument in enumerate(arguments.split(", ")):
+            for name in re.findall(r"@([^\s,\[\]()]+)", argument):
+                if position in tables:
+                    lookups[name] += 1
+                else:
+                    whole.add(name)
+    total = 0
+    for name, (itemsize, sizes) in constants.items():
+        if name in whole:
+            total += itemsize * torch.Size(sizes).numel()
+        else:
+            total += itemsize * torch.Size(sizes[1:]).numel() * batch * lookups[name]
+    return total
+
+
+def _entry_text(graph: str, entry: str) -> str:
+    """The lines of one entry of a canonical text."""
+    _, _, after = graph.partition(f"\nentry {entry}(")
+    return after.partition("\nentry ")[0]
+
+
+def threads_of(executor: Executor, target: str) -> int:
+    """Threads within an operator.
+
+    Args:
+        executor: What runs the entries; one that was given a number of threads tells it as `threads`.
+        target: `onnx` or `torch`.
+    """
+    chosen = getattr(executor, "threads", None)
+    if chosen is not None:
+        return int(chosen)
+    return torch.get_num_threads() if target == "torch" else physical_cores()
+
+
+def physical_cores() -> int:
+    """Processor cores, hyper-threads counted once: the number of threads that ONNX Runtime takes by itself."""
+    siblings = set()
+    for cpu in _CPUS.glob("cpu[0-9]*/topology/thread_siblings_list"):
+        siblings.add(cpu.read_text())
+    return len(siblings) or torch.get_num_threads()

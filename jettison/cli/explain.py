@@ -1,0 +1,130 @@
+"""`jettison explain`: say what each pass did and where it did not fire, and what every layer came to."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jettison.cli.console import Terminal, size_text
+from jettison.cli.graph_text import Weight, layer_of, read_graph, state_bytes
+from jettison.cli.optimize import print_passes
+from jettison.cli.parser import add_artifact
+
+if TYPE_CHECKING:
+    from jettison.runtime.artifact import Artifact
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_artifact(parser)
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    """Carry the subcommand out; returns the exit code."""
+    from jettison.runtime.artifact import Artifact
+
+    document = _document(Artifact.open(args.artifact))
+    if terminal.is_json:
+        terminal.document(document)
+        return 0
+    terminal.line(f"pipeline   {document['pipeline'] or '(empty)'}")
+    terminal.line()
+    print_passes(document, terminal)
+    fired = [(record["name"], place) for record in document["passes"] for place in record["where"]]
+    if fired:
+        terminal.table(("fired", "at"), fired)
+        terminal.line()
+    columns = ("layer", "weights", "weight bytes", "KV policy", "state bytes per token", "state bytes fixed")
+    terminal.table(columns, [_layer_row(layer) for layer in document["layers"]])
+    terminal.line()
+    terminal.line(f"weights    {size_text(document['weight_bytes'])}")
+    terminal.line(
+        f"states     {size_text(document['state_bytes_per_token'])} per token and "
+        f"{size_text(document['state_bytes_fixed'])} per sequence"
+    )
+    return 0
+
+
+def _layer_row(layer: dict[str, Any]) -> list[object]:
+    formats = Counter(weight["format"] for weight in layer["weights"])
+    listed = ", ".join(f"{count} x {name}" for name, count in formats.most_common())
+    number = "other" if layer["layer"] is None else str(layer["layer"])
+    return [
+        number, listed or None, layer["weight_bytes"], layer["kv_policy"], layer["state_bytes_per_token"],
+        layer["state_bytes_fixed"],
+    ]  # fmt: skip
+
+
+def _document(artifact: Artifact) -> dict[str, Any]:
+    manifest, report = artifact.manifest, artifact.read_json("report.json")
+    graph = read_graph(artifact.path("graph/after.txt").read_text(), manifest["target"])
+    states = manifest["states"]
+    state_layers = [layer_of(state["name"]) for state in states]
+    numbers = sorted({w.layer for w in graph.weights} | {*state_layers}, key=lambda n: (n is None, n or 0))
+    policies = _Policies(manifest["pipeline"], report["passes"])
+    layers = [
+        _layer(
+            number,
+            [weight for weight in graph.weights if weight.layer == number],
+            [state for state, layer in zip(states, state_layers, strict=True) if layer == number],
+            policies,
+        )
+        for number in numbers
+    ]
+    return {
+        "artifact": str(artifact.folder),
+        "pipeline": manifest["pipeline"],
+        "passes": [{**record, "where": record.get("where", [])} for record in report["passes"]],
+        "not_recognised": report["not_recognised"],
+        "layers": layers,
+        "weight_bytes": manifest["weight_bytes"],
+        "state_bytes_per_token": _per_token(states),
+        "state_bytes_fixed": state_bytes(states, 1, 0),
+    }
+
+
+def _layer(
+    number: int | None,
+    weights: Sequence[Weight],
+    states: Sequence[dict[str, Any]],
+    policies: _Policies,
+) -> dict[str, Any]:
+    listed = [
+        {
+            "name": weight.name,
+            "format": weight.format,
+            "shape": list(weight.shape),
+            "bytes": weight.bytes,
+        }
+        for weight in weights
+    ]
+    return {
+        "layer": number,
+        "weights": listed,
+        "weight_bytes": sum(weight["bytes"] for weight in listed),
+        "kv_policy": policies.of(number) if states else None,
+        "state_bytes_per_token": _per_token(states),
+        "state_bytes_fixed": state_bytes(states, 1, 0),
+    }
+
+
+def _per_token(states: Sequence[dict[str, Any]]) -> int:
+    return state_bytes(states, 1, 1) - state_bytes(states, 1, 0)
+
+
+class _Policies:
+    """The KV-cache policy of each layer: that of the pipeline, except where it did not apply."""
+
+    def __init__(self, pipeline: str, records: Sequence[dict[str, Any]]) -> None:
+        from jettison.passes.grammar import format_value, parse_pipeline
+
+        options = [option for spec in parse_pipeline(pipeline) if spec.name == "cache-kv" for option in spec.options]
+        named = [format_value(option.value) for option in options if option.key == "policy"]
+        self._named = named[0] if named else "full"
+        misses = [miss for record in records if record["name"] == "cache-kv" for miss in record["misses"]]
+        self._kept_full = {layer_of(miss["node"].replace(" ", ".")) for miss in misses}
+
+    def of(self, layer: int | None) -> str:
+        return "full" if layer in self._kept_full else self._named

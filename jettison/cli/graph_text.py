@@ -1,0 +1,114 @@
+"""What the canonical text in an artifact declares: constants, packed weights, states and entries.
+
+The text is in every artifact, whatever the target, and reading it needs neither torch nor the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_CONSTANT = re.compile(r"constant @(\S+): (\w+)\[([\d,]*)\](?: stored (\w+))?")
+_PACKED = re.compile(r"packed @(\S+): (.+)\[([\d,]*)\]$")
+_ENTRY = re.compile(r"entry (\w+)\(")
+_CALL = re.compile(r"  %\d+: .*? = ([\w.]+)\(")
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as the graph reads it, of one constant or of the several that a packed one is made of.
+
+    Attributes:
+        name: Of the dense weight.
+        format: The dtype it is held in, or the text of a weight format.
+        shape: Of the dense weight.
+        bytes: Of all its parts.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the layer in its name."""
+        return layer_of(self.name)
+
+
+@dataclass
+class GraphText:
+    """See the module docstring.
+
+    Attributes:
+        weights: In alphabetical order.
+        entries: Operators of each entry, with how often each occurs.
+    """
+
+    weights: list[Weight] = field(default_factory=list)
+    entries: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+def layer_of(name: str) -> int | None:
+    """The first number between dots: 3 for `model.layers.3.mlp.up_proj.weight`; None where there is none."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+def dtype_bytes(dtype: str) -> float:
+    """Bytes of one element of a dtype in canonical text: 4 for `f32`."""
+    bits = re.sub(r"\D", "", dtype)
+    return int(bits) / 8 if bits else 1
+
+
+def state_bytes(states: Iterable[Mapping[str, Any]], batch: int, capacity: int) -> int:
+    """Bytes of the states that `jettison.json` declares, in a session of `batch` rows and `capacity` slots."""
+    sizes = {"batch": batch, "capacity": capacity}
+    counts = ((s["dtype"], math.prod(sizes.get(size, size) for size in s["shape"])) for s in states)
+    return int(sum(dtype_bytes(dtype) * count for dtype, count in counts))
+
+
+def read_graph(text: str, target: str) -> GraphText:
+    """Read the declarations of a canonical text.
+
+    Args:
+        text: See `jettison.ir.text.program_text`.
+        target: Of the artifact: an ONNX file holds constants in the dtype that the graph computes in, the torch target
+            as they are stored.
+    """
+    graph = GraphText()
+    constants: dict[str, Weight] = {}
+    packed: dict[str, tuple[str, tuple[int, ...]]] = {}
+    entry: Counter[str] = Counter()
+    for line in text.splitlines():
+        if found := _CALL.match(line):
+            entry[found[1]] += 1
+        elif found := _CONSTANT.match(line):
+            name, dtype, shape, stored = found[1], found[2], _sizes(found[3]), found[4]
+            held = dtype if target == "onnx" or stored is None else stored
+            constants[name] = Weight(name, held, shape, int(math.prod(shape) * dtype_bytes(held)))
+        elif found := _PACKED.match(line):
+            packed[found[1]] = found[2], _sizes(found[3])
+        elif found := _ENTRY.match(line):
+            entry = graph.entries.setdefault(found[1], Counter())
+    graph.weights = _joined(constants, packed)
+    return graph
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(",") if size)
+
+
+def _joined(constants: dict[str, Weight], packed: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Weight]:
+    """Weights, the parts of a packed one added up."""
+    weights = []
+    for name, (weight_format, shape) in packed.items():
+        parts = [part for part in constants if part.rpartition(".")[0] == name]
+        count = sum(constants.pop(part).bytes for part in parts)
+        weights.append(Weight(name, weight_format, shape, count))
+    return sorted([*weights, *constants.values()], key=lambda weight: weight.name)

@@ -1,0 +1,120 @@
+"""`jettison optimize`: rewrite a model with passes and write an artifact."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jettison.cli.console import Terminal, size_text
+from jettison.cli.parser import count, divergence, seed
+from jettison.ir.errors import OptionError
+
+if TYPE_CHECKING:
+    from jettison.report import Report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder (config.json, safetensors)")
+    parser.add_argument(
+        "--passes", metavar="TEXT", default="",
+        help="pipeline such as quantize-weights{bits=4,group=32}, in quotes; `jettison passes` lists what there is. A "
+        "decoder without cache-kv gets cache-kv{policy=full}",
+    )  # fmt: skip
+    parser.add_argument("--target", choices=("onnx", "torch"), default="onnx", help="what runs it (default: onnx)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is at --out")
+    parser.add_argument("--dry-run", action="store_true", help="run the passes and report, but write nothing")
+    parser.add_argument("--strict", action="store_true", help="fail where a pass could not fire, instead of noting it")
+    parser.add_argument(
+        "--check", action="store_true", help="run the program after every pass on a few tokens and report the drift"
+    )
+    parser.add_argument(
+        "--max-kl", type=divergence, metavar="NATS",
+        help="stop with exit code 3 when a pass drifts further than this many nats per token; implies --check",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text to calibrate and check on (default: sampled from the model)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of everything random (default: 0)")
+    parser.add_argument(
+        "--context", type=count, metavar="N", help="most positions of a sequence (default: the model's)"
+    )
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    """Carry the subcommand out; returns the exit code."""
+    if args.out is None and not args.dry_run:
+        raise OptionError(
+            "jettison optimize: nowhere to write the artifact. Add --out DIR, or --dry-run to see the report only."
+        )
+    if args.out is not None and not args.dry_run:
+        from jettison.runtime.artifact import check_destination
+
+        check_destination(args.out, overwrite=args.overwrite)
+    import jettison
+
+    settings: dict[str, Any] = {} if args.calibration is None else {"calibration": args.calibration}
+    model = jettison.optimize(
+        args.model, args.passes, target=args.target, strict=args.strict, check=args.check, max_kl=args.max_kl,
+        context=args.context, seed=args.seed, **settings,
+    )  # fmt: skip
+    if not args.dry_run:
+        model.save_pretrained(args.out, overwrite=args.overwrite)
+    artifact = None if args.dry_run else str(args.out)
+    if terminal.is_json:
+        terminal.document({**model.report.as_dict(), "artifact": artifact, "dry_run": args.dry_run})
+    else:
+        print_report(model.report, terminal)
+        terminal.line(f"artifact   {artifact or 'none: this was a dry run'}")
+    return 0
+
+
+def print_report(report: Report, terminal: Terminal) -> None:
+    """Write what each pass did, and what it saved."""
+    terminal.line(f"model      {report.source} ({report.model})")
+    terminal.line(f"pipeline   {report.pipeline or '(empty)'}")
+    terminal.line(f"target     {report.target}")
+    terminal.line()
+    print_passes(report.as_dict(), terminal)
+    ratio = report.source_bytes / report.weight_bytes if report.weight_bytes else 1.0
+    terminal.line(
+        f"weights    {size_text(report.source_bytes)} -> {size_text(report.weight_bytes)}, {ratio:.2f} times less"
+    )
+    terminal.line(f"states     {size_text(report.state_bytes)} for one sequence of {report.context:,} tokens")
+    terminal.line(f"time       {report.seconds:.1f} s for capture and passes")
+
+
+def print_passes(report: dict[str, Any], terminal: Terminal) -> None:
+    """Write the passes of a report as a table, and below it every place where one did not fire."""
+    columns = ["pass", "rewrites", "misses", "weight bytes before", "weight bytes after"]
+    records = report["passes"]
+    # The report of an artifact has no times: it holds nothing that differs from run to run.
+    is_timed = any(record["seconds"] for record in records)
+    is_checked = any(record["kl"] is not None for record in records)
+    rows = [
+        [
+            record["name"], record["rewrites"], len(record["misses"]), record["bytes_before"], record["bytes_after"],
+            *([round(record["seconds"], 2)] if is_timed else []),
+            *((record["kl"], record["max_error"], record["top1_agreement"]) if is_checked else ()),
+        ]
+        for record in records
+    ]  # fmt: skip
+    if rows:
+        columns += ["seconds"] if is_timed else []
+        columns += ["KL (nats/token)", "max error", "top-1 agreement"] if is_checked else []
+        terminal.table(columns, rows)
+        terminal.line()
+    misses = [(record["name"], miss["node"], miss["reason"]) for record in records for miss in record["misses"]]
+    if misses:
+        terminal.table(["did not fire", "at", "because"], misses)
+        terminal.line()
+    if report["not_recognised"]:
+        terminal.table(
+            ["not recognised", "because"], [(miss["node"], miss["reason"]) for miss in report["not_recognised"]]
+        )
+        terminal.line()

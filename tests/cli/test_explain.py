@@ -1,0 +1,86 @@
+"""`jettison explain`: what each pass did, and what every layer came to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+KEYS = {
+    "artifact", "pipeline", "passes", "not_recognised", "layers", "weight_bytes", "state_bytes_per_token",
+    "state_bytes_fixed",
+}  # fmt: skip
+LAYER_KEYS = {"layer", "weights", "weight_bytes", "kv_policy", "state_bytes_per_token", "state_bytes_fixed"}
+
+
+def explained(run, artifact):
+    result = run("explain", artifact, "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.json
+    assert set(document) == KEYS
+    assert all(set(layer) == LAYER_KEYS for layer in document["layers"])
+    return document
+
+
+def test_layers_of_an_onnx_artifact_add_up(run, onnx_artifact):
+    document = explained(run, onnx_artifact)
+    assert [layer["layer"] for layer in document["layers"]] == [0, 1, 2, 3, 4, 5, None]
+    assert sum(layer["weight_bytes"] for layer in document["layers"]) == document["weight_bytes"]
+    manifest = json.loads((onnx_artifact / "jettison.json").read_text())
+    assert document["weight_bytes"] == manifest["weight_bytes"]
+    first = document["layers"][0]
+    formats = {weight["name"]: weight["format"] for weight in first["weights"]}
+    assert formats["model.layers.0.mlp.down_proj.weight"] == "int4{group=32,symmetric=false}"
+    assert formats["model.layers.0.input_layernorm.weight"] == "f32"
+    down = next(w for w in first["weights"] if w["name"] == "model.layers.0.mlp.down_proj.weight")
+    assert down["shape"] == [256, 768]
+    # Codes, scales in fp32, zero points.
+    assert down["bytes"] == 256 * 768 // 2 + 256 * 24 * 4 + 256 * 24 // 2
+    assert (first["kv_policy"], first["state_bytes_fixed"]) == ("full", 0)
+    assert first["state_bytes_per_token"] == 2 * 4 * 32 * 4
+    assert document["state_bytes_per_token"] == 6 * first["state_bytes_per_token"]
+
+
+def test_layers_of_a_torch_artifact_add_up(run, torch_artifact):
+    document = explained(run, torch_artifact)
+    assert sum(layer["weight_bytes"] for layer in document["layers"]) == document["weight_bytes"]
+    first = document["layers"][0]
+    formats = {weight["name"]: weight["format"] for weight in first["weights"]}
+    assert formats["model.layers.0.mlp.up_proj.weight"] == "int8{group=64,symmetric=false}"
+    assert formats["model.layers.0.mlp.down_proj.weight"] == "bf16"  # left out by skip=
+    assert first["kv_policy"] == "window{size=64}"
+    assert (first["state_bytes_per_token"], first["state_bytes_fixed"]) == (0, 2 * 4 * 128 * 32 * 4)
+
+
+@pytest.fixture(scope="session")
+def missing_artifact(small_model, tmp_path_factory):
+    from tests.cli.running import optimized
+
+    out = tmp_path_factory.mktemp("missing") / "out"
+    passes = "quantize-weights{group=32,skip='nothing'},cache-kv{policy=window}"
+    return optimized(small_model, out, "--target", "torch", "--passes", passes)
+
+
+def test_misses_are_told_with_their_reasons(run, missing_artifact):
+    document = explained(run, missing_artifact)
+    quantized, cached = document["passes"]
+    assert quantized["misses"] == [{"node": "skip='nothing'", "reason": "found in the name of no weight"}]
+    assert "the layer has no sliding window" in cached["misses"][0]["reason"]
+    assert document["layers"][0]["kv_policy"] == "full"  # the policy did not apply
+    result = run("explain", missing_artifact)
+    assert "found in the name of no weight" in result.out
+    assert "the layer has no sliding window" in result.out
+
+
+def test_every_pass_says_where_it_fired(run, onnx_artifact):
+    quantized, cached = explained(run, onnx_artifact)["passes"]
+    assert "model.layers.0.mlp.down_proj.weight" in quantized["where"]
+    assert len(cached["where"]) == 6
+    assert "model.layers.0.mlp.down_proj.weight" in run("explain", onnx_artifact).out
+
+
+def test_tables_are_not_cut(run, onnx_artifact):
+    result = run("explain", onnx_artifact)
+    assert (result.code, result.err) == (0, "")
+    assert "7 x int4{group=32,symmetric=false}, 2 x f32" in result.out
+    assert "…" not in result.out

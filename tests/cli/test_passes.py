@@ -1,0 +1,54 @@
+"""`jettison passes`: every pass and policy, with every option."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jettison.passes import USER_PASSES
+from jettison.passes.policies import POLICIES
+
+
+def test_json_lists_every_pass_policy_and_option(run):
+    result = run("passes", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.json
+    assert set(document) == {"passes", "policies"}
+    for key, classes in (("passes", USER_PASSES), ("policies", tuple(POLICIES.values()))):
+        assert [entry["name"] for entry in document[key]] == [cls.name for cls in classes]
+        for entry, cls in zip(document[key], classes, strict=True):
+            assert set(entry) == {"name", "summary", "options", "doc"}
+            assert entry["summary"]
+            assert [o["name"] for o in entry["options"]] == [f.name for f in dataclasses.fields(cls)]
+            for option in entry["options"]:
+                assert set(option) == {"name", "type", "default", "doc"}
+                assert all(option.values())
+    size = next(entry for entry in document["policies"] if entry["name"] == "window")["options"][0]
+    assert size["type"] == "int|none (at least 1)"
+
+
+def test_table_is_whole(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    result = run("passes")
+    assert (result.code, result.err) == (0, "")
+    for entry in (*run("passes", "--json").json["passes"], *run("passes", "--json").json["policies"]):
+        assert entry["name"] in result.out
+        assert entry["summary"] in result.out
+        for option in entry["options"]:
+            row = next(line for line in result.out.splitlines() if line.split()[:1] == [option["name"]])
+            assert option["type"] in row
+            assert option["default"] in row
+            assert option["doc"] in row
+
+
+def test_one_pass_is_shown_with_all_that_is_documented(run):
+    result = run("passes", "quantize-weights")
+    assert result.code == 0
+    assert "Declines when:" in result.out
+    assert "merge-qkv-projections" not in result.out
+    document = run("passes", "window", "--json").json
+    assert document["passes"] == []
+    assert [entry["name"] for entry in document["policies"]] == ["window"]
+
+
+def test_unknown_name_lists_close_ones(run):
+    run("passes", "quantize-weight").fails(2, "quantize-weights")

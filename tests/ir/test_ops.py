@@ -1,0 +1,459 @@
+"""Every operator against a naive definition written here, its fake rule, and torch.export.
+
+The quantised operators have a file of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import jettison.ir.ops
+from jettison.ir.compare import assert_close
+from jettison.ir.ops import attention, gated_activation, rotary_embedding, windowed_attention, write_slots
+from jettison.ir.ops.attention import QUERY_ROWS
+from jettison.ir.ops.gated_activation import ACTIVATIONS
+from jettison.ir.ops.windowed_attention import resident_tokens
+from jettison.ir.ops.write_slots import write_slots_
+from tests.helpers import weight_values
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values in [-2, 2)."""
+    return (4 * weight_values(math.prod(shape), seed)).reshape(shape).to(dtype)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def naive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    key_valid: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float = 0.5,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """One query and one head at a time, in fp64, over the list of keys it may see."""
+    batch, heads, steps, _ = query.shape
+    keys = key.shape[2]
+    asked = query_positions if query_positions is not None else torch.arange(steps)[None]
+    held = key_positions if key_positions is not None else torch.arange(keys)[None]
+    out = torch.zeros(batch, heads, steps, value.shape[3], dtype=torch.float64)
+    for row in range(batch):
+        at = held[row % held.shape[0]].tolist()
+        for step in range(steps):
+            now = int(asked[row % asked.shape[0], step])
+            seen = [slot for slot in range(keys) if at[slot] >= 0]
+            seen = [slot for slot in seen if not causal or at[slot] <= now]
+            seen = [slot for slot in seen if not window or now - at[slot] < window]
+            seen = [slot for slot in seen if key_valid is None or key_valid[row, slot] != 0]
+            for head in range(heads):
+                group = head // (heads // key.shape[1])
+                if not seen:
+                    continue
+                scores = key[row, group, seen].double() @ query[row, head, step].double() * scale
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                weights = torch.exp(scores - scores.max())
+                total = weights.sum()
+                if sinks is not None:
+                    total = total + torch.exp(sinks[head].double() - scores.max())
+                out[row, head, step] = weights / total @ value[row, group, seen].double()
+    return out
+
+
+def qkv(batch: int, heads: int, kv_heads: int, steps: int, keys: int, dtype: torch.dtype = torch.float32, dim: int = 8):
+    return {
+        "query": numbers(batch, heads, steps, dim, seed=1, dtype=dtype),
+        "key": numbers(batch, kv_heads, keys, dim, seed=2, dtype=dtype),
+        "value": numbers(batch, kv_heads, keys, dim, seed=3, dtype=dtype),
+    }
+
+
+ATTENTION_DEFAULTS = {
+    "query_positions": None, "key_positions": None, "key_valid": None, "sinks": None,
+    "scale": 0.5, "causal": True, "window": 0, "softcap": 0.0,
+}  # fmt: skip
+SINKS = numbers(4, seed=9)
+# A ring buffer that has wrapped, a half-empty one, and an empty one, for three rows.
+SLOT_POSITIONS = torch.tensor([[8, 9, 4, 5, 6, 7], [0, 1, 2, -1, -1, -1], [-1] * 6])
+QUERY_POSITIONS = torch.tensor([[8, 9], [2, 3], [0, 1]])
+ATTENTION_CASES: dict[str, dict[str, Any]] = {
+    "causal": qkv(2, 4, 4, 7, 7),
+    "one_token": qkv(1, 4, 4, 1, 1),
+    "grouped_heads": qkv(2, 4, 2, 7, 7),
+    "one_kv_head": qkv(2, 4, 1, 7, 7),
+    "both_directions": qkv(2, 4, 2, 5, 5) | {"causal": False},
+    "window": qkv(2, 4, 2, 9, 9) | {"window": 3},
+    "window_of_one": qkv(1, 4, 4, 5, 5) | {"window": 1},
+    "window_in_both_directions": qkv(1, 4, 4, 6, 6) | {"window": 2, "causal": False},
+    "softcap": qkv(2, 4, 2, 7, 7) | {"softcap": 0.7},
+    "softcap_and_window": qkv(2, 4, 2, 7, 7) | {"softcap": 0.7, "window": 3},
+    "sinks": qkv(2, 4, 2, 7, 7) | {"sinks": SINKS},
+    "sinks_softcap_window": qkv(2, 4, 2, 7, 7) | {"sinks": SINKS, "softcap": 0.7, "window": 3},
+    "key_valid": qkv(2, 4, 2, 5, 5) | {"key_valid": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])},
+    "bool_key_valid": qkv(2, 4, 2, 5, 5)
+    | {"key_valid": torch.tensor([[True] * 5, [False] * 4 + [True]]), "causal": False},
+    "no_valid_key": qkv(2, 4, 2, 3, 3) | {"key_valid": torch.zeros(2, 3, dtype=torch.int64)},
+    "no_valid_key_softcap": qkv(2, 4, 2, 3, 3) | {"key_valid": torch.zeros(2, 3, dtype=torch.int64), "softcap": 0.7},
+    "no_valid_key_sinks": qkv(2, 4, 2, 3, 3) | {"key_valid": torch.zeros(2, 3, dtype=torch.int64), "sinks": SINKS},
+    "slots": qkv(3, 4, 2, 2, 6) | {"query_positions": QUERY_POSITIONS, "key_positions": SLOT_POSITIONS},
+    "slots_window": qkv(3, 4, 2, 2, 6)
+    | {"query_positions": QUERY_POSITIONS, "key_positions": SLOT_POSITIONS, "window": 3},
+    "slots_sinks_softcap": qkv(3, 4, 2, 2, 6)
+    | {"query_positions": QUERY_POSITIONS, "key_positions": SLOT_POSITIONS, "sinks": SINKS, "softcap": 0.7},
+    "shared_positions": qkv(3, 4, 2, 2, 6)
+    | {"query_positions": torch.tensor([[4, 5]]), "key_positions": torch.tensor([[5, 0, 1, 2, 3, 4]])},
+    "values_of_another_width": qkv(2, 4, 2, 5, 5) | {"value": numbers(2, 2, 5, 3, seed=3)},
+    "more_rows_than_a_block": qkv(1, 2, 1, QUERY_ROWS + 89, QUERY_ROWS + 89, dim=4) | {"window": 40},
+    "more_rows_softcap": qkv(1, 2, 1, QUERY_ROWS + 3, 20, dim=4)
+    | {"softcap": 0.7, "query_positions": torch.arange(QUERY_ROWS + 3)[None] % 23},
+    "bf16": qkv(2, 4, 2, 7, 7, torch.bfloat16),
+    "f16_softcap": qkv(2, 4, 2, 7, 7, torch.float16) | {"softcap": 0.7, "sinks": SINKS.half()},
+}
+
+
+def attention_args(case: str) -> tuple[Any, ...]:
+    given = ATTENTION_CASES[case]
+    return (
+        given["query"],
+        given["key"],
+        given["value"],
+        *({**ATTENTION_DEFAULTS, **given}[k] for k in ATTENTION_DEFAULTS),
+    )
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+def test_attention_is_what_the_naive_definition_says(case):
+    args = attention_args(case)
+    out = attention(*args)
+    assert out.dtype == args[0].dtype
+    assert_close(out, naive_attention(*args))
+
+
+def test_a_query_that_sees_nothing_gets_zeros():
+    for case in ("no_valid_key", "no_valid_key_softcap", "no_valid_key_sinks"):
+        assert not attention(*attention_args(case)).any()
+
+
+# --- windowed attention ------------------------------------------------------------------------------------------
+
+
+def naive_resident(tokens: int, capacity: int, window: int) -> int:
+    """Drop G tokens whenever one would not fit, from the documented formula read as an algorithm."""
+    while tokens > capacity:
+        tokens -= capacity - window + 1
+    return tokens
+
+
+@pytest.mark.parametrize(("capacity", "window"), [(4, 4), (6, 4), (7, 1), (64, 3), (5, 5)])
+def test_resident_tokens_follows_the_documented_layout(capacity, window):
+    tokens = torch.arange(200)
+    expected = [naive_resident(count, capacity, window) for count in range(200)]
+    assert resident_tokens(tokens, capacity, window).tolist() == expected
+    for count, resident in enumerate(expected):
+        assert min(count, window) <= resident <= capacity
+
+
+class Rows:
+    """Sequences of a ragged batch, fed to a windowed cache call by call."""
+
+    def __init__(self, lengths: list[int], capacity: int, window: int, **options: Any) -> None:
+        self.lengths, self.capacity, self.window, self.options = lengths, capacity, window, options
+        batch, longest = len(lengths), max(lengths)
+        self.query = numbers(batch, 4, longest, 8, seed=1)
+        self.key = numbers(batch, 2, longest, 8, seed=2)
+        self.value = numbers(batch, 2, longest, 8, seed=3)
+        self.past_key = torch.zeros(batch, 2, capacity, 8)
+        self.past_value = torch.zeros(batch, 2, capacity, 8)
+        self.done = [0] * batch
+        self.out = torch.full((batch, 4, longest, 8), float("nan"))
+
+    def call(self, steps: list[int], columns: int) -> None:
+        """Feed the next `steps[row]` tokens of each row, padded to `columns` with numbers that must not matter."""
+
+        def padded(sequence: Tensor) -> Tensor:
+            block = torch.full((len(steps), sequence.shape[1], columns, 8), 77.0)
+            for row, count in enumerate(steps):
+                block[row, :, :count] = sequence[row, :, self.done[row] : self.done[row] + count]
+            return block
+
+        total = [done + count for done, count in zip(self.done, steps, strict=True)]
+        out, self.past_key, self.past_value = windowed_attention(
+            padded(self.query), padded(self.key), padded(self.value), self.past_key, self.past_value,
+            torch.tensor(steps), torch.tensor(total), self.options.get("sinks"), 0.5, self.window,
+            self.options.get("softcap", 0.0),
+        )  # fmt: skip
+        for row, count in enumerate(steps):
+            self.out[row, :, self.done[row] : total[row]] = out[row, :, :count]
+        self.done = total
+        self.check_layout()
+
+    def check_layout(self) -> None:
+        for row, total in enumerate(self.done):
+            resident = naive_resident(total, self.capacity, self.window)
+            for past, sequence in ((self.past_key, self.key), (self.past_value, self.value)):
+                assert torch.equal(past[row, :, :resident], sequence[row, :, total - resident : total])
+
+    def check_output(self) -> None:
+        expected = naive_attention(
+            self.query, self.key, self.value, sinks=self.options.get("sinks"), window=self.window,
+            softcap=self.options.get("softcap", 0.0),
+        )  # fmt: skip
+        for row, length in enumerate(self.lengths):
+            assert self.done[row] == length
+            assert_close(self.out[row, :, :length], expected[row, :, :length])
+
+
+WINDOWS = pytest.mark.parametrize(
+    ("capacity", "window", "options"),
+    [(4, 4, {}), (7, 4, {}), (6, 1, {}), (64, 5, {}), (7, 4, {"sinks": SINKS}), (7, 4, {"softcap": 0.7})],
+    ids=["c_is_w", "c_above_w", "window_of_one", "never_full", "sinks", "softcap"],
+)
+
+
+@WINDOWS
+def test_windowed_attention_in_one_go_is_full_attention_with_a_window(capacity, window, options):
+    rows = Rows([23, 11, 3], capacity, window, **options)
+    rows.call(rows.lengths, columns=23)
+    rows.check_output()
+
+
+@WINDOWS
+def test_windowed_attention_step_by_step_is_full_attention_with_a_window(capacity, window, options):
+    """Past the capacity several times, from a ragged first call."""
+    rows = Rows([33, 29, 26], capacity, window, **options)
+    rows.call([8, 4, 1], columns=8)
+    for _ in range(25):
+        rows.call([1, 1, 1], columns=1)
+    rows.check_output()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_windowed_attention_does_not_depend_on_how_the_calls_are_cut(seed):
+    draw = random.Random(seed)
+    window = draw.randint(1, 6)
+    rows = Rows([draw.randint(1, 40) for _ in range(3)], window + draw.randint(0, 5), window)
+    while rows.done != rows.lengths:
+        columns = draw.randint(1, 9)
+        left = [length - done for length, done in zip(rows.lengths, rows.done, strict=True)]
+        rows.call([min(count, draw.randint(0, columns)) for count in left], columns)
+    rows.check_output()
+
+
+def test_windowed_attention_attends_in_blocks_of_rows():
+    rows = Rows([QUERY_ROWS + 40], capacity=12, window=9)
+    rows.call(rows.lengths, columns=QUERY_ROWS + 40)
+    rows.check_output()
+
+
+# --- write_slots -------------------------------------------------------------------------------------------------
+
+SLOTS = {
+    "in_order": [[0, 1, 2], [3, 4, 5]],
+    "scattered": [[5, 0, 3], [2, 4, 1]],
+    "some_dropped": [[0, -1, 2], [-1, -1, 5]],
+    "all_dropped": [[-1, -1, -1], [-7, -1, -1]],
+}
+
+
+def naive_write(state: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    new = state.clone()
+    for row in range(slots.shape[0]):
+        for column in range(slots.shape[1]):
+            slot = int(slots[row, column])
+            if slot >= 0:
+                new[row, :, slot] = values[row, :, column].to(state.dtype)
+    return new
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("case", SLOTS)
+def test_write_slots_writes_each_value_at_its_slot(case, dtype):
+    state, values = numbers(2, 3, 6, 4, seed=1).mul(20).to(dtype), numbers(2, 3, 3, 4, seed=2).mul(20)
+    slots = torch.tensor(SLOTS[case])
+    untouched = state.clone()
+    new = write_slots(state, values, slots)
+    assert torch.equal(new, naive_write(state, values, slots))
+    assert torch.equal(state, untouched)
+    assert write_slots_(state, values, slots) is state
+    assert torch.equal(state, new)
+
+
+# --- rotary_embedding --------------------------------------------------------------------------------------------
+
+
+def naive_rotary(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Each channel pair is a complex number times a unit complex number."""
+    out = x.double().clone()
+    pairs = angles.shape[-1]
+    for pair in range(pairs):
+        first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + pairs)
+        turn = torch.polar(torch.ones_like(angles[..., pair]).double(), angles[..., pair].double())[:, None]
+        turned = torch.complex(x[..., first].double(), x[..., second].double()) * turn
+        out[..., first], out[..., second] = turned.real, turned.imag
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pairs", [4, 3, 1], ids=["all_channels", "partial", "one_pair"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_rotary_embedding_turns_channel_pairs(interleaved, pairs, dtype):
+    x, angles = numbers(2, 3, 5, 8, seed=1, dtype=dtype), numbers(2, 5, pairs, seed=2)
+    out = rotary_embedding(x, angles.cos(), angles.sin(), interleaved)
+    assert out.dtype == dtype
+    assert_close(out, naive_rotary(x, angles, interleaved))
+    assert torch.equal(out[..., 2 * pairs :], x[..., 2 * pairs :])
+
+
+# --- gated_activation --------------------------------------------------------------------------------------------
+
+NAIVE_ACTIVATIONS = {
+    "gelu": lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: max(x, 0.0),
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
+    "silu": lambda x: x / (1 + math.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_activation_multiplies_the_activated_gate(activation, dtype):
+    gate, up = numbers(2, 3, 8, seed=1, dtype=dtype), numbers(2, 3, 8, seed=2, dtype=dtype)
+    activated = [NAIVE_ACTIVATIONS[activation](value) for value in gate.double().flatten().tolist()]
+    expected = torch.tensor(activated, dtype=torch.float64).reshape(gate.shape) * up.double()
+    out = gated_activation(gate, up, activation)
+    assert out.dtype == dtype
+    assert_close(out, expected)
+
+
+# --- fake rules and export, for all ------------------------------------------------------------------------------
+
+
+def heads_last(x: Tensor) -> Tensor:
+    """The same values as a view of `[B, S, H, D]`, which is how a model's projections come."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def channels_outermost(x: Tensor) -> Tensor:
+    """The same values with the channels of a head far apart, as nobody should lay them out."""
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def windowed_args(batch: int = 2, heads: int = 4, steps: int = 3, dim: int = 8) -> tuple[Any, ...]:
+    states = (numbers(batch, max(1, heads // 2), 6, dim, seed=index) for index in (4, 5))
+    q = numbers(batch, heads, steps, dim, seed=1)
+    k, v = (numbers(batch, max(1, heads // 2), steps, dim, seed=index) for index in (2, 3))
+    total = torch.arange(batch) + steps + 4
+    return q, k, v, *states, torch.full((batch,), steps), total, None, 0.5, 4, 0.0
+
+
+def rotary_args(batch: int, heads: int, steps: int, dim: int, pairs: int, interleaved: bool) -> tuple[Any, ...]:
+    angles = numbers(batch, steps, pairs, seed=2)
+    return numbers(batch, heads, steps, dim, seed=1), angles.cos(), angles.sin(), interleaved
+
+
+FAKE_CASES = ("causal", "one_token", "values_of_another_width", "sinks", "slots", "bf16")
+OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
+    "attention": (attention, [attention_args(case) for case in FAKE_CASES]),
+    "gated_activation": (
+        gated_activation,
+        [(numbers(2, 3, 8, seed=1), numbers(2, 3, 8, seed=2), name) for name in ACTIVATIONS]
+        + [(numbers(1, 2, 1, 8, seed=1), numbers(1, 2, 1, 8, seed=2), "silu")],
+    ),
+    "rotary_embedding": (
+        rotary_embedding,
+        [
+            rotary_args(batch, heads, steps, dim, pairs, interleaved)
+            for batch, heads, steps in ((2, 3, 5), (1, 1, 1), (2, 1, 5), (2, 3, 1), (1, 3, 5))
+            for dim, pairs in ((8, 4), (8, 1), (2, 1))
+            for interleaved in (False, True)
+        ],
+    ),
+    "windowed_attention": (windowed_attention, [windowed_args(), windowed_args(1, 1, 1, 2), windowed_args(2, 2, 9)]),
+    "write_slots": (
+        write_slots,
+        [(numbers(2, 3, 6, 4), numbers(2, 3, 3, 4, seed=2), torch.tensor(slots)) for slots in SLOTS.values()],
+    ),
+}  # fmt: skip
+LAYOUTS = {"contiguous": lambda x: x, "heads_last": heads_last, "channels_outermost": channels_outermost}
+
+
+def test_every_operator_is_covered():
+    quantized = {name for name in jettison.ir.ops.__all__ if name.startswith("quantized_")}
+    assert set(OPERATORS) == set(jettison.ir.ops.__all__) - quantized
+
+
+def laid_out(args: tuple[Any, ...], layout: str) -> tuple[Any, ...]:
+    return tuple(LAYOUTS[layout](a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args)
+
+
+def as_tuple(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_fake_rule_gives_the_shape_dtype_and_strides_of_the_real_one(name, layout):
+    operator, calls = OPERATORS[name]
+    for args in calls:
+        args = laid_out(args, layout)
+        mode = FakeTensorMode()
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        with mode:
+            fake = as_tuple(operator(*fakes))
+        real = as_tuple(operator(*args))
+        assert len(fake) == len(real)
+        for ours, theirs in zip(fake, real, strict=True):
+            described = [(tuple(t.shape), t.stride(), t.dtype) for t in (ours, theirs)]
+            assert described[0] == described[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_schema_and_fake_rule_pass_opcheck(name, layout):
+    operator, calls = OPERATORS[name]
+    for args in calls[:3]:
+        torch.library.opcheck(operator, laid_out(args, layout), test_utils=("test_schema", "test_faketensor"))
+
+
+class Calls(nn.Module):
+    """One operator, with everything that is not a tensor fixed; a view behind it needs the right strides."""
+
+    def __init__(self, operator: Any, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self._operator, self._args = operator, args
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        out = self._operator(*(next(given) if isinstance(a, Tensor) else a for a in self._args))
+        return tuple(t.view(t.shape[0], -1) for t in as_tuple(out))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_exports_with_a_dynamic_batch(name):
+    operator, calls = OPERATORS[name]
+    args = calls[0]
+    tensors = tuple(a for a in args if isinstance(a, Tensor))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(
+        Calls(operator, args), tensors, dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
+    )
+    names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert f"jettison.{name}.default" in names
+    for rows in (1, 2, 5):
+        given = tuple(torch.cat([tensor] * 3)[:rows].contiguous() for tensor in tensors)
+        for ours, theirs in zip(exported.module()(*given), Calls(operator, args)(*given), strict=True):
+            assert torch.equal(ours, theirs)
