@@ -34,7 +34,8 @@ class BugError(JettisonError):
     """Base of the errors that are jettison's own fault."""
 
     def __str__(self) -> str:
-        return f"{super().__str__()}\nThis is a bug in jettison, not in your model: please report it with the command you ran."
+        blame = "This is a bug in jettison, not in your model: please report it with the command you ran."
+        return f"{super().__str__()}\n{blame}"
 
 
 class PassError(BugError):

@@ -5,6 +5,7 @@ A predicate returns None when the invariant holds, or the entry, the offending n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +93,7 @@ def _states_returned(program: Program) -> Failure | None:
 def _placeholder_order(program: Program) -> Failure | None:
     for name, entry in program.entries.items():
         ranks = [(0 if "constant" in n.meta else 1 if "state" in n.meta else 2, n) for n in placeholders(entry)]
-        for (left, _), (right, node) in zip(ranks, ranks[1:], strict=False):
+        for (left, _), (right, node) in itertools.pairwise(ranks):
             if right < left:
                 return name, node, "placeholders must come in the order constants, states, inputs"
     return None

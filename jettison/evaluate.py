@@ -286,10 +286,11 @@ def _check_windows(windows: list[list[int]], model: OptimizedModel) -> None:
 
 
 def _check_tokens(windows: list[list[int]], model: OptimizedModel) -> None:
-    worst = max((token for window in windows for token in window), key=lambda token: abs(token + 0.5))
-    if not 0 <= worst < model.info.vocab_size:
+    vocab_size = model.info.vocab_size
+    wrong = next((token for window in windows for token in window if not 0 <= token < vocab_size), None)
+    if wrong is not None:
         raise OptionError(
-            f"[eval] found token {worst}, needs 0 to {model.info.vocab_size - 1}, the vocabulary of {model.info.name}. "
+            f"[eval] found token {wrong}, needs 0 to {vocab_size - 1}, the vocabulary of {model.info.name}. "
             "The tokens are of another model's tokenizer: use the one of this model."
         )
 

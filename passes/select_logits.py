@@ -4,7 +4,7 @@ Before:
     entry forward(%input_ids: i64[s0,s1], %position_ids: i64[s0,s1]):
     %9: f32[s0,s1,512] = aten.linear(%8, @lm_head.weight)
 After:
-    entry forward(%input_ids: i64[s0,s1], %position_ids: i64[s0,s1], %attention_mask: i64[s0,s2], %logits_positions: i64[s0,s3]):
+    entry forward(%input_ids: i64[s0,s1], ..., %attention_mask: i64[s0,s2], %logits_positions: i64[s0,s3]):
     %9: i64[s0] = aten.sum.dim_IntList(%attention_mask, [1])
     (positions below zero count from the last token of each row in this call)
     %14: f32[s0,s3,64] = aten.gather(%8, 1, %13)

@@ -47,7 +47,7 @@ def _windowed_attention(
         value: `[B, Hkv, S, D]`.
         past_key: `[B, Hkv, C, D]` in the layout of the module docstring.
         past_value: `[B, Hkv, C, D]`.
-        new_tokens: `[B] i64`, how many of the S tokens of each row are real; the rest stand behind them and are padding.
+        new_tokens: `[B] i64`, how many of the S tokens of each row are real; padding stands behind them.
         total_tokens: `[B] i64`, tokens of each row so far, this step included.
         sinks: `[H]` or None; see `jettison::attention`.
         scale: Factor on the scores.

@@ -17,6 +17,7 @@ from jettison.evaluate import SAMPLED_WINDOWS, EagerReference, EvalResult, evalu
 from jettison.ir.compare import logits_drift
 from jettison.ir.errors import ArtifactError, CaptureError, OptionError, UnsupportedError
 from jettison.optimized_model import OptimizedModel
+from jettison.runtime.session import Session
 from jettison.sample_text import cut_windows, load_text, sample_windows, text_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +172,7 @@ def test_what_is_held_at_a_time_does_not_change_the_result(source, small, monkey
     window_bytes = (30 - 11) * VOCAB * 4
     monkeypatch.setattr("jettison.evaluate.MOST_REFERENCE_BYTES", 3 * window_bytes)
     monkeypatch.setattr("jettison.evaluate.CHUNK_BYTES", 5 * 8 * VOCAB)
-    monkeypatch.setattr("jettison.runtime.session.PREFILL_CHUNK", 8)
+    monkeypatch.setattr(small, "session", lambda rows, slots: Session(small.executor, rows, slots, prefill_chunk=8))
     for each, before in zip(settings, expected, strict=True):
         result = evaluate(small, windows=windows, reference=source, **each)
         assert result.tokens == before.tokens
@@ -181,10 +182,11 @@ def test_what_is_held_at_a_time_does_not_change_the_result(source, small, monkey
 
 
 def test_a_reference_is_computed_in_fp32_from_narrow_weights(small, source, tmp_path):
-    """bf16 weights from a folder, computed in fp32, against the same values widened by transformers."""
-    narrow = copy.deepcopy(source).to(torch.bfloat16)
-    narrow.save_pretrained(tmp_path / "bf16")
-    widened = copy.deepcopy(narrow).float()
+    """bf16 weights from a folder, against the same values widened as transformers loads them."""
+    from transformers import AutoModelForCausalLM
+
+    copy.deepcopy(source).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    widened = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.float32).eval()
     tokens = random_windows(1, 40)[0]
     from_folder = EagerReference(tmp_path / "bf16").logits(tokens)
     expected = log_probabilities(widened, [tokens])[0]

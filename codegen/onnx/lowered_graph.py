@@ -1,0 +1,193 @@
+class _Lowered(nn.Module):
+    """A graph as a module whose forward calls the lowering of each node; the exporter traces it."""
+
+    def __init__(self, program: Program, entry: fx.GraphModule, accuracy_level: int) -> None:
+        super().__init__()
+        self.program, self.entry, self.accuracy_level = program, entry, accuracy_level
+        self.layouts: dict[str, tuple[str, tuple[int, ...], Constant]] = {}
+        self._buffers_of: dict[tuple[str, str], str] = {}
+        self._tables: dict[Any, tuple[str, str] | None] = {}
+        self._plan()
+
+    def _plan(self) -> None:
+        """Register a buffer for every constant in every layout that some node wants, and for rotation tables."""
+        for node in self.entry.graph.nodes:
+            if is_call(node, ops.attention) and is_cached(node):
+                found = rotated_operands(node.args[0], node.args[1].args[1])
+                if found is not None:
+                    self._plan_tables(found[2], found[3])
+            for operand in node.all_input_nodes:
+                name = constant_name(operand)
+                if name is not None:
+                    self._buffer(name, self._layout(node, operand))
+
+    def _plan_tables(self, cos: fx.Node, sin: fx.Node) -> None:
+        key = (cos, sin)
+        if key in self._tables:
+            return
+        names = []
+        for kind, node in (("cos_cache", cos), ("sin_cache", sin)):
+            table = angle_table(self.program, node, self.program.info.context)
+            if table is None:
+                self._tables[key] = None
+                return
+            names.append(f"{kind}.{len(self._tables)}")
+            self._register(names[-1], tuple(table.shape), Constant(names[-1], table))
+        self._tables[key] = (names[0], names[1])
+
+    def _layout(self, node: fx.Node, operand: fx.Node) -> str:
+        if is_call(node, ops.quantized_embedding) and node.args[1] is operand:
+            return "rows"
+        if is_call(node, aten.linear.default) and node.args[1] is operand and len(operand.users) == 1:
+            return "transposed"
+        return "plain"
+
+    def _buffer(self, name: str, layout: str) -> str:
+        key = (name, layout)
+        if key not in self._buffers_of:
+            constant = self.program.constants[name]
+            shape, onnx_name = constant.shape, name
+            if layout == "rows":
+                shape, onnx_name = (constant.shape[0], constant.shape[1] * constant.shape[2]), f"{name}.rows"
+            elif layout == "transposed":
+                stored = constant.blocks[0] if len(constant.blocks) == 1 else torch.cat(constant.blocks)
+                constant = Constant(f"{name}.T", stored.t(), constant.dtype)
+                shape, onnx_name = constant.shape, f"{name}.T"
+            self._register(onnx_name, shape, constant)
+            self._buffers_of[key] = onnx_name
+        return self._buffers_of[key]
+
+    def _register(self, onnx_name: str, shape: tuple[int, ...], constant: Constant) -> None:
+        is_small = constant.nbytes <= LARGEST_FOLDED_BYTES
+        # A large buffer is never read, so its pages are never allocated.
+        value = constant.value().reshape(shape).contiguous() if is_small else torch.empty(shape, dtype=constant.dtype)
+        attribute = f"constant_{len(self.layouts)}"
+        self.register_buffer(attribute, value)
+        self.layouts[attribute] = (onnx_name, shape, constant)
+
+    def _table(self, onnx_name: str) -> Tensor:
+        attribute = next(key for key, (name, _, _) in self.layouts.items() if name == onnx_name)
+        return getattr(self, attribute)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        environment: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        for node in placeholders(self.entry):
+            if "constant" not in node.meta:
+                environment[node] = next(given)
+        self._lengths: RowLengths | None = None
+        for node in self.entry.graph.nodes:
+            if node.op == "call_function":
+                self._lower(node, environment)
+        return tuple(environment[value] for value in output_node(self.entry).args[0])
+
+    def _operand(self, node: fx.Node, user: fx.Node, environment: dict[fx.Node, Any]) -> Any:
+        name = constant_name(node)
+        if name is None:
+            return environment[node]
+        return self._table(self._buffers_of[name, self._layout(user, node)])
+
+    def _lower(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
+        if is_call(node, ops.attention) and is_cached(node):
+            self._cached_attention(node, environment)
+            return
+        if is_call(node, ops.windowed_attention):
+            self._windowed_attention(node, environment)
+            return
+        if self._is_redeemed_later(node):
+            return
+        args = fx.map_arg(node.args, lambda n: self._operand(n, node, environment))
+        kwargs = fx.map_arg(node.kwargs, lambda n: self._operand(n, node, environment))
+        if is_call(node, aten.linear.default):
+            environment[node] = self._linear(node, *args)
+        elif is_call(node, ops.quantized_linear):
+            environment[node] = quantized_linear(*args, accuracy_level=self.accuracy_level)
+        else:
+            environment[node] = LOWERINGS.get(node.target, node.target)(*args, **kwargs)
+
+    def _linear(self, node: fx.Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if constant_name(node.args[1]) is not None and self._layout(node, node.args[1]) == "transposed":
+            product = torch.matmul(x, weight)
+            return product if bias is None else product + bias
+        # A weight that others read too (a tied embedding) keeps its layout: Gemm transposes inside the kernel.
+        flat = x.reshape(-1, x.shape[-1])
+        operands = (flat, weight) if bias is None else (flat, weight, bias)
+        out = torch.onnx.ops.symbolic(
+            "::Gemm", operands, {"transB": 1}, dtype=x.dtype, shape=(flat.shape[0], weight.shape[0])
+        )
+        return out.reshape(*x.shape[:-1], weight.shape[0])
+
+    def _is_redeemed_later(self, node: fx.Node) -> bool:
+        """Whether every reader of a slot write or rotation is a cached attention that does the work itself."""
+        if is_call(node, ops.write_slots):
+            return any(is_call(user, ops.attention) and is_cached(user) for user in node.users)
+        if is_call(node, ops.rotary_embedding):
+            users = list(node.users)
+            for user in users:
+                reader = user if is_call(user, ops.attention) else next(iter(user.users), None)
+                if not is_call(reader, ops.attention) or not is_cached(reader):
+                    return False
+                found = rotated_operands(reader.args[0], reader.args[1].args[1])
+                if found is None or self._tables.get((found[2], found[3])) is None:
+                    return False
+            return bool(users)
+        return False
+
+    def _row_lengths(self, environment: dict[fx.Node, Any]) -> RowLengths:
+        if self._lengths is None:
+            self._lengths = RowLengths.of_mask(environment[input_placeholders(self.entry)["attention_mask"]])
+        return self._lengths
+
+    def _cached_attention(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
+        operands = arguments(node)
+        key_write, value_write = operands["key"], operands["value"]
+        query_node, key_node = operands["query"], key_write.args[1]
+        heads = query_node.meta["val"].shape[1]
+        rotation = None
+        found = rotated_operands(query_node, key_node)
+        tables = self._tables.get((found[2], found[3])) if found is not None else None
+        if found is not None and tables is not None:
+            query_node, key_node = found[0], found[1]
+            rotation = Rotation(self._table(tables[0]), self._table(tables[1]), found[4])
+        sinks = operands["sinks"]
+        out, key, value = group_query_attention(
+            heads_last(query_node, environment),
+            heads_last(key_node, environment),
+            heads_last(value_write.args[1], environment),
+            environment[key_write.args[0]],
+            environment[value_write.args[0]],
+            self._row_lengths(environment),
+            heads=heads,
+            position_ids=environment[operands["query_positions"]],
+            rotation=rotation,
+            sinks=None if sinks is None else self._operand(sinks, node, environment),
+            scale=operands["scale"],
+            window=operands["window"],
+            softcap=operands["softcap"],
+        )
+        environment[node] = out.unflatten(2, (heads, -1)).transpose(1, 2)
+        environment[key_write], environment[value_write] = key, value
+
+    def _windowed_attention(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
+        operands = arguments(node)
+        heads = operands["query"].meta["val"].shape[1]
+        sinks = operands["sinks"]
+        out, key, value = group_query_attention(
+            heads_last(operands["query"], environment),
+            heads_last(operands["key"], environment),
+            heads_last(operands["value"], environment),
+            environment[operands["past_key"]],
+            environment[operands["past_value"]],
+            self._row_lengths(environment),
+            heads=heads,
+            position_ids=None,
+            rotation=None,
+            sinks=None if sinks is None else self._operand(sinks, node, environment),
+            scale=operands["scale"],
+            window=operands["window"],
+            softcap=operands["softcap"],
+            is_windowed_cache=True,
+        )
+        environment[node] = (out.unflatten(2, (heads, -1)).transpose(1, 2), key, value)
+
+
