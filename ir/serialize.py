@@ -126,10 +126,11 @@ def _find_target(name: str) -> Any:
     """The function or operator of a name, which may not be allowed; None if there is none."""
     if name in _FUNCTIONS:
         return _FUNCTIONS[name][0]
-    parts = name.split(".")
-    if len(parts) != 3 or parts[0] not in ("aten", "jettison") or not all(re.fullmatch(r"\w+", part) for part in parts):
+    # A keyword would not compile where the graph becomes Python code (`aten.random.from`).
+    if not re.fullmatch(r"(aten|jettison)\.\w+\.\w+", name) or any(map(keyword.iskeyword, name.split("."))):
         return None
-    target = getattr(getattr(getattr(torch.ops, parts[0]), parts[1], None), parts[2], None)
+    namespace, packet, overload = name.split(".")
+    target = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
     return target if isinstance(target, torch._ops.OpOverload) and str(target) == name else None
 
 

@@ -22,12 +22,13 @@ from jettison.passes.raise_written_attention import RaiseWrittenAttention
 from jettison.passes.select_logits import SelectLogits
 from jettison.passes.strip_export_asserts import StripExportAsserts
 
-# 1. Bring every spelling to one: assertions first, since they keep dead values alive.
+# 1. Bring every spelling to one: assertions first, since they keep dead values alive; linears before folding, which
+#    would copy a small transposed weight.
 CANONICALIZE: tuple[Pass, ...] = (
     StripExportAsserts(),
     EliminateNoOps(),
-    FoldConstants(),
     CanonicalizeLinear(),
+    FoldConstants(),
     EliminateCommonSubexpressions(),
 )
 # 2. Name what is recognised. Rotary before attention: a raised attention hides what feeds it. Logits last: the head

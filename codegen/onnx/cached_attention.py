@@ -1,7 +1,8 @@
 """Attention over a KV cache as `com.microsoft::GroupQueryAttention`.
 
 The operator writes the cache, rotates queries and keys and attends in one call, on `[B, S, H * D]`. So slot writes and
-rotations are kept as promises while the graph is lowered; the attention that reads them redeems them all at once.
+rotations are kept as promises while the graph is lowered; the attention that reads them redeems them all at once. What
+the kernel refuses (it checks at the first call, not at load) is decided here, before anything is emitted.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, fx
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
-from jettison.ir.errors import UnsupportedError
 from jettison.ir.match import arguments, is_call
-from jettison.ir.ops import rotary_embedding, write_slots
+from jettison.ir.ops import attention, rotary_embedding, windowed_attention, write_slots
 
 aten = torch.ops.aten
+# What onnxruntime 1.31 asks for on a CPU: D of any call, D of a call that rotates, and width of the angle tables.
+HEAD_DIM_MULTIPLE, ROTATED_HEAD_DIM_MULTIPLE, ANGLES_MULTIPLE = 8, 16, 8
 
 
 @dataclass
@@ -53,6 +55,23 @@ def is_cached(node: fx.Node) -> bool:
             for write in (key, value)
         )
     )
+
+
+def is_fused(node: Any) -> bool:
+    """Whether a node is an attention that one `GroupQueryAttention` computes."""
+    if is_call(node, attention) and is_cached(node):
+        key, value = node.args[1].args[0], node.args[2].args[0]
+    elif is_call(node, windowed_attention):
+        key, value = node.args[3], node.args[4]
+    else:
+        return False
+    key_dim, value_dim = key.meta["val"].shape[3], value.meta["val"].shape[3]
+    return key_dim == value_dim and key_dim % HEAD_DIM_MULTIPLE == 0
+
+
+def fused_readers(node: fx.Node) -> list[fx.Node]:
+    """Fused attentions among the readers of a slot write."""
+    return [user for user in node.users if is_call(user, attention) and is_fused(user)]
 
 
 def heads_last(node: fx.Node, environment: dict[fx.Node, Any], value: Tensor | None = None) -> Tensor:
@@ -121,14 +140,8 @@ def group_query_attention(
     Returns:
         `[B, S, H * D]`, and the new past key and value.
     """
-    kv_heads, head_dim = past_key.shape[1], past_key.shape[3]
-    if past_value.shape[3] != head_dim:
-        raise UnsupportedError(
-            f"[onnx] keys of {head_dim} channels with values of {past_value.shape[3]}: GroupQueryAttention needs the "
-            'same. Use target="torch".'
-        )
     attributes: dict[str, Any] = {
-        "num_heads": heads, "kv_num_heads": kv_heads, "scale": scale, "do_rotary": int(rotation is not None),
+        "num_heads": heads, "kv_num_heads": past_key.shape[1], "scale": scale, "do_rotary": int(rotation is not None),
         "local_window_size": window or -1,
     }  # fmt: skip
     if softcap:
@@ -154,10 +167,39 @@ def group_query_attention(
     )
 
 
-def rotated_operands(query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, bool] | None:
-    """Unrotated query and key, cosine, sine and layout, if both are rotated by the same angles just before."""
-    if not is_call(query, rotary_embedding) or not is_call(key, rotary_embedding):
+@dataclass(frozen=True)
+class RotatedOperands:
+    """Query and key before the rotation that both went through.
+
+    Attributes:
+        query: `[B, H, S, D]`, not rotated.
+        key: `[B, Hkv, S, D]`, not rotated.
+        cos: `[B, S, R/2]`.
+        sin: `[B, S, R/2]`.
+        is_interleaved: Channel layout.
+    """
+
+    query: fx.Node
+    key: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+    is_interleaved: bool
+
+
+def rotated_operands(node: fx.Node) -> RotatedOperands | None:
+    """What a fused attention could rotate itself: both operands are rotated by the same angles just before it.
+
+    Args:
+        node: An attention for which `is_fused` holds and that reads slot writes.
+
+    Returns:
+        None if the kernel does not rotate heads of this size.
+    """
+    query, key = node.args[0], node.args[1].args[1]
+    if not is_call(query, rotary_embedding) or not is_call(key, rotary_embedding) or query.args[1:] != key.args[1:]:
         return None
-    if query.args[1:] != key.args[1:]:
+    found = RotatedOperands(query.args[0], key.args[0], *query.args[1:])
+    angles = found.cos.meta["val"].shape[-1]
+    if query.meta["val"].shape[3] % ROTATED_HEAD_DIM_MULTIPLE or angles % ANGLES_MULTIPLE:
         return None
-    return query.args[0], key.args[0], query.args[1], query.args[2], query.args[3]
+    return found

@@ -12,36 +12,16 @@ from typing import Any
 
 import onnx_ir
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from jettison.codegen.onnx.cached_attention import (
-    Rotation,
-    RowLengths,
-    group_query_attention,
-    heads_last,
-    is_cached,
-    rotated_operands,
-)
 from jettison.codegen.onnx.external_data import ExternalDataWriter
-from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
-from jettison.codegen.onnx.rotary_table import angle_table
+from jettison.codegen.onnx.lowered_graph import LoweredGraph
 from jettison.ir import ops
-from jettison.ir.constants import Constant
-from jettison.ir.errors import CodegenError, JettisonError
-from jettison.ir.match import arguments, constant_name, is_call
-from jettison.ir.program import (
-    Program,
-    constant_placeholders,
-    input_placeholders,
-    output_node,
-    placeholders,
-    state_placeholders,
-)
+from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
+from jettison.ir.match import is_call
+from jettison.ir.program import Program, constant_placeholders, placeholders, state_placeholders
 
-aten = torch.ops.aten
 OPSET = 23
-# Constants below this many bytes are given to the exporter, so that it can fold them; larger ones are only placed.
-LARGEST_FOLDED_BYTES = 4096
 # GroupQueryAttention with sliding_window_cache and MatMulNBits with a bias input.
 MINIMUM_ORT = {"default": "1.24", "windowed_cache": "1.31"}
 AXES = {
@@ -148,7 +128,7 @@ def emit_entry(
         CodegenError: The graph cannot be lowered.
     """
     entry = program.entries[entry_name]
-    lowered = _Lowered(program, entry, accuracy_level).eval()
+    lowered = LoweredGraph(program, entry, accuracy_level).eval()
     names, tensors, axes = _examples(entry, program)
     states = list(state_placeholders(entry))
     outputs = [*program.outputs, *(_present_name(state) for state in states)]
@@ -177,7 +157,7 @@ def emit_entry(
     return emitted
 
 
-def _place_constants(model: onnx_ir.Model, lowered: _Lowered, data: ExternalDataWriter) -> None:
+def _place_constants(model: onnx_ir.Model, lowered: LoweredGraph, data: ExternalDataWriter) -> None:
     """Give every initializer its name and its bytes."""
     initializers = model.graph.initializers
     for attribute, (onnx_name, shape, constant) in lowered.layouts.items():

@@ -30,6 +30,28 @@ _DTYPES = {
 }
 
 
+class TransposedConstant(Constant):
+    """A matrix `[N, K]` seen as `[K, N]`, transposed a few rows at a time.
+
+    Args:
+        name: Of the transposed constant.
+        constant: The matrix; equal ones are stored once (the serial is the matrix's own).
+    """
+
+    def __init__(self, name: str, constant: Constant) -> None:
+        super().__init__(name, constant.blocks, constant.dtype)
+        self.shape = (constant.shape[1], constant.shape[0])
+        self.serial = constant.serial
+
+    def value(self) -> torch.Tensor:
+        """See `Constant.value`."""
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """See `Constant.rows`."""
+        return torch.cat([block[:, start:stop].t() for block in self.blocks], 1).to(self.dtype)
+
+
 class ExternalDataWriter:
     """Appends constants to one data file.
 
@@ -41,7 +63,7 @@ class ExternalDataWriter:
     def __init__(self, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
         self.path = path
         self._on_bytes = on_bytes or (lambda count: None)
-        self._where: dict[int, tuple[int, int]] = {}
+        self._where: dict[tuple[bool, int], tuple[int, int]] = {}
         self._file: io.BufferedWriter | None = None
 
     def __enter__(self) -> ExternalDataWriter:
@@ -65,9 +87,10 @@ class ExternalDataWriter:
         """
         if constant.nbytes < SMALLEST_EXTERNAL_BYTES:
             return onnx_ir.tensor(constant.value().reshape(shape).contiguous().numpy(), name=name)
-        if constant.serial not in self._where:
-            self._where[constant.serial] = self._append(constant)
-        offset, length = self._where[constant.serial]
+        key = (isinstance(constant, TransposedConstant), constant.serial)
+        if key not in self._where:
+            self._where[key] = self._append(constant)
+        offset, length = self._where[key]
         return onnx_ir.ExternalTensor(
             self.path.name,
             offset,

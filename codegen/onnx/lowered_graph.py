@@ -1,10 +1,52 @@
-class _Lowered(nn.Module):
-    """A graph as a module whose forward calls the lowering of each node; the exporter traces it."""
+"""A graph as a module of ONNX-ready calls: the exporter traces its forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from jettison.codegen.onnx.cached_attention import (
+    Rotation,
+    RowLengths,
+    fused_readers,
+    group_query_attention,
+    heads_last,
+    is_fused,
+    rotated_operands,
+)
+from jettison.codegen.onnx.external_data import TransposedConstant
+from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
+from jettison.codegen.onnx.rotary_table import angle_table
+from jettison.ir import ops
+from jettison.ir.constants import Constant
+from jettison.ir.errors import UnsupportedError
+from jettison.ir.match import arguments, constant_name, is_call
+from jettison.ir.program import Program, input_placeholders, output_node, placeholders
+
+aten = torch.ops.aten
+# Constants below this many bytes are given to the exporter, so that it can fold them; larger ones are only placed.
+LARGEST_FOLDED_BYTES = 4096
+
+
+class LoweredGraph(nn.Module):
+    """A graph as a module whose forward calls the lowering of each node.
+
+    Args:
+        program: Holds the constants.
+        entry: One of its graphs.
+        accuracy_level: Of `MatMulNBits`; see `emit_entry`.
+
+    Attributes:
+        layouts: Buffer name to (name of the initializer, its shape, the constant it is filled from).
+    """
 
     def __init__(self, program: Program, entry: fx.GraphModule, accuracy_level: int) -> None:
         super().__init__()
         self.program, self.entry, self.accuracy_level = program, entry, accuracy_level
         self.layouts: dict[str, tuple[str, tuple[int, ...], Constant]] = {}
+        self._attributes: dict[str, str] = {}
         self._buffers_of: dict[tuple[str, str], str] = {}
         self._tables: dict[Any, tuple[str, str] | None] = {}
         self._plan()
@@ -12,10 +54,10 @@ class _Lowered(nn.Module):
     def _plan(self) -> None:
         """Register a buffer for every constant in every layout that some node wants, and for rotation tables."""
         for node in self.entry.graph.nodes:
-            if is_call(node, ops.attention) and is_cached(node):
-                found = rotated_operands(node.args[0], node.args[1].args[1])
+            if is_call(node, ops.attention) and is_fused(node):
+                found = rotated_operands(node)
                 if found is not None:
-                    self._plan_tables(found[2], found[3])
+                    self._plan_tables(found.cos, found.sin)
             for operand in node.all_input_nodes:
                 name = constant_name(operand)
                 if name is not None:
@@ -35,6 +77,14 @@ class _Lowered(nn.Module):
             self._register(names[-1], tuple(table.shape), Constant(names[-1], table))
         self._tables[key] = (names[0], names[1])
 
+    def _rotation(self, node: fx.Node) -> tuple[fx.Node, fx.Node, Rotation] | None:
+        """Unrotated query and key of a fused attention, and tables, if it is the attention that rotates."""
+        found = rotated_operands(node)
+        names = None if found is None else self._tables.get((found.cos, found.sin))
+        if found is None or names is None:
+            return None
+        return found.query, found.key, Rotation(self._table(names[0]), self._table(names[1]), found.is_interleaved)
+
     def _layout(self, node: fx.Node, operand: fx.Node) -> str:
         if is_call(node, ops.quantized_embedding) and node.args[1] is operand:
             return "rows"
@@ -50,8 +100,7 @@ class _Lowered(nn.Module):
             if layout == "rows":
                 shape, onnx_name = (constant.shape[0], constant.shape[1] * constant.shape[2]), f"{name}.rows"
             elif layout == "transposed":
-                stored = constant.blocks[0] if len(constant.blocks) == 1 else torch.cat(constant.blocks)
-                constant = Constant(f"{name}.T", stored.t(), constant.dtype)
+                constant = TransposedConstant(f"{name}.T", constant)
                 shape, onnx_name = constant.shape, f"{name}.T"
             self._register(onnx_name, shape, constant)
             self._buffers_of[key] = onnx_name
@@ -64,12 +113,20 @@ class _Lowered(nn.Module):
         attribute = f"constant_{len(self.layouts)}"
         self.register_buffer(attribute, value)
         self.layouts[attribute] = (onnx_name, shape, constant)
+        self._attributes[onnx_name] = attribute
 
     def _table(self, onnx_name: str) -> Tensor:
-        attribute = next(key for key, (name, _, _) in self.layouts.items() if name == onnx_name)
-        return getattr(self, attribute)
+        return getattr(self, self._attributes[onnx_name])
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Call every lowering in order.
+
+        Args:
+            *inputs: States and run-time inputs, in the order of the graph.
+
+        Returns:
+            What the graph returns.
+        """
         environment: dict[fx.Node, Any] = {}
         given = iter(inputs)
         for node in placeholders(self.entry):
@@ -79,7 +136,10 @@ class _Lowered(nn.Module):
         for node in self.entry.graph.nodes:
             if node.op == "call_function":
                 self._lower(node, environment)
-        return tuple(environment[value] for value in output_node(self.entry).args[0])
+        # An output may be a constant (an encoder that also returns a table).
+        return tuple(
+            self._operand(value, output_node(self.entry), environment) for value in output_node(self.entry).args[0]
+        )
 
     def _operand(self, node: fx.Node, user: fx.Node, environment: dict[fx.Node, Any]) -> Any:
         name = constant_name(node)
@@ -88,11 +148,9 @@ class _Lowered(nn.Module):
         return self._table(self._buffers_of[name, self._layout(user, node)])
 
     def _lower(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
-        if is_call(node, ops.attention) and is_cached(node):
-            self._cached_attention(node, environment)
-            return
-        if is_call(node, ops.windowed_attention):
-            self._windowed_attention(node, environment)
+        if is_fused(node):
+            attend = self._cached_attention if is_call(node, ops.attention) else self._windowed_attention
+            attend(node, environment)
             return
         if self._is_redeemed_later(node):
             return
@@ -103,6 +161,8 @@ class _Lowered(nn.Module):
         elif is_call(node, ops.quantized_linear):
             environment[node] = quantized_linear(*args, accuracy_level=self.accuracy_level)
         else:
+            if is_call(node, ops.write_slots):
+                _require_positions(node)
             environment[node] = LOWERINGS.get(node.target, node.target)(*args, **kwargs)
 
     def _linear(self, node: fx.Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -118,19 +178,19 @@ class _Lowered(nn.Module):
         return out.reshape(*x.shape[:-1], weight.shape[0])
 
     def _is_redeemed_later(self, node: fx.Node) -> bool:
-        """Whether every reader of a slot write or rotation is a cached attention that does the work itself."""
+        """Whether every reader of a slot write or rotation is a fused attention that does the work itself."""
         if is_call(node, ops.write_slots):
-            return any(is_call(user, ops.attention) and is_cached(user) for user in node.users)
+            return bool(fused_readers(node))
         if is_call(node, ops.rotary_embedding):
-            users = list(node.users)
-            for user in users:
-                reader = user if is_call(user, ops.attention) else next(iter(user.users), None)
-                if not is_call(reader, ops.attention) or not is_cached(reader):
-                    return False
-                found = rotated_operands(reader.args[0], reader.args[1].args[1])
-                if found is None or self._tables.get((found[2], found[3])) is None:
-                    return False
-            return bool(users)
+            readers = [
+                attention
+                for user in node.users
+                for attention in (fused_readers(user) if is_call(user, ops.write_slots) else [user])
+            ]
+            return bool(readers) and all(
+                is_call(reader, ops.attention) and is_fused(reader) and self._rotation(reader) is not None
+                for reader in readers
+            )
         return False
 
     def _row_lengths(self, environment: dict[fx.Node, Any]) -> RowLengths:
@@ -141,32 +201,27 @@ class _Lowered(nn.Module):
     def _cached_attention(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
         operands = arguments(node)
         key_write, value_write = operands["key"], operands["value"]
-        query_node, key_node = operands["query"], key_write.args[1]
-        heads = query_node.meta["val"].shape[1]
-        rotation = None
-        found = rotated_operands(query_node, key_node)
-        tables = self._tables.get((found[2], found[3])) if found is not None else None
-        if found is not None and tables is not None:
-            query_node, key_node = found[0], found[1]
-            rotation = Rotation(self._table(tables[0]), self._table(tables[1]), found[4])
+        rotation = self._rotation(node)
+        query, key = (operands["query"], key_write.args[1]) if rotation is None else rotation[:2]
+        heads = query.meta["val"].shape[1]
         sinks = operands["sinks"]
-        out, key, value = group_query_attention(
-            heads_last(query_node, environment),
-            heads_last(key_node, environment),
+        out, new_key, new_value = group_query_attention(
+            heads_last(query, environment),
+            heads_last(key, environment),
             heads_last(value_write.args[1], environment),
             environment[key_write.args[0]],
             environment[value_write.args[0]],
             self._row_lengths(environment),
             heads=heads,
             position_ids=environment[operands["query_positions"]],
-            rotation=rotation,
+            rotation=None if rotation is None else rotation[2],
             sinks=None if sinks is None else self._operand(sinks, node, environment),
             scale=operands["scale"],
             window=operands["window"],
             softcap=operands["softcap"],
         )
         environment[node] = out.unflatten(2, (heads, -1)).transpose(1, 2)
-        environment[key_write], environment[value_write] = key, value
+        environment[key_write], environment[value_write] = new_key, new_value
 
     def _windowed_attention(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
         operands = arguments(node)
@@ -191,3 +246,11 @@ class _Lowered(nn.Module):
         environment[node] = (out.unflatten(2, (heads, -1)).transpose(1, 2), key, value)
 
 
+def _require_positions(node: fx.Node) -> None:
+    """`ScatterND` cannot drop a value, as a negative slot would; positions are never negative."""
+    slots = node.args[2]
+    if slots.op != "placeholder" or slots.name != "position_ids":
+        raise UnsupportedError(
+            f"[onnx] {node.meta.get('where') or node.name}: writes the cache at slots that are computed, and ONNX has "
+            'no operator that leaves some of them out. Use target="torch".'
+        )

@@ -1,6 +1,7 @@
 """How single operators become ONNX: one function per operator, called while the exporter traces.
 
-Everything without an entry here is ATen and is lowered by `torch.onnx` itself.
+Everything without an entry here is ATen and is lowered by `torch.onnx` itself. Attention over a cache is usually fused
+(see `cached_attention`); the entries here are for what the fused kernel refuses.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.onnx.ops import rotary_embedding as onnx_rotary_embedding
 from torch.onnx.ops import symbolic
 
+from jettison.codegen.onnx.written_attention import attention, windowed_attention, write_slots
 from jettison.ir import ops
-from jettison.ir.ops.attention import attend, visible_keys
 from jettison.ir.ops.gated_activation import ACTIVATIONS
 
 aten = torch.ops.aten
@@ -47,14 +48,17 @@ def quantized_embedding(
     indices: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, embedding_dim: int
 ) -> Tensor:
     """`com.microsoft::GatherBlockQuantized`; `codes` must come in rank 2 (`emit` gives the same bytes another shape)."""
-    return symbolic(
+    padded_dim = scales.shape[1] * group
+    rows = symbolic(
         "com.microsoft::GatherBlockQuantized",
         (codes, indices, scales, zeros),
         {"bits": bits, "block_size": group, "gather_axis": 0, "quantize_axis": 1},
         dtype=scales.dtype,
-        shape=(*indices.shape, embedding_dim),
+        shape=(*indices.shape, padded_dim),
         version=1,
     )
+    # The kernel also returns the padding of the last group.
+    return rows if padded_dim == embedding_dim else rows[..., :embedding_dim]
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -74,24 +78,12 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
     return torch.cat([turned, x[..., rotated:]], -1)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, query_positions: Tensor | None, key_positions: Tensor | None,
-    key_valid: Tensor | None, sinks: Tensor | None, scale: float, causal: bool, window: int, softcap: float,
-) -> Tensor:  # fmt: skip
-    """Attention without a cache: written out over an explicit mask."""
-    query_positions = torch.arange(query.shape[2])[None] if query_positions is None else query_positions
-    key_positions = torch.arange(key.shape[2])[None] if key_positions is None else key_positions
-    visible = visible_keys(query_positions, key_positions, key_valid, causal, window)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-    return attend(query, key, value, visible, sinks, scale, softcap)
-
-
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.attention: attention,
     ops.gated_activation: gated_activation,
     ops.quantized_embedding: quantized_embedding,
     ops.quantized_linear: quantized_linear,
     ops.rotary_embedding: rotary_embedding,
+    ops.windowed_attention: windowed_attention,
+    ops.write_slots: write_slots,
 }

@@ -471,6 +471,7 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "Python's operator": (_forward("nodes", 0, "op", "operator.methodcaller"), "the operator 'operator.methodcaller'"),
     "attribute of a namespace": (_forward("nodes", 0, "op", "aten.__class__.__call__"), "unknown"),
     "attribute of an operator": (_forward("nodes", 0, "op", "aten.add.__class__"), "unknown"),
+    "operator that is a keyword": (_forward("nodes", 0, "op", "aten.random.from"), "unknown"),
     "operator without overload": (_forward("nodes", 0, "op", "aten.add"), "unknown"),
     "operator that opens files": (_forward("nodes", 0, "op", "aten.from_file.default"), "models do not need"),
     "operator that writes": (_forward("nodes", 0, "op", "aten.relu_.default"), "writes to its input"),

@@ -111,13 +111,13 @@ def small(source: nn.Module) -> OptimizedModel:
     return optimize(perturbed(source), target="torch")
 
 
-@pytest.mark.parametrize(("context", "prefill", "count"), [(None, None, 4), (512, 256, 6)])
+@pytest.mark.parametrize(("context", "prefill", "count"), [(None, None, 2), (512, 256, 5)])
 def test_unquantised_artifact_is_its_source_to_rounding(artifact, text, stock, context, prefill, count):
     length, first = context or 1024, prefill or 1
     windows = cut_windows(text_tokens(artifact.tokenizer, text), length)[:count]
     shown = artifact.tokenizer.decode([token for window in windows for token in window])
     result = evaluate(artifact, text=shown, reference=TINY_LLAMA, context=context, prefill=prefill)
-    assert result.tokens == len(windows) * (length - first) >= 1500
+    assert result.tokens == len(windows) * (length - first) >= 1000
     assert result.kl is not None
     assert result.kl < 1e-6
     assert result.top1_agreement is not None
