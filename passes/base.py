@@ -6,13 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from jettison.ir.edit import Edit
 from jettison.ir.errors import PassError, UnsupportedError
 from jettison.ir.match import Miss
 from jettison.ir.program import MissRecord, PassRecord, Program
-from jettison.ir.text import program_text
+from jettison.ir.text import program_text, window_text
 from jettison.ir.verify import verify
 
 
@@ -92,13 +93,14 @@ class Pass:
             UnsupportedError: `strict`, and the pass missed somewhere.
         """
         self.requires(program)
-        before = program_text(program, by_identity=True)
+        before, known = program_text(program, by_identity=True), _node_contents(program)
         record = PassRecord(self.name, bytes_before=program.weight_bytes())
         started = time.perf_counter()
         record.rewrites, record.misses = self.transform(program)
         record.seconds = time.perf_counter() - started
         record.bytes_after = program.weight_bytes()
         verify(program, after=self.name)
+        self._check_metadata(program, known)
         has_changed = program_text(program, by_identity=True) != before
         if has_changed != (record.rewrites > 0):
             raise PassError(
@@ -116,6 +118,39 @@ class Pass:
             )
         program.history.append(record)
         return record
+
+    def _check_metadata(self, program: Program, known: dict[fx.Node, tuple[Any, ...]]) -> None:
+        """Evaluate again what is new or reads something new: stale metadata misleads every later pass."""
+        for name, entry in program.entries.items():
+            edit = Edit(program, name, self.name)
+            for node in entry.graph.nodes:
+                old = known.get(node)
+                is_same = old is not None and old[0] is node.target and old[1] is node.args and old[2] is node.kwargs
+                has_same_operands = all(
+                    operand in known and known[operand][3] is operand.meta["val"] for operand in node.all_input_nodes
+                )
+                if node.op != "call_function" or (is_same and has_same_operands):
+                    continue
+                kept = node.meta["val"]
+                edit.refresh(node)
+                if _type_text(kept) != _type_text(node.meta["val"]):
+                    raise PassError(
+                        f"[{self.name}] {name}: metadata of {node.name} says {_type_text(kept)}, but it computes "
+                        f"{_type_text(node.meta['val'])}.\n{window_text(entry, node)}"
+                    )
+                node.meta["val"] = kept
+
+
+def _type_text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ", ".join(_type_text(item) for item in value)
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
+
+
+def _node_contents(program: Program) -> dict[fx.Node, tuple[Any, ...]]:
+    """What the metadata of each node was computed from, and the metadata; fx makes new tuples on every change."""
+    nodes = (node for entry in program.entries.values() for node in entry.graph.nodes)
+    return {node: (node.target, node.args, node.kwargs, node.meta.get("val")) for node in nodes}
 
 
 def describe_node(node: fx.Node) -> str:

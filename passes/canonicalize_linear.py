@@ -65,6 +65,8 @@ class CanonicalizeLinear(Pass):
                 return None
             if operands["beta"] != 1 or operands["alpha"] != 1:
                 return Miss("addmm scales its operands", node)
+            if list(operands["self"].meta["val"].shape) != [node.meta["val"].shape[-1]]:
+                return Miss("addmm adds something else than one bias per column", node)
             return Product(node, operands["mat1"], operands["mat2"], operands["self"], False)
         if is_call(node, aten.mm.default, aten.matmul.default):
             x, matrix = node.args[:2]
@@ -106,11 +108,13 @@ class CanonicalizeLinear(Pass):
 
 
 def _is_transpose_of_constant(node: fx.Node) -> bool:
-    if is_call(node, aten.t.default):
+    if is_call(node, aten.t.default, aten.mT.default):
         return constant_name(node.args[0]) is not None
-    if is_call(node, aten.transpose.int, aten.permute.default):
-        return constant_name(node.args[0]) is not None and node.args[0].meta["val"].dim() == 2
-    return False
+    if not is_call(node, aten.transpose.int, aten.permute.default) or node.meta["val"].dim() != 2:
+        return False
+    axes = [axis % 2 for axis in (node.args[1:] if is_call(node, aten.transpose.int) else node.args[1])]
+    is_swap = axes == [1, 0] or (is_call(node, aten.transpose.int) and axes == [0, 1])
+    return is_swap and constant_name(node.args[0]) is not None
 
 
 def _transposed(constant: Constant) -> Constant:

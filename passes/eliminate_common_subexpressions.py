@@ -71,5 +71,7 @@ def _hashable(value: Any) -> Any:
         return tuple(_hashable(item) for item in value)
     if isinstance(value, dict):
         return tuple(sorted((key, _hashable(item)) for key, item in value.items()))
+    if isinstance(value, float):
+        return (float, value.hex())  # 0.0 == -0.0, but not to atan2
     # 1, 1.0 and True are equal to Python but not to an operator.
     return (type(value), value)

@@ -62,6 +62,8 @@ class RaiseGatedMlp(Pass):
             return None  # x * sigmoid(x) is silu written out, not a gate
         if str(up.meta["val"].shape) != str(gate.meta["val"].shape):
             return Miss("the gate and the value have different shapes", product)
+        if up.meta["val"].dtype != gate.meta["val"].dtype:
+            return Miss("the gate and the value have different dtypes", product)
         return Gate(product, gate, up, activation)
 
     def rewrite(self, match: Gate, edit: Edit) -> None:

@@ -59,6 +59,8 @@ class RaiseRmsNorm(Pass):
             return None
         if not isinstance(epsilon, (int, float)):
             return Miss("epsilon is not a number in the graph", node.args[0])
+        if node.args[0].kwargs:
+            return Miss("epsilon has a factor", node.args[0])
         scaled = only_user(node)
         if not is_call(scaled, aten.mul.Tensor) or x not in scaled.args:
             return Miss("the reciprocal root does not multiply the value it normalises", node)
@@ -80,7 +82,7 @@ class RaiseRmsNorm(Pass):
 
 def _mean_of_squares(node: fx.Node) -> fx.Node | None:
     """x, if `node` is mean(x*x) over the last axis, kept."""
-    if not is_call(node, aten.mean.dim) or len(node.args) < 3 or not node.args[2]:
+    if not is_call(node, aten.mean.dim) or len(node.args) < 3 or not node.args[2] or node.kwargs:
         return None
     square, axes = node.args[0], list(node.args[1])
     if axes not in ([-1], [node.meta["val"].dim() - 1]):

@@ -55,6 +55,9 @@ class SelectLogits(Pass):
             if not is_call(chain[-1], aten.linear.default):
                 misses.append(MissRecord(describe_node(chain[-1]), "the language-model head is not a linear"))
                 continue
+            if chain[-1].args[0].meta["val"].dim() != 3:
+                misses.append(MissRecord(describe_node(chain[-1]), "the head does not see one row per position"))
+                continue
             self._gather(Edit(program, entry_name, self.name), chain)
             rewrites += 1
         return rewrites, misses
