@@ -39,6 +39,8 @@ from jettison.ir.program import Program
 from jettison.passes.base import Pass
 
 aten = torch.ops.aten
+# bf16 * f32 is f32, and the operator returns the dtype of its operand.
+_OTHER_DTYPE = "the rotation is not computed in the dtype of its operand"
 _ANGLE_OPS = (aten.cos.default, aten.sin.default, aten.mul.Tensor, aten.to.dtype, aten._to_copy.default)
 
 
@@ -57,11 +59,12 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Joined:
-    """Rotated channels of x joined with the rest of x."""
+    """Rotated channels of x joined with the rest of x, and where the heads of x stand (axis 1 or 2)."""
 
     last: fx.Node
     x: fx.Node
     rotation: fx.Node
+    head_axis: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class RaiseRotaryEmbedding(Pass):
         """Start from the sum of the two products, or from the concatenation behind it."""
         if is_call(node, aten.cat.default):
             return _joined(node) or _rotated_halves(node)
-        if not is_call(node, aten.add.Tensor) or not all(is_call(a, aten.mul.Tensor) for a in node.args[:2]):
+        if not _is_sum(node) or not all(is_call(a, aten.mul.Tensor) for a in node.args[:2]):
             return None
         for plain, turned in (node.args[:2], node.args[1::-1]):
             for position in (0, 1):
@@ -90,19 +93,26 @@ class RaiseRotaryEmbedding(Pass):
         """Emit one rotary embedding; angles are computed once per channel pair."""
         with edit.before(match.last):
             if isinstance(match, Joined):
-                operands = arguments(match.rotation)
-                out = edit.call(rotary_embedding, match.x, operands["cos"], operands["sin"], operands["interleaved"])
+                cos, sin, is_interleaved = match.rotation.args[1:]
             else:
                 cos, sin = (_per_pair(angle, match, edit) for angle in (match.cos, match.sin))
-                x = match.x if match.head_axis == 1 else edit.call(aten.transpose.int, match.x, 1, 2)
-                out = edit.call(rotary_embedding, x, cos, sin, match.is_interleaved)
-                out = out if match.head_axis == 1 else edit.call(aten.transpose.int, out, 1, 2)
+                is_interleaved = match.is_interleaved
+            x = match.x if match.head_axis == 1 else edit.call(aten.transpose.int, match.x, 1, 2)
+            out = edit.call(rotary_embedding, x, cos, sin, is_interleaved)
+            out = out if match.head_axis == 1 else edit.call(aten.transpose.int, out, 1, 2)
         edit.replace(match.last, out)
+
+
+def _is_sum(node: Any, target: Any = aten.add.Tensor) -> bool:
+    """Whether `node` is a sum (or difference) without a factor on its second operand."""
+    return is_call(node, target) and node.kwargs.get("alpha", 1) == 1
 
 
 def _rotation(last: fx.Node, x: fx.Node, cos: Any, sin: Any, is_interleaved: bool) -> Rotation | Miss:
     if x.meta["val"].dim() != 4:
         return Miss("the rotated value does not have four axes", last)
+    if last.meta["val"].dtype != x.meta["val"].dtype:
+        return Miss(_OTHER_DTYPE, last)
     axes = {_head_axis(angle) for angle in (cos, sin)}
     if len(axes) != 1 or None in axes:
         return Miss("cosine and sine do not stand along the positions of [B, H, S, D] or [B, S, H, D]", last)
@@ -226,7 +236,7 @@ def _rotated_halves(node: fx.Node) -> Rotation | Miss | None:
     if len(node.args[0]) != 2 or not _is_last_axis(node, node.args[1:]):
         return None
     minus, plus = node.args[0]
-    if not is_call(minus, aten.sub.Tensor) or not is_call(plus, aten.add.Tensor):
+    if not _is_sum(minus, aten.sub.Tensor) or not _is_sum(plus):
         return None
     products = [*minus.args[:2], *plus.args[:2]]
     if not all(is_call(product, aten.mul.Tensor) for product in products):
@@ -240,6 +250,8 @@ def _rotated_halves(node: fx.Node) -> Rotation | Miss | None:
     x = halves[0][0]
     if x.meta["val"].dim() != 4:
         return Miss("the rotated value does not have four axes", node)
+    if node.meta["val"].dtype != x.meta["val"].dtype:
+        return Miss(_OTHER_DTYPE, node)
     axes = {_head_axis(angle) for angle in (cos, sin)}
     width = x.meta["val"].shape[-1]
     if len(axes) != 1 or None in axes or {angle.meta["val"].shape[-1] for angle in (cos, sin)} != {width // 2}:
@@ -259,16 +271,26 @@ def _half_of(node: Any) -> tuple[fx.Node, int] | None:
 
 
 def _joined(node: fx.Node) -> Joined | None:
-    """cat([rotated(x[..., :R]), x[..., R:]], -1)."""
+    """cat([rotated(x[..., :R]), x[..., R:]], -1), in either order of heads and positions."""
     if len(node.args[0]) != 2 or not _is_last_axis(node, node.args[1:]):
         return None
-    rotation, rest = node.args[0]
+    whole, rest = node.args[0]
+    rotation, head_axis = (whole.args[0], 2) if _is_swap(whole) else (whole, 1)
     if not is_call(rotation, rotary_embedding) or not is_call(rest, aten.slice.Tensor):
         return None
     rotated, x = rotation.args[0], rest.args[0]
+    if head_axis == 2:
+        if not _is_swap(rotated) or only_user(rotation) is not whole:
+            return None
+        rotated = rotated.args[0]
     width = rotation.meta["val"].shape[-1]
-    if not is_call(rotated, aten.slice.Tensor) or rotated.args[0] is not x or only_user(rotation) is not node:
+    if not is_call(rotated, aten.slice.Tensor) or rotated.args[0] is not x or only_user(whole) is not node:
         return None
     is_split = _slice_is(rotated, 0, width, 1) and _slice_is(rest, width, None, 1)
     covers_angles = 2 * rotation.args[1].meta["val"].shape[-1] == width
-    return Joined(node, x, rotation) if is_split and covers_angles else None
+    return Joined(node, x, rotation, head_axis) if is_split and covers_angles else None
+
+
+def _is_swap(node: Any) -> bool:
+    """Whether `node` swaps heads and positions."""
+    return is_call(node, aten.transpose.int) and set(node.args[1:]) == {1, 2}

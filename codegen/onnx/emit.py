@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ AXES = {
     "position_ids": ("batch_size", "sequence_length"),
     "token_type_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "total_sequence_length"),
-    "logits_positions": ("batch_size", "logits_length"),
+    "logits_positions": ("batch_size", "logits_sequence_length"),
 }
 
 
@@ -72,10 +73,13 @@ def _quiet_exporter() -> Any:
 
 def _examples(entry: fx.GraphModule, program: Program) -> tuple[list[str], list[Tensor], list[dict[int, Any]]]:
     """Names, example tensors and dynamic axes of the inputs and states, in the order of the graph."""
-    sizes = {"batch_size": 2, "sequence_length": 5, "total_sequence_length": 7, "logits_length": 3,
-             "past_sequence_length": 16}  # fmt: skip
+    context = program.info.context
+    sizes = {"batch_size": 2, "sequence_length": min(5, context), "total_sequence_length": min(7, context),
+             "logits_sequence_length": 3, "past_sequence_length": 16}  # fmt: skip
+    # A table of positions has as many rows as the context, and the exporter wants to hear that no call asks for more.
+    most = {"sequence_length": context, "total_sequence_length": context}
+    dims = {name: torch.export.Dim(name, max=most.get(name)) for name in sizes}
     # An entry without a cache has a mask as long as its tokens.
-    dims = {name: torch.export.Dim(name) for name in sizes}
     is_cached_entry = bool(state_placeholders(entry))
     names, tensors, axes = [], [], []
     for node in placeholders(entry):
@@ -125,6 +129,7 @@ def emit_entry(
         Names of inputs and outputs.
 
     Raises:
+        UnsupportedError: ONNX has no counterpart of an operator.
         CodegenError: The graph cannot be lowered.
     """
     entry = program.entries[entry_name]
@@ -132,19 +137,7 @@ def emit_entry(
     names, tensors, axes = _examples(entry, program)
     states = list(state_placeholders(entry))
     outputs = [*program.outputs, *(_present_name(state) for state in states)]
-    try:
-        with torch.no_grad(), _quiet_exporter():
-            exported = torch.export.export(lowered, tuple(tensors), dynamic_shapes=(tuple(axes),), strict=False)
-            onnx_program = torch.onnx.export(
-                exported, input_names=names, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False,
-                optimize=True,
-            )  # fmt: skip
-    except JettisonError:
-        raise
-    except Exception as error:
-        raise CodegenError(f"[onnx] {entry_name}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    assert onnx_program is not None, "export without a file returns the program"
-    model = onnx_program.model
+    model = _export(lowered, entry_name, names, tensors, axes, outputs)
     _place_constants(model, lowered, data)
     _name_axes(model, axes)
     _make_optional(model)
@@ -155,6 +148,48 @@ def emit_entry(
     if any(is_call(node, ops.windowed_attention) for node in entry.graph.nodes):
         emitted.minimum_ort = MINIMUM_ORT["windowed_cache"]
     return emitted
+
+
+def _export(
+    lowered: LoweredGraph,
+    entry_name: str,
+    names: list[str],
+    tensors: list[Tensor],
+    axes: list[dict[int, Any]],
+    outputs: list[str],
+) -> onnx_ir.Model:
+    """Trace a lowered graph with `torch.onnx`; its weights are not in the model yet."""
+    try:
+        with torch.no_grad(), _quiet_exporter():
+            exported = torch.export.export(lowered, tuple(tensors), dynamic_shapes=(tuple(axes),), strict=False)
+            onnx_program = torch.onnx.export(
+                exported, input_names=names, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False,
+                optimize=True,
+            )  # fmt: skip
+    except JettisonError:
+        raise
+    except Exception as error:
+        raise _explained(error, entry_name) from error
+    assert onnx_program is not None, "export without a file returns the program"
+    return onnx_program.model
+
+
+def _explained(error: BaseException, entry_name: str) -> JettisonError:
+    """What the exporter's error means: an operator without a counterpart is nobody's bug."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__
+    for link in chain:
+        missing = re.search(r"No ONNX function found for .*?'([\w:.]+)'", str(link))
+        if missing is not None:
+            return UnsupportedError(
+                f"[onnx] {entry_name}: {missing[1]} has no counterpart in ONNX opset {OPSET} that torch.onnx knows. Use "
+                'target="torch".'
+            )
+    first_line = (str(chain[-1]).strip().splitlines() or ["no message"])[0]
+    return CodegenError(f"[onnx] {entry_name}: {type(chain[-1]).__name__}: {first_line}")
 
 
 def _place_constants(model: onnx_ir.Model, lowered: LoweredGraph, data: ExternalDataWriter) -> None:
@@ -183,7 +218,7 @@ def _name_axes(model: onnx_ir.Model, axes: list[dict[int, Any]]) -> None:
         if source is not None:
             value.shape = source.shape
         elif value.name == "logits" and "logits_positions" in past:
-            value.shape = onnx_ir.Shape(["batch_size", "logits_length", value.shape[-1]])
+            value.shape = onnx_ir.Shape(["batch_size", "logits_sequence_length", value.shape[-1]])
     graph.inputs.sort(key=lambda value: value.name.startswith("past_key_values."))
 
 
@@ -192,7 +227,7 @@ def _make_optional(model: onnx_ir.Model) -> None:
     graph = model.graph
     for value in graph.inputs:
         if value.name == "logits_positions":
-            value.shape = onnx_ir.Shape(["logits_batch_size", "logits_length"])
+            value.shape = onnx_ir.Shape(["logits_batch_size", "logits_sequence_length"])
             default = torch.full((1, 1), -1, dtype=torch.int64)
             value.const_value = onnx_ir.tensor(default.numpy(), name=value.name)
             graph.initializers[value.name] = value
@@ -200,7 +235,7 @@ def _make_optional(model: onnx_ir.Model) -> None:
 
 def _strip_debris(model: onnx_ir.Model) -> None:
     """Drop what the exporter notes about source lines: it names machine paths."""
-    for node in model.graph:
+    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()
         node.doc_string = None
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):

@@ -47,7 +47,7 @@ def quantized_linear(
 def quantized_embedding(
     indices: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, embedding_dim: int
 ) -> Tensor:
-    """`com.microsoft::GatherBlockQuantized`; `codes` must come in rank 2 (`emit` gives the same bytes another shape)."""
+    """`com.microsoft::GatherBlockQuantized`; `codes` must come in rank 2 (the same bytes in another shape)."""
     padded_dim = scales.shape[1] * group
     rows = symbolic(
         "com.microsoft::GatherBlockQuantized",

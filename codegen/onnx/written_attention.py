@@ -31,22 +31,26 @@ def attend(
     Returns:
         `[B, H, S, Dv]`; a query that sees nothing gets zeros.
     """
-    batch, heads, rows, _ = query.shape
-    kv_heads, groups = key.shape[1], heads // key.shape[1]
-    # Query heads that share a key head stand under each other.
-    stacked = (query * scale).reshape(batch, kv_heads, groups * rows, query.shape[3])
-    scores = torch.matmul(stacked, key.transpose(2, 3)).reshape(batch, heads, rows, key.shape[2])
+    kv_heads, keys = key.shape[1], key.shape[2]
+    # [B, Hkv, H / Hkv, S, D] against [B, Hkv, 1, D, T]: the product broadcasts. Splitting an axis asks nothing of the
+    # strides, where joining H / Hkv and S would make the exporter guard on them.
+    grouped = (query * scale).unflatten(1, (kv_heads, -1))
+    sizes = grouped.shape[:4]
+    scores = _matmul(grouped, key.transpose(2, 3).unsqueeze(2), (*sizes, keys))
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~visible[:, None, None], torch.finfo(scores.dtype).min)
     if sinks is None:
         weights = scores.softmax(-1)
     else:
-        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(batch, heads, rows, 1)
+        column = sinks.to(scores.dtype).reshape(1, kv_heads, -1, 1, 1).expand(*sizes, 1)
         weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-    weights = weights.masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
-    out = torch.matmul(weights.reshape(batch, kv_heads, groups * rows, key.shape[2]), value)
-    return out.reshape(batch, heads, rows, value.shape[3])
+    weights = weights.masked_fill(~visible.any(-1)[:, None, None, :, None], 0.0)
+    return _matmul(weights, value.unsqueeze(2), (*sizes, value.shape[3])).flatten(1, 2)
+
+
+def _matmul(left: Tensor, right: Tensor, shape: tuple[int | torch.SymInt, ...]) -> Tensor:
+    return symbolic("::MatMul", (left, right), {}, dtype=left.dtype, shape=shape)
 
 
 def attention(

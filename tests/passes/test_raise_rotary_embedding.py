@@ -138,6 +138,18 @@ def repeated_behind_the_heads(x, angles):
     return x * cos + pairs_turned(x) * sin
 
 
+def halves_rotated(x, cos, sin):
+    """gpt-oss: the halves are rotated and then joined."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def half_angles_repeated(x, angles):
+    """GLM: values that stand twice in the half layout are cut and repeated for the interleaved one."""
+    cos, sin = (part.unsqueeze(1)[..., : DIM // 2] for part in (doubled(angles).cos(), doubled(angles).sin()))
+    return x * repeated(cos) + pairs_turned(x) * repeated(sin)
+
+
 @pytest.mark.parametrize(
     ("function", "layout"),
     [
@@ -150,9 +162,12 @@ def repeated_behind_the_heads(x, angles):
         (scaled_and_cast, "heads_first"),
         (same_for_every_row, "heads_first"),
         (repeated_behind_the_heads, "positions_first"),
+        (half_angles_repeated, "heads_first"),
+        (lambda x, angles: halves_rotated(x, angles.cos()[:, None], angles.sin()[:, None]), "heads_first"),
+        (lambda x, angles: halves_rotated(x, angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)), "positions_first"),
     ],
     ids=["chunks", "split", "pairs_reshaped", "negative_axis", "pairs_positions_first", "order", "scaled", "no_batch",
-         "gpt_j"],
+         "gpt_j", "glm", "gpt_oss", "gpt_oss_positions_first"],
 )  # fmt: skip
 def test_spellings(function, layout):
     before = export_rotation(function, layout=layout)
@@ -225,34 +240,47 @@ def test_bf16_with_angles_of_its_own_dtype():
     assert_same_numbers(before, after)
 
 
-def test_declines_when_the_angles_widen_the_result():
+@pytest.mark.parametrize(
+    "function", [rotate, lambda x, angles: halves_rotated(x, angles.cos()[:, None], angles.sin()[:, None])]
+)
+def test_declines_when_the_angles_widen_the_result(function):
     """bf16 * f32 is f32; the operator would return bf16."""
-    program = export_rotation(rotate, dtype=torch.bfloat16)
+    program = export_rotation(function, dtype=torch.bfloat16)
     assert_declines(RaiseRotaryEmbedding(), program, reason="the rotation is not computed in the dtype of its operand")
-
-
-def test_declines_without_four_axes():
-    def flat(x, angles):
-        x = x[:, 0]
-        return x * doubled(angles).cos() + half_turned(x) * doubled(angles).sin()
-
-    reason = "the rotated value does not have four axes"
-    assert_declines(RaiseRotaryEmbedding(), export_rotation(flat), reason=reason)
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, angles: x * doubled(angles).cos().unsqueeze(1) + half_turned(x) * 0.5,
-        lambda x, angles: x * doubled(angles).cos().unsqueeze(1) + half_turned(x) * doubled(angles).sin()[:, None] ** 2,
-        lambda x, angles: x * doubled(angles[:, :, None]).cos() + half_turned(x) * doubled(angles[:, :, None]).sin(),
+        lambda x, angles: x * doubled(angles).cos() + half_turned(x) * doubled(angles).sin(),
+        lambda x, angles: halves_rotated(x, angles.cos(), angles.sin()),
     ],
-    ids=["a_number", "not_an_angle", "repeated_with_heads"],
+    ids=["whole", "halves"],
 )
-def test_declines_when_angles_stand_elsewhere(function):
-    program = export_rotation(function, layout="positions_first" if "None" in str(function) else "heads_first")
+def test_declines_without_four_axes(function):
+    program = export_rotation(lambda x, angles: function(x[:, 0], angles))
+    assert_declines(RaiseRotaryEmbedding(), program, reason="the rotated value does not have four axes")
+
+
+def angles_with_heads(x, angles):
+    angles = doubled(angles[:, :, None])
+    return x * angles.cos() + half_turned(x) * angles.sin()
+
+
+@pytest.mark.parametrize(
+    ("function", "layout"),
+    [
+        (lambda x, angles: x * doubled(angles).cos()[:, None] + half_turned(x) * 0.5, "heads_first"),
+        (lambda x, angles: x * doubled(angles).cos()[:, None] + half_turned(x) * angles.sum(), "heads_first"),
+        (angles_with_heads, "positions_first"),
+        (lambda x, angles: halves_rotated(x, angles.cos()[:, None], angles.sum()), "heads_first"),
+        (lambda x, angles: halves_rotated(x, angles.cos()[:, None], angles[..., :1].sin()[:, None]), "heads_first"),
+    ],
+    ids=["a_number", "not_an_angle", "repeated_with_heads", "halves", "halves_with_one_angle"],
+)
+def test_declines_when_angles_stand_elsewhere(function, layout):
     reason = "cosine and sine do not stand along the positions of [B, H, S, D] or [B, S, H, D]"
-    assert_declines(RaiseRotaryEmbedding(), program, reason=reason)
+    assert_declines(RaiseRotaryEmbedding(), export_rotation(function, layout=layout), reason=reason)
 
 
 @pytest.mark.parametrize(
@@ -270,12 +298,27 @@ def test_declines_when_a_pair_has_two_angles(function):
     assert_declines(RaiseRotaryEmbedding(), export_rotation(function), reason=reason)
 
 
-def test_declines_when_the_sum_is_weighted():
-    def weighted(x, angles):
-        cos, sin = doubled(angles).cos().unsqueeze(1), doubled(angles).sin().unsqueeze(1)
-        return torch.add(x * cos, half_turned(x) * sin, alpha=2)
+def weighted(x, angles):
+    cos, sin = doubled(angles).cos().unsqueeze(1), doubled(angles).sin().unsqueeze(1)
+    return torch.add(x * cos, half_turned(x) * sin, alpha=2)
 
-    assert_declines(RaiseRotaryEmbedding(), export_rotation(weighted), reason=None)
+
+def weighted_halves(x, angles):
+    (first, second), cos, sin = x.chunk(2, -1), angles.cos()[:, None], angles.sin()[:, None]
+    return torch.cat([torch.sub(first * cos, second * sin, alpha=2), second * cos + first * sin], -1)
+
+
+@pytest.mark.parametrize("function", [weighted, weighted_halves])
+def test_is_not_interested_in_weighted_sums(function):
+    assert_declines(RaiseRotaryEmbedding(), export_rotation(function), reason=None)
+
+
+def test_is_not_interested_in_halves_that_are_not_rotated():
+    def mirrored(x, angles):
+        (first, second), cos, sin = x.chunk(2, -1), angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([second * cos - first * sin, first * cos + second * sin], -1)
+
+    assert_declines(RaiseRotaryEmbedding(), export_rotation(mirrored), reason=None)
 
 
 @pytest.mark.parametrize(
