@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Exporting is single-threaded Python: one worker per core, one thread each, whole files so that fixtures are shared.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test check accept fix bench clean
 
@@ -23,13 +25,13 @@ demo: $(VENV)/.installed ## compress the bundled model and show what it costs
 	$(BIN)/jettison demo
 
 test: $(VENV)/.installed-dev ## run every test (under 10 minutes on two cores)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/.installed-dev ## tests, format, lint and types: what continuous integration runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python tests/check_types.py
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fix: $(VENV)/.installed-dev ## format and lint what can be fixed automatically
 	$(BIN)/ruff format .

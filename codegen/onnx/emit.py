@@ -161,9 +161,12 @@ def _export(
     """Trace a lowered graph with `torch.onnx`; its weights are not in the model yet."""
     try:
         with torch.no_grad(), _quiet_exporter():
-            exported = torch.export.export(lowered, tuple(tensors), dynamic_shapes=(tuple(axes),), strict=False)
+            exported = torch.export.export(
+                lowered, (*tensors, *lowered.examples()), dynamic_shapes=((*axes, *({} for _ in lowered.placed)),),
+                strict=False,
+            )  # fmt: skip
             onnx_program = torch.onnx.export(
-                exported, input_names=names, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False,
+                exported, input_names=[*names, *lowered.placed], output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False,
                 optimize=True,
             )  # fmt: skip
     except JettisonError:
@@ -185,7 +188,7 @@ def _explained(error: BaseException, entry_name: str) -> JettisonError:
         missing = re.search(r"No ONNX function found for .*?'([\w:.]+)'", str(link))
         if missing is not None:
             return UnsupportedError(
-                f"[onnx] {entry_name}: {missing[1]} has no counterpart in ONNX opset {OPSET} that torch.onnx knows. Use "
+                f"[onnx] {entry_name}: torch.onnx knows no counterpart of {missing[1]} in ONNX opset {OPSET}. Use "
                 'target="torch".'
             )
     first_line = (str(chain[-1]).strip().splitlines() or ["no message"])[0]
@@ -193,15 +196,19 @@ def _explained(error: BaseException, entry_name: str) -> JettisonError:
 
 
 def _place_constants(model: onnx_ir.Model, lowered: LoweredGraph, data: ExternalDataWriter) -> None:
-    """Give every initializer its name and its bytes."""
-    initializers = model.graph.initializers
-    for attribute, (onnx_name, shape, constant) in lowered.layouts.items():
-        value = initializers.pop(attribute, None)
-        if value is None:
-            continue  # folded away
-        value.name = onnx_name
-        value.const_value = data.tensor(onnx_name, shape, constant)
-        initializers[onnx_name] = value
+    """Give every initializer its name and its bytes; inputs that stand for constants become initializers."""
+    graph = model.graph
+    found = {name: graph.initializers.pop(attribute, None) for attribute, name in lowered.folded.items()}
+    for value in list(graph.inputs):
+        if value.name in lowered.placed:
+            graph.inputs.remove(value)
+            found[value.name] = value if value.uses() else None
+    for name, (shape, constant) in lowered.layouts.items():
+        value = found[name]
+        if value is not None:  # neither folded away nor unread
+            value.name = name
+            value.const_value = data.tensor(name, shape, constant)
+            graph.initializers[name] = value
 
 
 def _name_axes(model: onnx_ir.Model, axes: list[dict[int, Any]]) -> None:

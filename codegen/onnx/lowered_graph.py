@@ -26,7 +26,8 @@ from jettison.ir.match import arguments, constant_name, is_call
 from jettison.ir.program import Program, input_placeholders, output_node, placeholders
 
 aten = torch.ops.aten
-# Constants below this many bytes are given to the exporter, so that it can fold them; larger ones are only placed.
+# Constants up to this many bytes are shown to the exporter, which may fold them away. Larger ones are inputs of the
+# traced module: their values are neither read nor folded, and they become initializers afterwards.
 LARGEST_FOLDED_BYTES = 4096
 
 
@@ -39,14 +40,18 @@ class LoweredGraph(nn.Module):
         accuracy_level: Of `MatMulNBits`; see `emit_entry`.
 
     Attributes:
-        layouts: Buffer name to (name of the initializer, its shape, the constant it is filled from).
+        folded: Names of the initializers that the exporter may fold, by buffer name.
+        placed: Names of the initializers that stand behind the inputs of the graph in `forward`, in order.
+        layouts: Shape of each initializer and the constant it is filled from, by name.
     """
 
     def __init__(self, program: Program, entry: fx.GraphModule, accuracy_level: int) -> None:
         super().__init__()
         self.program, self.entry, self.accuracy_level = program, entry, accuracy_level
-        self.layouts: dict[str, tuple[str, tuple[int, ...], Constant]] = {}
-        self._attributes: dict[str, str] = {}
+        self.layouts: dict[str, tuple[tuple[int, ...], Constant]] = {}
+        self.folded: dict[str, str] = {}
+        self.placed: list[str] = []
+        self._tensors: dict[str, Tensor] = {}
         self._buffers_of: dict[tuple[str, str], str] = {}
         self._tables: dict[Any, tuple[str, str] | None] = {}
         self._plan()
@@ -83,7 +88,8 @@ class LoweredGraph(nn.Module):
         names = None if found is None else self._tables.get((found.cos, found.sin))
         if found is None or names is None:
             return None
-        return found.query, found.key, Rotation(self._table(names[0]), self._table(names[1]), found.is_interleaved)
+        tables = [self._tensors[name] for name in names]
+        return found.query, found.key, Rotation(tables[0], tables[1], found.is_interleaved)
 
     def _layout(self, node: fx.Node, operand: fx.Node) -> str:
         if is_call(node, ops.quantized_embedding) and node.args[1] is operand:
@@ -107,28 +113,33 @@ class LoweredGraph(nn.Module):
         return self._buffers_of[key]
 
     def _register(self, onnx_name: str, shape: tuple[int, ...], constant: Constant) -> None:
-        is_small = constant.nbytes <= LARGEST_FOLDED_BYTES
-        # A large buffer is never read, so its pages are never allocated.
-        value = constant.value().reshape(shape).contiguous() if is_small else torch.empty(shape, dtype=constant.dtype)
-        attribute = f"constant_{len(self.layouts)}"
-        self.register_buffer(attribute, value)
-        self.layouts[attribute] = (onnx_name, shape, constant)
-        self._attributes[onnx_name] = attribute
+        self.layouts[onnx_name] = (shape, constant)
+        if constant.nbytes > LARGEST_FOLDED_BYTES:
+            self.placed.append(onnx_name)
+            return
+        attribute = f"constant_{len(self.folded)}"
+        self.folded[attribute] = onnx_name
+        self.register_buffer(attribute, constant.value().reshape(shape).contiguous())
 
-    def _table(self, onnx_name: str) -> Tensor:
-        return getattr(self, self._attributes[onnx_name])
+    def examples(self) -> list[Tensor]:
+        """Tensors in the place of the large constants; nobody reads them, so their pages are never allocated."""
+        return [
+            torch.empty(shape, dtype=constant.dtype) for shape, constant in map(self.layouts.__getitem__, self.placed)
+        ]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Call every lowering in order.
 
         Args:
-            *inputs: States and run-time inputs, in the order of the graph.
+            *inputs: States and run-time inputs, in the order of the graph, then the constants in `placed`.
 
         Returns:
             What the graph returns.
         """
         environment: dict[fx.Node, Any] = {}
         given = iter(inputs)
+        self._tensors = {name: getattr(self, attribute) for attribute, name in self.folded.items()}
+        self._tensors |= dict(zip(self.placed, inputs[len(inputs) - len(self.placed) :], strict=True))
         for node in placeholders(self.entry):
             if "constant" not in node.meta:
                 environment[node] = next(given)
@@ -145,7 +156,7 @@ class LoweredGraph(nn.Module):
         name = constant_name(node)
         if name is None:
             return environment[node]
-        return self._table(self._buffers_of[name, self._layout(user, node)])
+        return self._tensors[self._buffers_of[name, self._layout(user, node)]]
 
     def _lower(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
         if is_fused(node):

@@ -33,13 +33,15 @@ class Attention(nn.Module):
         self.window, self.softcap = window, softcap
 
     def forward(self, x, cos, sin):
-        query, key, value = (proj(x).unflatten(2, (-1, HEAD_DIM)).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        query, key, value = (
+            part(x).view(*x.shape[:2], -1, HEAD_DIM).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
         query, key = (torch.ops.jettison.rotary_embedding(part, cos, sin, False) for part in (query, key))
         # A scale of 8 makes the softmax sharp: a key that should not be seen shows.
         out = torch.ops.jettison.attention(
             query, key, value, None, None, None, self.sinks, 8.0, True, self.window, self.softcap
         )
-        return self.o(out.transpose(1, 2).flatten(2))
+        return self.o(out.transpose(1, 2).reshape(x.shape))
 
 
 class Decoder(nn.Module):

@@ -30,7 +30,7 @@ class Rotations(nn.Module):
         self.register_buffer("frequencies", torch.zeros(rotated // 2))
 
     def forward(self, x, position_ids):
-        heads = x.unflatten(2, (HEADS, DIM))
+        heads = x.view(*x.shape[:2], HEADS, DIM)
         heads = heads.transpose(1, 2) if self.layout == "heads_first" else heads
         return self.function(heads, position_ids[:, :, None] * self.frequencies)
 
