@@ -40,8 +40,8 @@ fix: $(VENV)/.installed-dev ## format and lint what can be fixed automatically
 accept: $(VENV)/.installed-dev ## rewrite golden files; look at the diff before committing it
 	$(BIN)/python -m pytest --snapshot-update
 
-bench: $(VENV)/.installed-dev ## measure and write benchmarks/results (minutes; run alone)
-	$(BIN)/python benchmarks/quality.py
+bench: $(VENV)/.installed-dev ## measure and write benchmarks/results: make bench TEXT=file (minutes; run alone)
+	$(BIN)/python benchmarks/quality.py --text '$(TEXT)'
 	$(BIN)/python benchmarks/compile_cost.py
 
 clean: ## remove the virtual environment and caches

@@ -12,7 +12,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -24,11 +24,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from jettison.ir import ops as _register_ops  # noqa: F401
 from jettison.ir.constants import Constant
+from jettison.ir.edit import placeholder_name
 from jettison.ir.errors import CaptureError, JettisonError
 from jettison.ir.interpret import run_entry
 from jettison.ir.match import arguments
 from jettison.ir.program import ModelInfo, Program, placeholders
-from jettison.ir.upcast import UpcastWeights
+from jettison.ir.upcast import UpcastWeights, evaluating
 from jettison.ir.verify import verify
 
 # Largest |captured - eager| over the largest |eager|: the bound the capture promises, in fp32 and in bf16 or fp16.
@@ -77,24 +78,22 @@ class _Forward(nn.Module):
     def __init__(self, module: nn.Module, source: CaptureSource, trail: _Trail | None = None) -> None:
         super().__init__()
         self.module = module
-        self._source = source
+        self.source = source
         self._trail = trail
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        source, trail = self._source, self._trail
+        source, trail = self.source, self._trail
         if trail is not None:
             trail.begin(inputs[0])
         returned = self.module(**dict(zip(source.inputs, inputs, strict=True)), **source.call)
-        if isinstance(returned, Tensor):
-            named = {"logits": returned}
-        elif hasattr(returned, "keys"):
-            named = {key: returned[key] for key in returned.keys() if isinstance(returned[key], Tensor)}  # noqa: SIM118
+        named: dict[str, Any] = {"logits": returned}
+        if hasattr(returned, "keys"):
+            named = {key: returned[key] for key in returned.keys()}  # noqa: SIM118 (model outputs iterate over values)
             if source.kind == "decoder" and "logits" in named:
                 named = {"logits": named["logits"]}  # router losses and the like are for training
-        elif isinstance(returned, (tuple, list)) and returned and isinstance(returned[0], Tensor):
+        elif isinstance(returned, (tuple, list)) and returned:
             named = {"logits": returned[0]}
-        else:
-            named = {}
+        named = {key: value for key, value in named.items() if isinstance(value, Tensor)}
         if not named:
             raise CaptureError(
                 f"[capture] {source.name}.forward returns {type(returned).__name__}: needed a tensor, a tuple that "
@@ -128,13 +127,11 @@ class _Trail:
 
     def begin(self, first_input: Tensor) -> None:
         """A forward begins; its sizes lead to torch's list of assumptions."""
-        self._running, self._events = [""], []
-        self._size = first_input.shape[1]
+        self._running, self._events, self._size = [""], [], first_input.shape[1]
 
-    def _guards(self) -> list[Any]:
+    def _guards(self) -> Sequence[Any]:
         # Not public: without it a failure is still reported, less precisely.
-        environment = getattr(getattr(self._size, "node", None), "shape_env", None)
-        return list(getattr(environment, "guards", ()))
+        return getattr(getattr(getattr(self._size, "node", None), "shape_env", None), "guards", ())
 
     def _enter(self, path: str) -> None:
         self._events.append((len(self._guards()), self._running[-1]))
@@ -161,8 +158,7 @@ class _Trail:
             others = dict.fromkeys(guard.expr.free_symbols - {symbol}, _TRACED_SHAPE[0])
             lengths = (length for length in _PROBED_LENGTHS if length <= context)
             if any(guard.expr.subs({**others, symbol: length}) == False for length in lengths):  # noqa: E712 (sympy)
-                path = next((path for count, path in self._events if count > number), "")
-                return self._named(path)
+                return self._named(next((path for count, path in self._events if count > number), ""))
         return ""
 
 
@@ -224,13 +220,13 @@ def _export(skeleton: nn.Module, source: CaptureSource, vocab_size: int) -> tupl
     example = _example(source.inputs, vocab_size, rows, min(length, source.context))
     try:
         try:
-            exported = _trace(wrapper, example, source, source.context)
+            exported = _trace(wrapper, example, source.context)
         except torch._dynamo.exc.UserError as error:
             if f"!= {source.context}" not in str(error):
                 raise
             # A slice of a buffer that holds the whole context (a causal mask, a table of positions): torch.export
             # takes the whole of it for another case. That length is compared with the eager model instead.
-            exported = _trace(wrapper, example, source, source.context - 1)
+            exported = _trace(wrapper, example, source.context - 1)
             trail.is_whole_context_apart = True
         if _needs_functionalisation(exported):
             with _quiet():
@@ -243,12 +239,10 @@ def _export(skeleton: nn.Module, source: CaptureSource, vocab_size: int) -> tupl
     return exported, trail
 
 
-def _trace(
-    wrapper: _Forward, example: dict[str, Tensor], source: CaptureSource, longest: int
-) -> torch.export.ExportedProgram:
+def _trace(wrapper: _Forward, example: dict[str, Tensor], longest: int) -> torch.export.ExportedProgram:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("sequence", max=longest)
     shapes = (tuple({0: batch, 1: length} for _ in example),)
-    with torch.no_grad(), source.tracing(), _quiet():
+    with torch.no_grad(), wrapper.source.tracing(), _quiet():
         return torch.export.export(wrapper, tuple(example.values()), dynamic_shapes=shapes, strict=False)
 
 
@@ -259,14 +253,17 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", category)
-        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.addFilter(_say_nothing)
         try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for logger in loggers:
+                logger.removeFilter(_say_nothing)
+
+
+def _say_nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 def _place(submodule: str, source: CaptureSource) -> str:
@@ -274,10 +271,9 @@ def _place(submodule: str, source: CaptureSource) -> str:
 
 
 def _needs_functionalisation(exported: torch.export.ExportedProgram) -> bool:
-    for node in exported.graph.nodes:
-        if node.op == "get_attr" or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
-            return True
-    return False
+    nodes = exported.graph.nodes
+    overloads = (node.target for node in nodes if isinstance(node.target, torch._ops.OpOverload))
+    return any(node.op == "get_attr" for node in nodes) or any(target._schema.is_mutable for target in overloads)
 
 
 def _export_failure(source: CaptureSource, trail: _Trail, error: Exception) -> str:
@@ -315,7 +311,7 @@ def _convert(exported: torch.export.ExportedProgram, names: Mapping[str, str]) -
             target = targets[node.name]
             name = names.get(target, target).removeprefix("module.")
             if name not in by_constant:
-                by_constant[name] = graph.placeholder(_identifier(name))
+                by_constant[name] = graph.placeholder(placeholder_name(name))
                 by_constant[name].meta = {"val": node.meta["val"], "constant": name}
                 lifted[name] = exported.state_dict.get(target, exported.constants.get(target))
             mapping[node] = by_constant[name]
@@ -335,16 +331,20 @@ def _convert(exported: torch.export.ExportedProgram, names: Mapping[str, str]) -
 
 def _split_stacks(graph: fx.Graph) -> None:
     """Make each matrix that is read from a stack (the weights of experts) a constant of its own: a view, not a copy."""
+    parts: dict[tuple[str, int], fx.Node] = {}
     for node in list(graph.nodes):
         stack = node.args[0] if node.target is torch.ops.aten.select.int else None
         if not isinstance(stack, fx.Node) or "constant" not in stack.meta or node.args[1] != 0:
             continue
-        name, row = stack.meta["constant"], node.args[2]
-        with graph.inserting_before(stack):
-            part = graph.placeholder(_identifier(f"{name}.{row}"))
-        part.meta = {"val": node.meta["val"], "constant": f"{name}.{row}", "stack": (name, row)}
-        node.replace_all_uses_with(part)
+        key = name, row = stack.meta["constant"], node.args[2] % stack.meta["val"].shape[0]
+        if key not in parts:
+            with graph.inserting_before(stack):
+                parts[key] = graph.placeholder(placeholder_name(f"{name}.{row}"))
+            parts[key].meta = {"val": node.meta["val"], "constant": f"{name}.{row}", "stack": key}
+        node.replace_all_uses_with(parts[key])
         graph.erase_node(node)
+        if not stack.users:
+            graph.erase_node(stack)
 
 
 def _where(node: fx.Node) -> str:
@@ -368,11 +368,12 @@ def _user_outputs(exported: torch.export.ExportedProgram, output: fx.Node) -> li
         CaptureError: A buffer is written to and read: a call would depend on the calls before it.
     """
     signature = exported.graph_signature
-    written = set(signature.buffers_to_mutate.values())
-    for name, buffer in signature.inputs_to_buffers.items():
-        node = next(node for node in exported.graph.nodes if node.name == name)
+    for node in exported.graph.nodes:
+        buffer = signature.inputs_to_buffers.get(node.name)
+        if node.op != "placeholder" or buffer not in signature.buffers_to_mutate.values():
+            continue
         readers = [user for user in node.users if not (_is_whole_copy(user) and user.args[0] is node)]
-        if buffer in written and readers:
+        if readers:
             raise CaptureError(
                 f"[capture] {_where(readers[0]) or 'forward'}: writes to its buffer {buffer.removeprefix('module.')} "
                 "and reads it, so one call depends on those before it. A program keeps nothing between calls but its "
@@ -381,10 +382,6 @@ def _user_outputs(exported: torch.export.ExportedProgram, output: fx.Node) -> li
     user_kind = torch.export.graph_signature.OutputKind.USER_OUTPUT
     kinds = [spec.kind for spec in signature.output_specs]
     return [value for value, kind in zip(output.args[0], kinds, strict=True) if kind == user_kind]
-
-
-def _identifier(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def capture(source: CaptureSource, dtype: torch.dtype = torch.float32) -> Program:
@@ -484,18 +481,6 @@ def _vocab_size(module: nn.Module) -> int:
     return getattr(module, "vocab_size", None) or sizes[0]
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has its own mode again."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, is_training in modes.items():
-            each.training = is_training
-
-
 @torch.no_grad()
 def _check_against_eager(program: Program, source: CaptureSource, dtype: torch.dtype, special: int | None) -> None:
     """Compare with the eager module on a few tokens, and find out whether tokens see later ones.
@@ -517,7 +502,7 @@ def _check_against_eager(program: Program, source: CaptureSource, dtype: torch.d
     eager = source.eager()
     for shape in shapes:
         example = _example(source.inputs, program.info.vocab_size, *shape)
-        with _evaluating(eager), UpcastWeights(eager, dtype), _quiet():
+        with evaluating(eager), UpcastWeights(eager, dtype), _quiet():
             expected = _Forward(eager, source)(*example.values())
         captured = run_entry(program, "forward", example)
         for name, ours, theirs in zip(program.outputs, captured, expected, strict=True):
@@ -541,7 +526,7 @@ def _refuse_difference(
     eager: nn.Module,
     dtype: torch.dtype,
 ) -> NoReturn:
-    with _evaluating(eager), UpcastWeights(eager, dtype), _quiet():
+    with evaluating(eager), UpcastWeights(eager, dtype), _quiet():
         again = _Forward(eager, source)(*example.values())[0]
     if again.shape == theirs.shape and not _is_close(again, theirs, CAPTURE_TOLERANCE[dtype]):
         raise CaptureError(

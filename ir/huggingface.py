@@ -89,8 +89,8 @@ def _attention_forward(
         visible = _Visible(bool(getattr(module, "is_causal", True) if is_causal is None else is_causal), 0)
     else:
         raise UnsupportedError(
-            "its attention has a mask of its own, beyond causal, sliding-window and padding masks. Use a model that "
-            "takes its masks from transformers.masking_utils."
+            "its attention mask is neither causal, nor a causal sliding window, nor padding, or is not made by "
+            "transformers.masking_utils. Use a model with such a mask."
         )
     out = torch.ops.jettison.attention(
         query, key, value, None, None, key_valid, s_aux,
@@ -118,26 +118,18 @@ def _attention_mask(
     return mask
 
 
-def _visible_by(mask_function: Callable[..., Tensor] | None, context: int) -> _Visible:
-    """Find out what a mask function of (batch, head, query, key) indices shows; None is causal.
+def _visible_by(mask_function: Callable[..., Tensor] | None, context: int) -> _Visible | None:
+    """Find out what a mask function of (batch, head, query, key) indices shows; None if it is none of ours.
 
-    Raises:
-        UnsupportedError: It is neither full, nor causal, nor a causal sliding window.
+    Some models build masks that no layer reads, so this is no error yet.
     """
     if mask_function is None:
         return _Visible(True, 0)
-    visible, reason = None, None
     # A new thread is outside the trace: what is computed there is computed now.
     with ThreadPoolExecutor(1) as executor:
-        try:
-            visible = executor.submit(_probe, mask_function, context).result()
-        except Exception as error:  # the mask function reads tensors of the trace: it depends on the input
-            reason = error
-    if visible is None:
-        raise UnsupportedError(
-            "its attention mask is neither causal, nor a causal sliding window, nor full. Use a model that has one."
-        ) from reason
-    return visible
+        probed = executor.submit(_probe, mask_function, context)
+        # A failure means that the mask function reads tensors of the trace: it depends on the input.
+        return None if probed.exception() is not None else probed.result()
 
 
 def _probe(mask_function: Callable[..., Tensor], context: int) -> _Visible | None:

@@ -6,7 +6,8 @@ holding it in memory a second time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,3 +59,19 @@ class UpcastWeights(TorchFunctionMode):
             Tensor, lambda value: value.to(self.dtype) if self._is_narrow(value) else value, (args, kwargs)
         )
         return func(*args, **kwargs)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule has its own mode again.
+
+    Args:
+        module: Possibly in training, with some submodules frozen in eval mode.
+    """
+    modes = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, is_training in modes.items():
+            each.training = is_training

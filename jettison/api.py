@@ -67,6 +67,8 @@ def optimize(
     dtype: str = "float32",
     context: int | None = None,
     seed: int = 0,
+    calibration: str | Path | None = None,
+    allow_spinning: bool = True,
     after_each: AfterPass | None = None,
 ) -> OptimizedModel:
     """Rewrite a model with passes.
@@ -81,6 +83,8 @@ def optimize(
         dtype: What the graph computes in; `onnx` needs `float32`.
         context: Most positions of a sequence, for a module that does not say.
         seed: Of the tokens that `check` samples.
+        calibration: A text file whose tokens `check` uses instead of sampled ones.
+        allow_spinning: Whether idle threads of ONNX Runtime spin: faster steps, but they slow torch in this process.
         after_each: Called with each pass, its record and the program.
 
     Returns:
@@ -112,7 +116,8 @@ def optimize(
     if check or max_kl is not None:
         from jettison.drift import DriftCheck
 
-        callbacks.insert(0, DriftCheck(program, max_kl=max_kl, seed=seed))
+        windows = None if calibration is None else _calibration_windows(calibration, source, program)
+        callbacks.insert(0, DriftCheck(program, max_kl=max_kl, seed=seed, windows=windows))
 
     def call_all(pass_: Pass, record: PassRecord, current: Program) -> None:
         for callback in callbacks:
@@ -125,10 +130,21 @@ def optimize(
         state_bytes=program.state_bytes(1, program.info.context), context=program.info.context,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
-    return _wrap(source, program, report, before, seed)
+    return _wrap(source, program, report, before, seed, allow_spinning)
 
 
-def _wrap(source: ModelSource, program: Program, report: Report, before: str, seed: int) -> OptimizedModel:
+def _calibration_windows(calibration: str | Path, source: ModelSource, program: Program) -> list[list[int]]:
+    from jettison.drift import row_tokens
+    from jettison.sample_text import load_windows
+
+    if source.folder is None:
+        raise OptionError("[optimize] calibration: a module has no tokenizer for the text. Give a model folder.")
+    return load_windows(calibration, load_tokenizer(source.folder), row_tokens(program))
+
+
+def _wrap(
+    source: ModelSource, program: Program, report: Report, before: str, seed: int, allow_spinning: bool
+) -> OptimizedModel:
     contents = ArtifactContents(source, program, report, before, program_text(program), seed)
     folder = source.folder
 
@@ -145,20 +161,25 @@ def _wrap(source: ModelSource, program: Program, report: Report, before: str, se
         report,
         contents.graph_before,
         contents.graph_after,
-        open_executor=lambda: temporary_executor(contents),
+        open_executor=lambda: temporary_executor(contents, allow_spinning=allow_spinning),
         save=lambda out, overwrite: save_artifact(contents, out, overwrite=overwrite),
         tokenizer=tokenizer,
         generation_config=source.generation_config,
+        source=source.folder or source.module,
+        source_sha256=source.content_hash,
     )
 
 
-def load(folder: str | Path, *, verify: bool = False, threads: int | None = None) -> OptimizedModel:
+def load(
+    folder: str | Path, *, verify: bool = False, threads: int | None = None, allow_spinning: bool = True
+) -> OptimizedModel:
     """Open an artifact folder.
 
     Args:
         folder: What `save_pretrained` or `jettison optimize` wrote.
         verify: Check the hash of every file, not only of small ones.
         threads: Threads within an operator; default the runtime's own choice.
+        allow_spinning: See `optimize`.
 
     Returns:
         The model.
@@ -167,4 +188,4 @@ def load(folder: str | Path, *, verify: bool = False, threads: int | None = None
         ArtifactError: The folder is no artifact, is damaged, or was written by a newer jettison.
         UnsupportedError: The installed ONNX Runtime is too old for it.
     """
-    return load_artifact(Path(folder), verify=verify, threads=threads)
+    return load_artifact(Path(folder), verify=verify, threads=threads, allow_spinning=allow_spinning)

@@ -130,14 +130,14 @@ def _graph_dict(graph: EmittedGraph) -> dict[str, Any]:
     }
 
 
-def temporary_executor(contents: ArtifactContents) -> Executor:
+def temporary_executor(contents: ArtifactContents, *, allow_spinning: bool = True) -> Executor:
     """Run a model that was not saved: an ONNX target is written to a temporary folder that lives as long as it does."""
     if contents.report.target == "torch":
         return TorchExecutor(contents.program)
     folder = tempfile.TemporaryDirectory(prefix="jettison-")
     path = Path(folder.name) / "artifact"
     save_artifact(contents, path)
-    executor = _onnx_executor(Artifact.open(path), threads=None)
+    executor = _onnx_executor(Artifact.open(path), None, allow_spinning)
     weakref.finalize(executor, folder.cleanup)
     return executor
 
@@ -146,7 +146,7 @@ _DTYPES = {dtype_text(dtype): dtype for dtype in (torch.float32, torch.float16, 
                                                  torch.uint8, torch.bool, torch.bfloat16)}  # fmt: skip
 
 
-def _onnx_executor(artifact: Artifact, threads: int | None) -> OnnxExecutor:
+def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool) -> OnnxExecutor:
     manifest = artifact.manifest
     states = {
         entry["name"]: State(entry["name"], tuple(entry["shape"]), _DTYPES[entry["dtype"]])
@@ -160,10 +160,15 @@ def _onnx_executor(artifact: Artifact, threads: int | None) -> OnnxExecutor:
         for graph in manifest["graphs"]
     ]  # fmt: skip
     artifact.path(DATA_FILE)  # listed and inside the folder
-    return OnnxExecutor(graphs, ModelInfo(**manifest["model"]), states, manifest["weight_bytes"], threads=threads)
+    return OnnxExecutor(
+        graphs, ModelInfo(**manifest["model"]), states, manifest["weight_bytes"], threads=threads,
+        allow_spinning=allow_spinning,
+    )  # fmt: skip
 
 
-def load_artifact(folder: Path, *, verify: bool = False, threads: int | None = None) -> OptimizedModel:
+def load_artifact(
+    folder: Path, *, verify: bool = False, threads: int | None = None, allow_spinning: bool = True
+) -> OptimizedModel:
     """Open an artifact folder; see `jettison.load`."""
     artifact = Artifact.open(folder, verify=verify)
     manifest = artifact.manifest
@@ -184,7 +189,7 @@ def load_artifact(folder: Path, *, verify: bool = False, threads: int | None = N
             if threads is not None:
                 torch.set_num_threads(threads)
             return TorchExecutor(program)
-        return _onnx_executor(artifact, threads)
+        return _onnx_executor(artifact, threads, allow_spinning)
 
     def save(out: Path, overwrite: bool) -> None:
         with ArtifactWriter(out, overwrite=overwrite) as writer:

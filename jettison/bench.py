@@ -116,18 +116,8 @@ def bench(
     Raises:
         OptionError: The model is an encoder, a number is below 1, or the tokens do not fit the context.
     """
-    if model.info.kind != "decoder":
-        raise OptionError(f"[bench] {model.info.name} is an encoder: it has no prefill and decode to measure.")
-    given = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "rounds": rounds}
-    for name, value in given.items():
-        if value < 1:
-            raise OptionError(f"[bench] {name}={value}: needs at least 1.")
+    _check_settings(model, {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "rounds": rounds})
     total = prompt_tokens + new_tokens
-    if total > model.info.context:
-        raise OptionError(
-            f"[bench] {prompt_tokens} prompt tokens and {new_tokens} new ones: needs at most {model.info.context} "
-            f"together, the context of {model.info.name}. Ask for fewer."
-        )
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.info.vocab_size, (batch, total), generator=generator).tolist()
     prefill_rates, decode_rates = [], []
@@ -152,6 +142,20 @@ def bench(
         "threads": threads_of(executor, model.report.target),
         "target": model.report.target,
     }
+
+
+def _check_settings(model: OptimizedModel, settings: dict[str, int]) -> None:
+    if model.info.kind != "decoder":
+        raise OptionError(f"[bench] {model.info.name} is an encoder: it has no prefill and decode to measure.")
+    for name, value in settings.items():
+        if value < 1:
+            raise OptionError(f"[bench] {name}={value}: needs at least 1.")
+    prompt_tokens, new_tokens = settings["prompt_tokens"], settings["new_tokens"]
+    if prompt_tokens + new_tokens > model.info.context:
+        raise OptionError(
+            f"[bench] {prompt_tokens} prompt tokens and {new_tokens} new ones: needs at most {model.info.context} "
+            f"together, the context of {model.info.name}. Ask for fewer."
+        )
 
 
 def _time_round(session: Session, tokens: list[list[int]], prompt_tokens: int) -> tuple[float, float]:

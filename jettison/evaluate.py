@@ -162,7 +162,7 @@ def recorded_reference(model: OptimizedModel) -> EagerReference | None:
     Args:
         model: What `optimize` returned.
     """
-    source = getattr(model, "source", None)
+    source = model.source
     if source is None or isinstance(source, nn.Module):
         return None if source is None else EagerReference(source)
     try:
@@ -171,7 +171,7 @@ def recorded_reference(model: OptimizedModel) -> EagerReference | None:
             found = checkpoint.content_hash(on_progress=_by_increments(advance))
     except (CaptureError, OSError):
         return None  # moved or deleted since
-    return EagerReference(source) if found == getattr(model, "source_sha256", None) else None
+    return EagerReference(source) if found == model.source_sha256 else None
 
 
 def _by_increments(advance: Callable[[float], None]) -> Callable[[int, int], None]:
@@ -221,6 +221,35 @@ def evaluate(
         ArtifactError: The model's logits are not numbers; or `text` is given and there is no tokenizer.
         CaptureError: The reference cannot be read.
     """
+    chosen = _windows_of(model, text, windows, context, prefill, seed)
+    length = len(chosen[0])
+    if reference is None:
+        reference = recorded_reference(model)
+    elif not isinstance(reference, EagerReference):
+        reference = EagerReference(reference)
+    if reference is not None and reference.vocab_size not in (None, model.info.vocab_size):
+        raise _not_comparable(reference, f"has a vocabulary of {reference.vocab_size} tokens", model)
+    scoring = _Scoring(model, reference, prefill or 1, length)
+    with track("evaluate", len(chosen) * (length - scoring.first)) as advance:
+        if prefill is None:
+            for window in chosen:
+                scoring.score_in_chunks(window, advance)
+        else:
+            rows = scoring.rows_together()
+            for start in range(0, len(chosen), rows):
+                scoring.score_by_decoding(chosen[start : start + rows], advance)
+    return scoring.result(chosen)
+
+
+def _windows_of(
+    model: OptimizedModel,
+    text: str | None,
+    windows: Sequence[Sequence[int]] | None,
+    context: int | None,
+    prefill: int | None,
+    seed: int,
+) -> list[list[int]]:
+    """The windows to score, checked against the model, at least one."""
     if model.info.kind != "decoder":
         raise OptionError(
             f"[eval] {model.info.name} is an encoder: it has no next token to score. Compare its outputs with "
@@ -239,22 +268,7 @@ def evaluate(
     elif windows is None:
         chosen = sample_text(model, windows=SAMPLED_WINDOWS, length=length, seed=seed).windows
     _check_tokens(chosen, model)
-    if reference is None:
-        reference = recorded_reference(model)
-    elif not isinstance(reference, EagerReference):
-        reference = EagerReference(reference)
-    if reference is not None and reference.vocab_size not in (None, model.info.vocab_size):
-        raise _not_comparable(reference, f"has a vocabulary of {reference.vocab_size} tokens", model)
-    scoring = _Scoring(model, reference, prefill or 1, length)
-    with track("evaluate", len(chosen) * (length - scoring.first)) as advance:
-        if prefill is None:
-            for window in chosen:
-                scoring.score_in_chunks(window, advance)
-        else:
-            rows = scoring.rows_together()
-            for start in range(0, len(chosen), rows):
-                scoring.score_by_decoding(chosen[start : start + rows], advance)
-    return scoring.result(chosen)
+    return chosen
 
 
 def _window_length(model: OptimizedModel, context: int | None) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jettison.ir.diff import diff_text
 from jettison.ir.errors import OptionError
@@ -28,6 +28,8 @@ class OptimizedModel:
         graph_before: The same before the passes.
         info: Facts about the model.
         folder: The artifact folder it was loaded from or saved to, if any.
+        source: What was optimised in this process, a folder or a module; None for a loaded artifact.
+        source_sha256: Hash of the source folder's config and weights.
     """
 
     def __init__(
@@ -42,8 +44,11 @@ class OptimizedModel:
         tokenizer: Callable[[], Tokenizer],
         generation_config: dict[str, Any],
         folder: Path | None = None,
+        source: Path | nn.Module | None = None,
+        source_sha256: str | None = None,
     ) -> None:
         self.info, self.report = info, report
+        self.source, self.source_sha256 = source, source_sha256
         self.graph_before, self.graph = graph_before, graph
         self.folder = folder
         self._open_executor, self._save, self._open_tokenizer = open_executor, save, tokenizer

@@ -30,6 +30,7 @@ class ModelSource:
         generation_config: Contents of generation_config.json, or an empty dict.
         tokenizer_files: Files to copy into an artifact, with their path relative to the folder.
         folder: The model folder, if there is one.
+        module: The module, if it was given one.
         content_hash: SHA-256 of config and weights, if there is a folder.
         weight_bytes: Bytes of the weights as stored.
     """
@@ -40,6 +41,7 @@ class ModelSource:
     generation_config: dict[str, Any] = field(default_factory=dict)
     tokenizer_files: list[tuple[Path, Path]] = field(default_factory=list)
     folder: Path | None = None
+    module: nn.Module | None = None
     content_hash: str | None = None
     weight_bytes: int = 0
 
@@ -106,4 +108,6 @@ def _from_module(module: nn.Module, dtype: torch.dtype, context: int | None) -> 
             program = capture_module(module, context=context, dtype=dtype)
             config, generation_config = {}, {}
         advance(1)
-    return ModelSource(type(module).__name__, program, config, generation_config, weight_bytes=program.weight_bytes())
+    return ModelSource(
+        type(module).__name__, program, config, generation_config, module=module, weight_bytes=program.weight_bytes()
+    )

@@ -54,6 +54,11 @@ class CacheKV(Pass):
     name: ClassVar[str] = "cache-kv"
     policy: Policy = option(Full(), doc="what is kept of keys and values", flat=True)
 
+    @property
+    def is_exact(self) -> bool:  # type: ignore[override]
+        """As exact as the policy."""
+        return self.policy.is_exact
+
     def requires(self, program: Program) -> None:
         """A decoder that has no cache yet."""
         if program.info.kind != "decoder":

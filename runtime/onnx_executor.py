@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from jettison.ir.errors import ArtifactError, UnsupportedError
+from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
 from jettison.ir.program import ModelInfo, State
 from jettison.runtime.executor import EntrySignature
 
@@ -18,6 +19,12 @@ _NUMPY_DTYPES = {
     torch.float32: numpy.float32, torch.float16: numpy.float16, torch.int64: numpy.int64, torch.int32: numpy.int32,
     torch.int8: numpy.int8, torch.uint8: numpy.uint8, torch.bool: numpy.bool_,
 }  # fmt: skip
+# How ONNX Runtime says that a sound file asks for more than it has; the classes of its errors do not tell.
+_TOO_OLD = re.compile(
+    r"is not a registered function/op|No Op registered|No opset import|Unsupported model IR version|official support"
+    r"|Unrecognized attribute|NOT_IMPLEMENTED",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,12 @@ class OnnxExecutor:
         info: Facts about the model.
         states: Declaration of each state.
         weight_bytes: Bytes of the weight file.
-        threads: Threads within an operator; default ONNX Runtime's own choice.
+        threads: Threads within an operator, at least 1; default ONNX Runtime's own choice.
         allow_spinning: Whether idle worker threads spin. Faster steps, but they slow torch code in this process.
 
     Raises:
         ArtifactError: A file cannot be loaded.
+        OptionError: `threads` is below 1.
         UnsupportedError: The installed ONNX Runtime lacks an operator.
     """
 
@@ -67,10 +75,12 @@ class OnnxExecutor:
     ) -> None:
         import onnxruntime
 
+        if threads is not None and threads < 1:
+            raise OptionError(f"[onnx] threads={threads}: needed at least 1, or None for the runtime's own choice.")
         self.info, self.states, self.weight_bytes = info, dict(states), weight_bytes
+        self.threads = threads
         self.entries: dict[str, EntrySignature] = {}
         self._sessions: dict[str, tuple[onnxruntime.InferenceSession, OnnxGraph]] = {}
-        self._bindings: dict[str, onnxruntime.IOBinding] = {}
         for graph in graphs:
             session = _open(graph.path, threads, allow_spinning)
             for entry in graph.entries:
@@ -79,19 +89,28 @@ class OnnxExecutor:
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Executor.run`."""
+        if entry not in self._sessions:
+            raise OptionError(f"[onnx] no entry {entry!r}: this artifact has {', '.join(self._sessions)}.")
         session, graph = self._sessions[entry]
         binding = session.io_binding()
         for name in graph.inputs:
             _bind_input(binding, name, inputs[name])
+        for name in graph.outputs:
+            # Without a buffer of ours, so that every call returns tensors of its own.
+            binding.bind_output(name, "cpu")
         for state, (past, present) in graph.states.items():
             tensor = states[state]
             _bind_input(binding, past, tensor)
             binding.bind_output(present, "cpu", 0, _NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-        for name in graph.outputs:
-            binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
-        # The outputs come first or last depending on the file; ask by position of binding.
-        values = binding.get_outputs()[len(graph.states) :]
+        try:
+            session.run_with_iobinding(binding)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"[onnx] {graph.path}: {entry} failed: {_first_line(error)}\nRun `jettison verify` on the "
+                "folder; if it finds nothing, this is a bug in jettison."
+            ) from error
+        # In the order they were bound; the new states are where the caller has them.
+        values = binding.get_outputs()[: len(graph.outputs)]
         return {name: torch.from_numpy(value.numpy()) for name, value in zip(graph.outputs, values, strict=True)}
 
 
@@ -104,20 +123,25 @@ def _open(path: Path, threads: int | None, allow_spinning: bool) -> object:
     from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
     options = onnxruntime.SessionOptions()
-    # Warnings name internals, one of them the default of `logits_positions`, which is meant.
-    options.log_severity_level = 3
+    # Errors are raised; what it would print beside that names internals, and warnings name the default of
+    # `logits_positions`, which is meant.
+    options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
     if not allow_spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (ort_errors.NotImplemented, ort_errors.InvalidGraph) as error:
-        raise UnsupportedError(
-            f"[onnx] {path.name}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}\n"
-            "Upgrade with: pip install -U onnxruntime"
-        ) from error
-    except (ort_errors.Fail, ort_errors.InvalidProtobuf, ort_errors.NoSuchFile, ort_errors.RuntimeException) as error:
+    except (
+        ort_errors.EPFail, ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph,
+        ort_errors.InvalidProtobuf, ort_errors.NoModel, ort_errors.NoSuchFile, ort_errors.NotFound,
+        ort_errors.NotImplemented, ort_errors.RuntimeException, RuntimeError,
+    ) as error:  # fmt: skip
+        if _TOO_OLD.search(str(error)):
+            raise UnsupportedError(
+                f"[onnx] {path.name}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}\n"
+                "Upgrade with: pip install -U onnxruntime"
+            ) from error
         raise ArtifactError(
             f"[onnx] {path}: cannot be loaded: {_first_line(error)}\nRun `jettison verify` on the folder to find the "
             "damaged file."
@@ -125,4 +149,4 @@ def _open(path: Path, threads: int | None, allow_spinning: bool) -> object:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]

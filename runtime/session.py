@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,21 +29,22 @@ class Session:
 
     Args:
         executor: What runs the entries; must have `prefill` and `decode`.
-        batch: Rows.
-        capacity: Most tokens a row may come to hold; rounded up to a multiple of 64, at most the context.
-        prefill_chunk: Tokens of a prompt per call.
+        batch: Rows, at least 1.
+        capacity: Most tokens a row may come to hold, at least 1; rounded up to a multiple of 64, at most the context.
+        prefill_chunk: Tokens of a prompt per call, at least 1.
 
     Raises:
-        OptionError: The program generates nothing (an encoder), or the capacity exceeds the context.
+        OptionError: The program generates nothing (an encoder), or a number is out of range.
     """
 
-    def __init__(
-        self, executor: Executor, batch: int, capacity: int, *, prefill_chunk: int = PREFILL_CHUNK
-    ) -> None:
+    def __init__(self, executor: Executor, batch: int, capacity: int, *, prefill_chunk: int = PREFILL_CHUNK) -> None:
         if "decode" not in executor.entries:
             raise OptionError(
                 f"[generate] {executor.info.name} is an encoder: it has no next token. Call it to get its outputs."
             )
+        for name, number in (("batch", batch), ("capacity", capacity), ("prefill_chunk", prefill_chunk)):
+            if number < 1:
+                raise OptionError(f"[session] {name}={number}: needed at least 1.")
         if capacity > executor.info.context:
             raise OptionError(
                 f"[session] capacity {capacity}: the model's context is {executor.info.context} tokens. Ask for at "
@@ -51,7 +54,7 @@ class Session:
         self.batch = batch
         self.context = executor.info.context
         self.vocab_size = executor.info.vocab_size
-        self.capacity = min(-(-max(capacity, 1) // SLOT_GRANULE) * SLOT_GRANULE, self.context)
+        self.capacity = min(-(-capacity // SLOT_GRANULE) * SLOT_GRANULE, self.context)
         self.prefill_chunk = prefill_chunk
         self.lengths = [0] * batch
         self.states = allocate_states(executor.states, batch, self.capacity)
@@ -62,7 +65,7 @@ class Session:
         return sum(state.untyped_storage().nbytes() for state in self.states.values())
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Append a prompt to each row.
+        """Append tokens to each row: a prompt, or more of it.
 
         Args:
             rows: Token ids, at least one per row.
@@ -71,12 +74,11 @@ class Session:
             `[B, V] f32`, logits after the last token of each row.
 
         Raises:
-            OptionError: A row would outgrow the session's capacity.
+            OptionError: A row is empty, holds something that is no token, or would outgrow the session's capacity.
         """
-        self._check_room([len(row) for row in rows])
+        self._check_tokens(rows)
         if self._can_run_together(rows):
-            tokens = torch.tensor([list(row) for row in rows], dtype=torch.int64)
-            return self._run("prefill", tokens, 0, [LAST_TOKEN])[:, 0]
+            return self._run("prefill", _as_tensor(rows), 0, [LAST_TOKEN])[:, 0]
         return torch.cat([self._prefill_row(index, row)[:, -1] for index, row in enumerate(rows)])
 
     def score(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -87,10 +89,18 @@ class Session:
 
         Returns:
             `[B, S, V] f32`.
+
+        Raises:
+            OptionError: As `prefill`, or the rows differ in length.
         """
-        self._check_room([len(row) for row in rows])
+        self._check_tokens(rows)
+        if len({len(row) for row in rows}) != 1:
+            raise OptionError(
+                f"[session] score: rows of {', '.join(str(len(row)) for row in rows)} tokens: needed the same number, "
+                "because the result is one tensor. Score rows of different length in sessions of their own."
+            )
         if self._can_run_together(rows):
-            tokens = torch.tensor([list(row) for row in rows], dtype=torch.int64)
+            tokens = _as_tensor(rows)
             return self._run("prefill", tokens, 0, list(range(tokens.shape[1])))
         return torch.cat([self._prefill_row(index, row, every=True) for index, row in enumerate(rows)])
 
@@ -102,19 +112,24 @@ class Session:
 
         Returns:
             `[B, V] f32`, logits after it.
+
+        Raises:
+            OptionError: As `prefill`.
         """
-        self._check_room([1] * self.batch)
-        return self._run("decode", torch.tensor(tokens, dtype=torch.int64)[:, None], 0, [LAST_TOKEN])[:, 0]
+        rows = [[token] for token in tokens]
+        self._check_tokens(rows)
+        return self._run("decode", _as_tensor(rows), 0, [LAST_TOKEN])[:, 0]
 
     def _can_run_together(self, rows: Sequence[Sequence[int]]) -> bool:
         length = len(rows[0])
         same = all(len(row) == length for row in rows)
+        # `GroupQueryAttention` takes several tokens behind a past for one row at a time only.
         return same and length <= self.prefill_chunk and (self.batch == 1 or not any(self.lengths))
 
     def _prefill_row(self, index: int, row: Sequence[int], every: bool = False) -> Tensor:
         pieces = []
         for start in range(0, len(row), self.prefill_chunk):
-            chunk = torch.tensor([list(row[start : start + self.prefill_chunk])], dtype=torch.int64)
+            chunk = _as_tensor([row[start : start + self.prefill_chunk]])
             wanted = list(range(chunk.shape[1])) if every else [LAST_TOKEN]
             pieces.append(self._run("prefill", chunk, index, wanted))
         return torch.cat(pieces, 1) if every else pieces[-1]
@@ -140,26 +155,60 @@ class Session:
             self.lengths[row] += steps
         return logits
 
-    def _check_room(self, more: Sequence[int]) -> None:
-        for row, (length, extra) in enumerate(zip(self.lengths, more, strict=True)):
-            if length + extra > self.capacity:
+    def _check_tokens(self, rows: Sequence[Sequence[int]]) -> None:
+        """Refuse before anything runs: a call that fails half-way would leave some rows longer than others."""
+        if len(rows) != self.batch:
+            raise OptionError(f"[session] {len(rows)} rows given: this session has {self.batch}. Give one for each.")
+        for index, (row, length) in enumerate(zip(rows, self.lengths, strict=True)):
+            if not len(row):
+                raise OptionError(f"[session] row {index} is empty: needed at least one token.")
+            if not all(0 <= token < self.vocab_size for token in row):
+                wrong = next(token for token in row if not 0 <= token < self.vocab_size)
                 raise OptionError(
-                    f"[session] row {row} holds {length} tokens and {extra} more do not fit the session's "
-                    f"{self.capacity}. Open the session with a larger capacity."
+                    f"[session] row {index} holds token {wrong}: {self.executor.info.name} knows 0 to "
+                    f"{self.vocab_size - 1}. Use the model's own tokenizer."
+                )
+            if length + len(row) > self.capacity:
+                raise OptionError(
+                    f"[session] row {index} holds {length} tokens and {len(row)} more do not fit the session's "
+                    f"{self.capacity}. Open the session with a larger capacity (at most {self.context})."
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write states and positions to a safetensors file, from which `restore` continues identically."""
-        from safetensors.torch import save_file
+        """Write states and positions to a safetensors file, from which `restore` continues identically.
 
-        metadata = {"lengths": json.dumps(self.lengths), "capacity": str(self.capacity), "model": self.executor.info.name}
-        save_file(self.states, str(path), metadata)
+        The file appears whole or not at all.
 
-    def restore(self, path: str | Path) -> None:
-        """Continue from a file that `save` wrote for the same program, batch and capacity.
+        Args:
+            path: Where to write; a file that is there is replaced.
 
         Raises:
-            ArtifactError: The file cannot be read, or belongs to another program, batch or capacity.
+            ArtifactError: It cannot be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        name = self.executor.info.name
+        metadata = {"lengths": json.dumps(self.lengths), "capacity": str(self.capacity), "model": name}
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            save_file(self.states, str(aside), metadata)
+            os.replace(aside, path)
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(
+                f"[session] {path}: cannot be written: {str(error).splitlines()[0]}. Choose a folder that exists, may "
+                f"be written to and has {self.state_bytes / 1e6:,.1f} MB free."
+            ) from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def restore(self, path: str | Path) -> None:
+        """Continue from a file that `save` wrote for the same program, batch and capacity, whatever the target.
+
+        Raises:
+            ArtifactError: The file cannot be read, or belongs to another program, batch or capacity. The session is
+                as it was then.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -171,13 +220,32 @@ class Session:
             raise ArtifactError(f"[session] {path}: not a saved session: {str(error).splitlines()[0]}") from error
         wanted = {name: (tuple(state.shape), state.dtype) for name, state in self.states.items()}
         given = {name: (tuple(state.shape), state.dtype) for name, state in found.items()}
-        if wanted != given or "lengths" not in metadata:
+        lengths = self._saved_lengths(metadata)
+        model = self.executor.info.name
+        if wanted != given or lengths is None or metadata.get("model") != model:
             raise ArtifactError(
                 f"[session] {path}: holds states of another program, batch or capacity (found {len(given)} states for "
                 f"{metadata.get('model', 'an unknown model')} with capacity {metadata.get('capacity', '?')}, needed "
-                f"{len(wanted)} for {self.executor.info.name} with capacity {self.capacity}). Open the session with the "
-                "same artifact, batch and capacity as when it was saved."
+                f"{len(wanted)} for {model} with capacity {self.capacity}). Open the session with the same artifact, "
+                "batch and capacity as when it was saved."
             )
         for name, state in found.items():
             self.states[name].copy_(state)
-        self.lengths = json.loads(metadata["lengths"])
+        self.lengths = lengths
+
+    def _saved_lengths(self, metadata: dict[str, str]) -> list[int] | None:
+        """Tokens of each row as a file states them, or None if that cannot be true of this session."""
+        try:
+            lengths = json.loads(metadata.get("lengths", ""))
+        except ValueError:
+            return None
+        is_sound = (
+            isinstance(lengths, list)
+            and len(lengths) == self.batch
+            and all(type(length) is int and 0 <= length <= self.capacity for length in lengths)
+        )
+        return lengths if is_sound and metadata.get("capacity") == str(self.capacity) else None
+
+
+def _as_tensor(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([list(row) for row in rows], dtype=torch.int64)

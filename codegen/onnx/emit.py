@@ -166,8 +166,8 @@ def _export(
                 strict=False,
             )  # fmt: skip
             onnx_program = torch.onnx.export(
-                exported, input_names=[*names, *lowered.placed], output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False,
-                optimize=True,
+                exported, input_names=[*names, *lowered.placed], output_names=outputs, opset_version=OPSET,
+                dynamo=True, verbose=False, optimize=True,
             )  # fmt: skip
     except JettisonError:
         raise

@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import TextIO
 
 from jettison.cli.console import Terminal
 from jettison.cli.parser import build_parser
+from jettison.cli.signals import Signals
 from jettison.ir.errors import BugError, JettisonError, OptionError
 
 SUCCESS, FAILURE, USAGE_ERROR, BUDGET_MISSED = range(4)
@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = [str(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    signals = Signals()
     try:
-        with _signals_raise():
+        with signals.raising():
             code = _run(arguments)
             sys.stdout.flush()
             return code
@@ -62,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else FAILURE
     except Exception as error:  # the last resort of a program: whatever it is, the user gets a line and an exit code
+        if signals.is_interrupted:
+            # Ctrl-C in the middle of importing a library can leave as an ImportError of its next attempt.
+            _write_error("interrupted")
+            return INTERRUPTED
         if {"-v", "--verbose"} & set(arguments):
             traceback.print_exception(error)
         message, code = _explain(error, arguments)
@@ -127,25 +132,6 @@ def _discard(stream: TextIO) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack, which removes temporary folders, as Ctrl-C does."""
-    is_main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set handlers
-    names = [name for name in ("SIGTERM", "SIGHUP") if is_main and hasattr(signal, name)]
-    caught = [s for s in (getattr(signal, name) for name in names) if signal.getsignal(s) is signal.SIG_DFL]
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    for number in caught:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

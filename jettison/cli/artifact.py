@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from jettison.cli.signals import import_torch
 from jettison.ir.progress import track
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 def open_model(args: argparse.Namespace) -> OptimizedModel:
     """The model in `args.artifact`, ready to run with `args.threads` threads."""
+    import_torch()
     import jettison
 
     model = jettison.load(args.artifact, threads=args.threads)

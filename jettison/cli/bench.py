@@ -7,6 +7,7 @@ import argparse
 from jettison.cli.artifact import open_model
 from jettison.cli.console import Terminal
 from jettison.cli.parser import add_artifact, add_threads, count
+from jettison.cli.signals import import_torch
 
 _PROMPT_TOKENS, _NEW_TOKENS, _BATCH, _ROUNDS = 512, 64, 1, 3
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Carry the subcommand out; returns the exit code."""
+    import_torch()
     from jettison.bench import bench
 
     result = bench(

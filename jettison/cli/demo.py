@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jettison.cli.console import Terminal, size_text
 from jettison.cli.diff import print_summary
 from jettison.cli.parser import seed
+from jettison.cli.signals import import_torch
 from jettison.ir.errors import ArtifactError
 from jettison.ir.progress import track
 
@@ -59,6 +60,7 @@ def bundled_model() -> Path:
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Carry the subcommand out; returns the exit code."""
     folder = bundled_model()
+    import_torch()
     import jettison
     from jettison.evaluate import EagerReference
     from jettison.ir.diff import diff_summary

@@ -8,6 +8,7 @@ from pathlib import Path
 from jettison.cli.artifact import open_model
 from jettison.cli.console import Terminal, size_text
 from jettison.cli.parser import add_artifact, add_threads, count, divergence, seed
+from jettison.cli.signals import import_torch
 
 BUDGET_MISSED = 3
 
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Carry the subcommand out; returns the exit code."""
+    import_torch()
     from jettison.evaluate import evaluate
     from jettison.ir.errors import OptionError
     from jettison.sample_text import load_text

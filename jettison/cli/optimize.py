@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jettison.cli.console import Terminal, size_text
 from jettison.cli.parser import count, divergence, seed
+from jettison.cli.signals import import_torch
 from jettison.ir.errors import OptionError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         from jettison.runtime.artifact import check_destination
 
         check_destination(args.out, overwrite=args.overwrite)
+    import_torch()
     import jettison
 
     settings: dict[str, Any] = {} if args.calibration is None else {"calibration": args.calibration}
@@ -91,7 +93,7 @@ def print_report(report: Report, terminal: Terminal) -> None:
 
 def print_passes(report: dict[str, Any], terminal: Terminal) -> None:
     """Write the passes of a report as a table, and below it every place where one did not fire."""
-    columns = ["pass", "rewrites", "misses", "weight bytes before", "weight bytes after"]
+    columns = ["pass", "rewrites", "misses", "bytes before", "bytes after"]
     records = report["passes"]
     # The report of an artifact has no times: it holds nothing that differs from run to run.
     is_timed = any(record["seconds"] for record in records)

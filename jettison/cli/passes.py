@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from jettison.cli.console import Terminal
+from jettison.cli.signals import import_torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Carry the subcommand out; returns the exit code."""
+    import_torch()
     from jettison.passes import USER_PASSES
     from jettison.passes.policies import POLICIES
 

@@ -96,6 +96,11 @@ class Policy:
 
     name: ClassVar[str]
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the model computes the same with this policy as without a cache."""
+        return False
+
     def applies_to(self, site: AttentionSite) -> str | None:
         """Why this attention must keep the `full` cache instead, or None if the policy applies."""
 

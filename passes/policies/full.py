@@ -21,6 +21,11 @@ class Full(Policy):
 
     name: ClassVar[str] = "full"
 
+    @property
+    def is_exact(self) -> bool:
+        """Nothing is dropped or rounded."""
+        return True
+
     def states(self, site: AttentionSite) -> dict[str, State]:
         """Keys and values of every position."""
         return key_value_states(site, "capacity")

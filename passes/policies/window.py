@@ -35,6 +35,11 @@ class Window(Policy):
         if self.size is not None and self.size < 1:
             raise OptionError(f"[window] size={self.size}: needed at least 1 token, or leave it out.")
 
+    @property
+    def is_exact(self) -> bool:
+        """Exact for the model's own window, which no layer reads beyond."""
+        return self.size is None
+
     def applies_to(self, site: AttentionSite) -> str | None:
         """Needs a window shorter than the context."""
         window = self._window(site)

