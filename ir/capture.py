@@ -334,7 +334,8 @@ def _split_stacks(graph: fx.Graph) -> None:
     parts: dict[tuple[str, int], fx.Node] = {}
     for node in list(graph.nodes):
         stack = node.args[0] if node.target is torch.ops.aten.select.int else None
-        if not isinstance(stack, fx.Node) or "constant" not in stack.meta or node.args[1] != 0:
+        is_stack = isinstance(stack, fx.Node) and "constant" in stack.meta and node.args[1] == 0
+        if not is_stack or not isinstance(node.args[2], int):
             continue
         key = name, row = stack.meta["constant"], node.args[2] % stack.meta["val"].shape[0]
         if key not in parts:
@@ -502,14 +503,21 @@ def _check_against_eager(program: Program, source: CaptureSource, dtype: torch.d
     eager = source.eager()
     for shape in shapes:
         example = _example(source.inputs, program.info.vocab_size, *shape)
-        with evaluating(eager), UpcastWeights(eager, dtype), _quiet():
-            expected = _Forward(eager, source)(*example.values())
+        expected = _eager_outputs(eager, source, example, dtype)
         captured = run_entry(program, "forward", example)
-        for name, ours, theirs in zip(program.outputs, captured, expected, strict=True):
+        for number, (ours, theirs) in enumerate(zip(captured, expected, strict=True)):
             if ours.shape != theirs.shape or not _is_close(ours, theirs, CAPTURE_TOLERANCE[dtype]):
-                _refuse_difference(source, name, ours, theirs, example, eager, dtype)
+                again = _eager_outputs(eager, source, example, dtype)[number]
+                _refuse_difference(f"{program.outputs[number]} of {source.name}", ours, theirs, again, dtype)
         if shape is shapes[0]:
             program.info = _with_kind(program, source, captured[0], example, dtype)
+
+
+def _eager_outputs(
+    eager: nn.Module, source: CaptureSource, example: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    with evaluating(eager), UpcastWeights(eager, dtype), _quiet():
+        return _Forward(eager, source)(*example.values())
 
 
 def _is_close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
@@ -517,35 +525,26 @@ def _is_close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
     return error <= tolerance * theirs.double().abs().max().item()
 
 
-def _refuse_difference(
-    source: CaptureSource,
-    name: str,
-    ours: Tensor,
-    theirs: Tensor,
-    example: dict[str, Tensor],
-    eager: nn.Module,
-    dtype: torch.dtype,
-) -> NoReturn:
-    with evaluating(eager), UpcastWeights(eager, dtype), _quiet():
-        again = _Forward(eager, source)(*example.values())[0]
-    if again.shape == theirs.shape and not _is_close(again, theirs, CAPTURE_TOLERANCE[dtype]):
+def _refuse_difference(name: str, ours: Tensor, theirs: Tensor, again: Tensor, dtype: torch.dtype) -> NoReturn:
+    """Say why the graph's value and the eager one may differ; `again` is the eager one of another call."""
+    if again.shape == theirs.shape and not theirs.isfinite().all():
         raise CaptureError(
-            f"[capture] {source.name}: two calls of the eager model with the same tokens differ, also in eval mode. It "
-            "draws random numbers or keeps something between calls. Remove that before capture."
+            f"[capture] {name}: the eager model returns NaN or infinite values. Check the weights; a model trained in "
+            "bf16 overflows in float16."
         )
-    if not theirs.isfinite().all():
+    if again.shape != theirs.shape or not _is_close(again, theirs, CAPTURE_TOLERANCE[dtype]):
         raise CaptureError(
-            f"[capture] {source.name}: the eager model returns NaN or infinite {name}. Check the weights; a model "
-            "trained in bf16 may need dtype float32."
+            f"[capture] {name}: two calls of the eager model with the same tokens differ, also in eval mode. It draws "
+            "random numbers or keeps something between calls. Remove that before capture."
         )
     found = f"shape {list(ours.shape)}, not {list(theirs.shape)}"
     if ours.shape == theirs.shape:
         error, largest = (ours.double() - theirs.double()).abs().max().item(), theirs.double().abs().max().item()
         found = f"an error of {error:.3g}, more than {CAPTURE_TOLERANCE[dtype]:g} of the largest value {largest:.3g}"
     raise CaptureError(
-        f"[capture] {source.name}: the captured graph differs from the eager model in {name} on "
-        f"{list(example['input_ids'].shape)} tokens: {found}. The forward depends on something the trace did not see "
-        "(a Python number computed from the inputs, a global). Compute it with tensor operations."
+        f"[capture] {name}: the captured graph differs from the eager model on {list(theirs.shape[:2])} tokens: {found}. "
+        "The forward depends on something the trace did not see (a Python number computed from the inputs, a global). "
+        "Compute it with tensor operations."
     )
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jettison.ir.ops.library import define_op
+from jettison.ir.ops.registration import define_op
 
 # Query rows attended at a time: bounds the mask and the scores to 512 x T per head instead of S x T.
 QUERY_ROWS = 512

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jettison.ir.ops.library import define_op
+from jettison.ir.ops.registration import define_op
 from jettison.ir.ops.quantized_linear import check_packed, dequantize_reference, dequantize_rows, row_chunks
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jettison.ir.ops.library import define_op
+from jettison.ir.ops.registration import define_op
 
 # Weights dequantised at a time, 2 MiB of fp32: of 2**16 ... 2**24 the fastest for 1 row of x, and as good as any for 64
 # and 512. Smaller chunks pay per call; larger ones leave the cache, and the allocator returns them to the system each

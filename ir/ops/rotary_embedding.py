@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jettison.ir.ops.library import define_op
+from jettison.ir.ops.registration import define_op
 
 
 def _rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

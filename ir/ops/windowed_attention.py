@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.ops.attention import QUERY_ROWS, attend, visible_keys
-from jettison.ir.ops.library import define_op
+from jettison.ir.ops.registration import define_op
 
 
 def resident_tokens(tokens: Tensor, capacity: int, window: int) -> Tensor:

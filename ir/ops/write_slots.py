@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jettison.ir.ops.library import define_op
+from jettison.ir.ops.registration import define_op
 
 
 def write_slots_(state: Tensor, values: Tensor, slots: Tensor) -> Tensor:

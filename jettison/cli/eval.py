@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.max_kl is not None and args.reference is None:
         raise OptionError("jettison eval: --max-kl needs something to diverge from. Add --reference MODEL.")
     text = None if args.text is None else load_text(args.text)
-    model = open_model(args)
+    model = open_model(args, allow_spinning=False)
     result = evaluate(
         model, text=text, reference=args.reference, context=args.context, prefill=args.prefill, seed=args.seed
     ).as_dict()  # fmt: skip
