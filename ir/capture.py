@@ -84,7 +84,7 @@ class _Forward(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         source, trail = self.source, self._trail
         if trail is not None:
-            trail.begin(inputs[0])
+            trail.begin(inputs)
         returned = self.module(**dict(zip(source.inputs, inputs, strict=True)), **source.call)
         named: dict[str, Any] = {"logits": returned}
         if hasattr(returned, "keys"):
@@ -117,7 +117,7 @@ class _Trail:
         self.is_whole_context_apart = False
         self._types = {path: type(each).__name__ for path, each in module.named_modules()}
         self._running = [""]
-        self._size: Any = None
+        self._lengths: list[Any] = []
         # (number of assumptions made so far, submodule that was running until now)
         self._events: list[tuple[int, str]] = []
         for path, each in module.named_modules():
@@ -125,13 +125,14 @@ class _Trail:
                 each.register_forward_pre_hook(lambda *_, path=path: self._enter(path))
                 each.register_forward_hook(lambda *_: self._leave())
 
-    def begin(self, first_input: Tensor) -> None:
-        """A forward begins; its sizes lead to torch's list of assumptions."""
-        self._running, self._events, self._size = [""], [], first_input.shape[1]
+    def begin(self, inputs: Sequence[Tensor]) -> None:
+        """A forward begins; the sizes of its inputs lead to torch's list of assumptions."""
+        self._running, self._events, self._lengths = [""], [], [each.shape[1] for each in inputs]
 
     def _guards(self) -> Sequence[Any]:
         # Not public: without it a failure is still reported, less precisely.
-        return getattr(getattr(getattr(self._size, "node", None), "shape_env", None), "guards", ())
+        node = getattr(self._lengths[0], "node", None) if self._lengths else None
+        return getattr(getattr(node, "shape_env", None), "guards", ())
 
     def _enter(self, path: str) -> None:
         self._events.append((len(self._guards()), self._running[-1]))
@@ -149,15 +150,12 @@ class _Trail:
 
     def assumes_length(self, context: int) -> str:
         """The first submodule that assumes something about the length which some length breaks; empty if unknown."""
-        symbol = getattr(getattr(self._size, "node", None), "_expr", None)
-        if symbol is None:
-            return ""
+        symbols = {getattr(getattr(length, "node", None), "_expr", None) for length in self._lengths} - {None}
         for number, guard in enumerate(self._guards()):
-            if symbol not in guard.expr.free_symbols:
-                continue
-            others = dict.fromkeys(guard.expr.free_symbols - {symbol}, _TRACED_SHAPE[0])
+            rows = dict.fromkeys(guard.expr.free_symbols - symbols, _TRACED_SHAPE[0])
             lengths = (length for length in _PROBED_LENGTHS if length <= context)
-            if any(guard.expr.subs({**others, symbol: length}) == False for length in lengths):  # noqa: E712 (sympy)
+            tried = (guard.expr.subs({**rows, **dict.fromkeys(symbols, length)}) for length in lengths)
+            if any(holds == False for holds in tried):  # noqa: E712 (sympy's own false)
                 return self._named(next((path for count, path in self._events if count > number), ""))
         return ""
 
@@ -254,16 +252,12 @@ def _quiet() -> Iterator[None]:
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", category)
         for logger in loggers:
-            logger.addFilter(_say_nothing)
+            logger.disabled = True
         try:
             yield
         finally:
             for logger in loggers:
-                logger.removeFilter(_say_nothing)
-
-
-def _say_nothing(_: logging.LogRecord) -> bool:
-    return False
+                logger.disabled = False
 
 
 def _place(submodule: str, source: CaptureSource) -> str:
@@ -516,8 +510,14 @@ def _check_against_eager(program: Program, source: CaptureSource, dtype: torch.d
 def _eager_outputs(
     eager: nn.Module, source: CaptureSource, example: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    with evaluating(eager), UpcastWeights(eager, dtype), _quiet():
-        return _Forward(eager, source)(*example.values())
+    try:
+        with evaluating(eager), UpcastWeights(eager, dtype), _quiet():
+            return _Forward(eager, source)(*example.values())
+    except Exception as error:  # whatever the model raises
+        raise CaptureError(
+            f"[capture] {source.name}: its graph was captured, but the eager model fails with {type(error).__name__}: "
+            f"{_first_line(error)}. Check that it runs by itself on {', '.join(example)}, on the CPU."
+        ) from error
 
 
 def _is_close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
@@ -542,9 +542,8 @@ def _refuse_difference(name: str, ours: Tensor, theirs: Tensor, again: Tensor, d
         error, largest = (ours.double() - theirs.double()).abs().max().item(), theirs.double().abs().max().item()
         found = f"an error of {error:.3g}, more than {CAPTURE_TOLERANCE[dtype]:g} of the largest value {largest:.3g}"
     raise CaptureError(
-        f"[capture] {name}: the captured graph differs from the eager model on {list(theirs.shape[:2])} tokens: {found}. "
-        "The forward depends on something the trace did not see (a Python number computed from the inputs, a global). "
-        "Compute it with tensor operations."
+        f"[capture] {name}: the captured graph differs from the eager model: {found}. The forward depends on something "
+        "the trace did not see (a Python number computed from the inputs, a global). Use tensor operations there."
     )
 
 
@@ -559,8 +558,7 @@ def _with_kind(
     if source.kind == "encoder" or captured.dim() < 3 or captured.shape[:2] != example["input_ids"].shape:
         return replace(program.info, kind="encoder")
     first = {name: value[:1, :1] for name, value in example.items()}
-    alone = run_entry(program, "forward", first)[0]
-    among = captured[:1, :1]
+    alone, among = run_entry(program, "forward", first)[0], captured[:1, :1]
     # Rounding differs between sizes, less than what a token that is seen makes.
     if alone.shape == among.shape and _is_close(alone, among, CAPTURE_TOLERANCE[dtype] / 10):
         return replace(program.info, kind="decoder")

@@ -31,7 +31,7 @@ _NEUTRAL_ATTENTION_ARGUMENTS = frozenset(
     [
         "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
         "past_key_values", "past_key_value", "return_dict", "layer_idx", "is_causal", "training", "logits_to_keep",
-        "labels", "position_embeddings", "output_router_logits",
+        "labels", "position_embeddings", "output_router_logits", "deterministic",
     ]
 )  # fmt: skip
 _CONTEXT_NAMES = (

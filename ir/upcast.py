@@ -21,21 +21,18 @@ from jettison.ir.interpret import embedding_of, linear_by_rows
 
 
 class UpcastWeights(TorchFunctionMode):
-    """Inside this mode, parameters of `model` with another floating dtype act as if they had `dtype`.
+    """Inside this mode, parameters and buffers of `model` with another floating dtype act as if they had `dtype`.
 
     Args:
-        model: Its floating-point parameters are converted on use.
+        model: Its floating-point parameters and narrow buffers are converted on use; buffers in fp32 stay as they are.
         dtype: The dtype to compute in.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self._narrow = {
-            id(parameter)
-            for parameter in model.parameters()
-            if parameter.is_floating_point() and parameter.dtype != dtype
-        }
+        tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.dtype != torch.float32)]
+        self._narrow = {id(tensor) for tensor in tensors if tensor.is_floating_point() and tensor.dtype != dtype}
 
     def _is_narrow(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self._narrow
@@ -43,8 +40,10 @@ class UpcastWeights(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Convert narrow parameters among the arguments; large linear weights and embeddings only row by row."""
+        """Convert narrow tensors among the arguments; large linear weights and embeddings only row by row."""
         kwargs = kwargs or {}
+        if func == Tensor.dtype.__get__ and self._is_narrow(args[0]):  # type: ignore[attr-defined]
+            return self.dtype  # models cast activations to the dtype of a weight
         if getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "is_floating_point"):
             return func(*args, **kwargs)  # attribute reads (shape, dtype, device) must not copy a weight
         if func is F.linear and len(args) >= 2 and self._is_narrow(args[1]):

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text to calibrate and check on (default: sampled from the model)",
+        help="text for --check (default: sampled from the model)",
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of everything random (default: 0)")
     parser.add_argument(
@@ -53,6 +53,11 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         raise OptionError(
             "jettison optimize: nowhere to write the artifact. Add --out DIR, or --dry-run to see the report only."
         )
+    if args.calibration is not None and not args.check and args.max_kl is None:
+        raise OptionError(
+            "jettison optimize: --calibration: no pass calibrates yet (rounding to nearest needs no data), so the "
+            "text would not be read. Add --check or --max-kl to measure the drift on it."
+        )
     if args.out is not None and not args.dry_run:
         from jettison.runtime.artifact import check_destination
 
@@ -60,10 +65,9 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     import_torch()
     import jettison
 
-    settings: dict[str, Any] = {} if args.calibration is None else {"calibration": args.calibration}
     model = jettison.optimize(
         args.model, args.passes, target=args.target, strict=args.strict, check=args.check, max_kl=args.max_kl,
-        context=args.context, seed=args.seed, **settings,
+        calibration=args.calibration, context=args.context, seed=args.seed,
     )  # fmt: skip
     if not args.dry_run:
         model.save_pretrained(args.out, overwrite=args.overwrite)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 KEYS = {
     "artifact", "format_version", "target", "pipeline", "source", "model", "libraries", "requires", "seed", "entries",
     "states", "kernels", "files", "bytes_by_class", "weight_bytes", "state_bytes",
@@ -14,6 +16,8 @@ def test_json_of_an_onnx_artifact(run, onnx_artifact):
     document = result.json
     assert set(document) == KEYS
     assert (document["target"], document["kernels"]) == ("onnx", [])
+    assert document["source"]["name"] == "tiny-llama"
+    assert re.fullmatch(r"[0-9a-f]{64}", document["source"]["sha256"])
     assert [entry["name"] for entry in document["entries"]] == ["prefill", "decode"]
     for entry in document["entries"]:
         assert set(entry) == {"name", "operators", "file", "inputs", "outputs"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 
@@ -30,6 +31,7 @@ def test_dry_run_reports_and_writes_nothing(run, small_model, is_left_clean, mon
     assert set(quantized) >= PASS_KEYS
     assert quantized["rewrites"] == 9  # seven linears of the layer, the embedding, the head tied to it
     assert quantized["bytes_after"] < 0.4 * quantized["bytes_before"]
+    assert report["source_bytes"] == (4096 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 3 * 32) * 2
     assert (quantized["kl"], quantized["misses"]) == (None, [])
     assert cached["rewrites"] == 1
     assert report["pipeline"] == "quantize-weights{bits=4,group=32,symmetric=false},cache-kv{policy=full}"
@@ -115,7 +117,17 @@ def test_calibration_text_is_used_and_recorded(run, small_model, checked, tmp_pa
     mine = run(*arguments, "--calibration", text, "--out", tmp_path / "mine")
     assert mine.code == 0, mine.err
     assert mine.json["passes"][0]["kl"] != checked["passes"][0]["kl"]
-    assert json.loads((tmp_path / "mine" / "jettison.json").read_text())["calibration"]
+    assert json.loads((tmp_path / "mine" / "jettison.json").read_text())["calibration"] == sha256(text)
+
+
+def test_calibration_text_that_nothing_reads_is_refused(run, small_model, tmp_path):
+    arguments = ("optimize", small_model, "--dry-run", "--calibration", tmp_path / "none.txt")
+    run(*arguments).fails(2, "--check")
+    run(*arguments, "--check").fails(2, "none.txt", "no such file")
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_strict_makes_a_miss_an_error(run, small_model, is_left_clean):

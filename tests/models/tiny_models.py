@@ -181,7 +181,10 @@ def tiny_config(name: str) -> Any:
 
 
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A small model in eval mode with seeded random weights, equal in every process."""
+    """A small model in eval mode with seeded random weights, equal in every process.
+
+    Buffers keep their dtype, as `from_pretrained` leaves them: angles of rotary embeddings in bf16 are of no use.
+    """
     import transformers
 
     tiny = TINY_MODELS[name]
@@ -190,7 +193,10 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
         tiny.model, tiny.model
     )
     model = getattr(transformers, class_name)(tiny_config(name))
-    return randomize(model).to(dtype).eval()
+    randomize(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def randomize(module: nn.Module, seed: int = 1) -> nn.Module:

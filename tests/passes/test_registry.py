@@ -15,7 +15,8 @@ from jettison.passes.pipeline import CANONICALIZE, RAISE
 
 # Modules of the package that hold no pass.
 INFRASTRUCTURE = {"base", "grammar", "options", "pipeline"}
-VERBS = "annotate cache canonicalize eliminate fold fuse lower merge plan quantize raise select split strip".split()
+VERBS = ("annotate", "cache", "canonicalize", "eliminate", "fold", "fuse", "lower", "merge", "plan", "quantize",
+         "raise", "select", "split", "strip")  # fmt: skip
 
 
 def pass_modules():
