@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jettison.ir.errors import ArtifactError
+
 # Rows of a large constant are converted this many bytes at a time.
 CHUNK_BYTES = 16 << 20
 _serials = itertools.count()
@@ -134,6 +136,14 @@ def scratch_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     try:
         # Reserve the blocks now: a full disk must be an error here, not a SIGBUS at the first write.
         os.posix_fallocate(handle, 0, nbytes)
+    except OSError as error:
+        os.unlink(path)
+        os.close(handle)
+        raise ArtifactError(
+            f"[scratch] {tempfile.gettempdir()}: {nbytes:,} bytes for a weight cannot be reserved: {error.strerror}. "
+            "Free some space there, or set TMPDIR to a folder on another disk."
+        ) from error
+    try:
         storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=nbytes)
     finally:
         os.close(handle)

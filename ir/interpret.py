@@ -38,7 +38,8 @@ def _call(node: fx.Node, environment: dict[fx.Node, Any]) -> Any:
     operands = [environment.get(argument) if isinstance(argument, fx.Node) else argument for argument in node.args]
     if node.target is aten.linear.default and isinstance(operands[1], Constant):
         weight = operands[1]
-        if weight.nbytes > CHUNK_BYTES and weight.stored_dtype != weight.dtype:
+        is_made_when_read = weight.stored_dtype != weight.dtype or len(weight.blocks) > 1
+        if weight.nbytes > CHUNK_BYTES and is_made_when_read:
             bias = operands[2] if len(operands) > 2 else None
             return linear_by_rows(_value(operands[0]), weight, _value(bias))
     if node.target is aten.embedding.default and isinstance(operands[0], Constant):

@@ -45,7 +45,8 @@ class UpcastWeights(TorchFunctionMode):
         if func == Tensor.dtype.__get__ and self._is_narrow(args[0]):  # type: ignore[attr-defined]
             return self.dtype  # models cast activations to the dtype of a weight
         if getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "is_floating_point"):
-            return func(*args, **kwargs)  # attribute reads (shape, dtype, device) must not copy a weight
+            read = func(*args, **kwargs)  # attribute reads (shape, device) must not copy a weight
+            return read.to(self.dtype) if isinstance(read, Tensor) and self._is_narrow(args[0]) else read  # weight.T
         if func is F.linear and len(args) >= 2 and self._is_narrow(args[1]):
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             bias = bias.to(self.dtype) if self._is_narrow(bias) else bias

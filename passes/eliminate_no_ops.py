@@ -9,7 +9,8 @@ After:
     %1: f32[s0,s1,2,4] = aten.reshape(%x, [%0, -1, 2, 4])
 
 Fires when: a cast to the dtype it has, a slice, view or expand to the shape it has, a factor of exactly 1, a dropout in
-    eval mode, an alias, detach, clone or contiguous (values are immutable here, so a copy cannot be observed).
+    eval mode, a concatenation with nothing, an alias, detach, clone or contiguous (values are immutable here, so a copy
+    cannot be observed).
 Declines when: the result is an output of the graph and the input is an input (a new alias the caller could see).
 Numerics: exact, NaN included. x + 0 stays: it turns -0.0 into 0.0.
 Saves: one read and write of the tensor per cast or clone.
@@ -56,6 +57,9 @@ class EliminateNoOps(Pass):
 
     def match(self, node: fx.Node, program: Program) -> NoOp | Miss | None:
         """A node that computes its first operand, or a view."""
+        if is_call(node, aten.cat.default):
+            only = _only_part(node)
+            return None if only is None else NoOp(node, only)
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             return None
         source = _operand_returned(node)
@@ -92,6 +96,14 @@ def _operand_returned(node: fx.Node) -> fx.Node | None:
         is_one = isinstance(operands["other"], (int, float)) and operands["other"] == 1
         return source if is_one and before.dtype == after.dtype else None
     return None
+
+
+def _only_part(node: fx.Node) -> fx.Node | None:
+    """The part that a concatenation is, if all others are empty (Phi-3 joins what it rotates with no channels)."""
+    axis = arguments(node)["dim"]
+    kept = [part for part in node.args[0] if not _same_size(part.meta["val"].shape[axis], 0)]
+    is_same = len(kept) == 1 and kept[0].meta["val"].dtype == node.meta["val"].dtype
+    return kept[0] if is_same and kept[0].op != "placeholder" else None
 
 
 def _covers(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ the kernel refuses (it checks at the first call, not at load) is decided here, b
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +75,60 @@ def fused_readers(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if is_call(user, attention) and is_fused(user)]
 
 
-def heads_last(node: fx.Node, environment: dict[fx.Node, Any], value: Tensor | None = None) -> Tensor:
+def heads_last(node: fx.Node, environment: dict[fx.Node, Any]) -> Tensor:
     """`[B, H, S, D]` as `[B, S, H * D]`, without a transpose where the graph made it from that."""
-    if value is None and is_call(node, aten.transpose.int) and set(node.args[1:]) == {1, 2}:
-        split = node.args[0]
-        if is_call(split, aten.reshape.default):
-            flat = split.args[0]
-            wide = split.meta["val"].shape[2] * split.meta["val"].shape[3]
-            if flat.meta["val"].dim() == 3 and flat.meta["val"].shape[2] == wide and flat in environment:
-                return environment[flat]
-    heads = environment[node] if value is None else value
-    return heads.transpose(1, 2).flatten(2)
+    flat = _flat_heads(node)
+    if flat is not None and flat in environment:
+        return environment[flat]
+    return environment[node].transpose(1, 2).flatten(2)
+
+
+def _flat_heads(node: fx.Node) -> fx.Node | None:
+    """The value `[B, S, H * D]` that `node` is, with the heads split and brought to the front."""
+    if not is_call(node, aten.transpose.int) or set(node.args[1:]) != {1, 2}:
+        return None
+    split = node.args[0]
+    if not is_call(split, aten.reshape.default, aten.unflatten.int):
+        return None
+    flat = split.args[0].meta["val"]
+    wide = split.meta["val"].shape[2] * split.meta["val"].shape[3]
+    return split.args[0] if flat.dim() == 3 and flat.shape[2] == wide else None
+
+
+def packed_projection(query: fx.Node, key: fx.Node, value: fx.Node, environment: dict[fx.Node, Any]) -> Tensor | None:
+    """`[B, S, (H + 2 * Hkv) * D]` of which queries, keys and values `[B, H, S, D]` are the parts, in that order.
+
+    The operator reads such a projection as it is; `merge-qkv-projections` makes it, Phi-3 and GPT-2 have it.
+
+    Returns:
+        None if there is no such value.
+    """
+    end, source = 0, None
+    for node in (query, key, value):
+        flat = _flat_heads(node)
+        part = None if flat is None else _columns(flat)
+        if part is None or part[1] != end or source not in (None, part[0]):
+            return None
+        source, end = part[0], part[2]
+    is_whole = source is not None and end == source.meta["val"].shape[-1]
+    return environment.get(source) if is_whole else None
+
+
+def _columns(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """The value `[B, S, E]`, first column and end, if `node` is some columns of it."""
+    width = node.meta["val"].shape[-1]
+    if is_call(node, aten.slice.Tensor):
+        operands = arguments(node)
+        start = operands["start"] or 0
+        is_range = operands["dim"] in (-1, 2) and operands["step"] == 1 and start >= 0
+        return (operands["self"], start, start + width) if is_range else None
+    if not is_call(node, operator.getitem):
+        return None
+    parts, index = node.args
+    if not is_call(parts, aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default):
+        return None
+    start = sum(part.shape[-1] for part in parts.meta["val"][:index])
+    return (parts.args[0], start, start + width) if arguments(parts)["dim"] in (-1, 2) else None
 
 
 @dataclass(frozen=True)
@@ -104,8 +148,8 @@ class Rotation:
 
 def group_query_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     past_key: Tensor,
     past_value: Tensor,
     lengths: RowLengths,
@@ -122,9 +166,9 @@ def group_query_attention(
     """One `GroupQueryAttention`.
 
     Args:
-        query: `[B, S, H * D]`.
-        key: `[B, S, Hkv * D]`.
-        value: `[B, S, Hkv * D]`.
+        query: `[B, S, H * D]`, or all three in one, `[B, S, (H + 2 * Hkv) * D]`.
+        key: `[B, S, Hkv * D]`; None if `query` holds it.
+        value: `[B, S, Hkv * D]`; None if `query` holds it.
         past_key: `[B, Hkv, C, D]`.
         past_value: `[B, Hkv, C, D]`.
         lengths: Of the rows.
@@ -161,7 +205,7 @@ def group_query_attention(
             operands,
             attributes,
             dtypes=(query.dtype, past_key.dtype, past_value.dtype),
-            shapes=(query.shape, past_key.shape, past_value.shape),
+            shapes=((*query.shape[:2], heads * past_key.shape[3]), past_key.shape, past_value.shape),
             version=1,
         )
     )

@@ -14,6 +14,7 @@ from jettison.codegen.onnx.cached_attention import (
     group_query_attention,
     heads_last,
     is_fused,
+    packed_projection,
     rotated_operands,
 )
 from jettison.codegen.onnx.external_data import TransposedConstant
@@ -217,9 +218,7 @@ class LoweredGraph(nn.Module):
         heads = query.meta["val"].shape[1]
         sinks = operands["sinks"]
         out, new_key, new_value = group_query_attention(
-            heads_last(query, environment),
-            heads_last(key, environment),
-            heads_last(value_write.args[1], environment),
+            *_operands_of_heads(query, key, value_write.args[1], environment),
             environment[key_write.args[0]],
             environment[value_write.args[0]],
             self._row_lengths(environment),
@@ -239,9 +238,7 @@ class LoweredGraph(nn.Module):
         heads = operands["query"].meta["val"].shape[1]
         sinks = operands["sinks"]
         out, key, value = group_query_attention(
-            heads_last(operands["query"], environment),
-            heads_last(operands["key"], environment),
-            heads_last(operands["value"], environment),
+            *_operands_of_heads(operands["query"], operands["key"], operands["value"], environment),
             environment[operands["past_key"]],
             environment[operands["past_value"]],
             self._row_lengths(environment),
@@ -255,6 +252,16 @@ class LoweredGraph(nn.Module):
             is_windowed_cache=True,
         )
         environment[node] = (out.unflatten(2, (heads, -1)).transpose(1, 2), key, value)
+
+
+def _operands_of_heads(
+    query: fx.Node, key: fx.Node, value: fx.Node, environment: dict[fx.Node, Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Query, key and value with heads last, or their packed projection in place of all three."""
+    packed = packed_projection(query, key, value, environment)
+    if packed is not None:
+        return packed, None, None
+    return heads_last(query, environment), heads_last(key, environment), heads_last(value, environment)
 
 
 def _require_positions(node: fx.Node) -> None:

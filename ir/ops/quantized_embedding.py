@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jettison.ir.ops.registration import define_op
 from jettison.ir.ops.quantized_linear import check_packed, dequantize_reference, dequantize_rows, row_chunks
+from jettison.ir.ops.registration import define_op
 
 
 def quantized_embedding_reference(
