@@ -327,7 +327,7 @@ def _split_stacks(graph: fx.Graph) -> None:
     """Make each matrix that is read from a stack (the weights of experts) a constant of its own: a view, not a copy."""
     parts: dict[tuple[str, int], fx.Node] = {}
     for node in list(graph.nodes):
-        stack = node.args[0] if node.target is torch.ops.aten.select.int else None
+        stack: Any = node.args[0] if node.target is torch.ops.aten.select.int else None
         is_stack = isinstance(stack, fx.Node) and "constant" in stack.meta and node.args[1] == 0
         if not is_stack or not isinstance(node.args[2], int):
             continue

@@ -235,11 +235,11 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None and parameter.device.type != "meta":
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register
 
 
 def _refuse_encoder_decoder(config: Any) -> None:

@@ -42,13 +42,13 @@ class UpcastWeights(TorchFunctionMode):
     ) -> Any:
         """Convert narrow tensors among the arguments; large linear weights and embeddings only row by row."""
         kwargs = kwargs or {}
-        if func == Tensor.dtype.__get__ and self._is_narrow(args[0]):  # type: ignore[attr-defined]
+        if func == Tensor.dtype.__get__ and self._is_narrow(args[0]):
             return self.dtype  # models cast activations to the dtype of a weight
         if getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "is_floating_point"):
             read = func(*args, **kwargs)  # attribute reads (shape, device) must not copy a weight
             return read.to(self.dtype) if isinstance(read, Tensor) and self._is_narrow(args[0]) else read  # weight.T
         if func is F.linear and len(args) >= 2 and self._is_narrow(args[1]):
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            bias: Any = args[2] if len(args) > 2 else kwargs.get("bias")
             bias = bias.to(self.dtype) if self._is_narrow(bias) else bias
             return linear_by_rows(args[0], Constant("weight", args[1].detach(), self.dtype), bias)
         if func is F.embedding and len(args) >= 2 and self._is_narrow(args[1]):

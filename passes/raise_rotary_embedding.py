@@ -113,13 +113,13 @@ def _rotation(last: fx.Node, x: fx.Node, cos: Any, sin: Any, is_interleaved: boo
         return Miss("the rotated value does not have four axes", last)
     if last.meta["val"].dtype != x.meta["val"].dtype:
         return Miss(_OTHER_DTYPE, last)
-    axes = {_head_axis(angle) for angle in (cos, sin)}
-    if len(axes) != 1 or None in axes:
+    axis = _head_axis(cos)
+    if axis is None or axis != _head_axis(sin):
         return Miss("cosine and sine do not stand along the positions of [B, H, S, D] or [B, S, H, D]", last)
     for angle in (cos, sin):
         if _one_per_pair(_without_head_axis(angle), is_interleaved) is None:
             return Miss("cosine and sine are not visibly one angle per channel pair", last)
-    return Rotation(last, x, cos, sin, is_interleaved, axes.pop())
+    return Rotation(last, x, cos, sin, is_interleaved, axis)
 
 
 def _turned_value(node: Any) -> tuple[fx.Node, bool] | None:
@@ -127,9 +127,9 @@ def _turned_value(node: Any) -> tuple[fx.Node, bool] | None:
     if is_call(node, aten.cat.default) and len(node.args[0]) == 2 and _is_last_axis(node, node.args[1:]):
         negated, first = node.args[0]
         if is_call(negated, aten.neg.default):
-            halves = _half_of(first), _half_of(negated.args[0])
-            if None not in halves and halves[0][0] is halves[1][0] and (halves[0][1], halves[1][1]) == (0, 1):
-                return halves[0][0], False
+            whole = _of_halves(first, negated.args[0])
+            if whole is not None:
+                return whole, False
     if is_call(node, aten.flatten.using_ints, aten.reshape.default) and is_call(node.args[0], aten.stack.default):
         stack = node.args[0]
         if len(stack.args[0]) == 2 and _is_last_axis(stack, stack.args[1:]):
@@ -244,19 +244,25 @@ def _rotated_halves(node: fx.Node) -> Rotation | Miss | None:
     (first, cos), (second, sin), (second_again, cos_again), (first_again, sin_again) = (p.args[:2] for p in products)
     if (first, second, cos, sin) != (first_again, second_again, cos_again, sin_again):
         return None
-    halves = _half_of(first), _half_of(second)
-    if None in halves or halves[0][0] is not halves[1][0] or (halves[0][1], halves[1][1]) != (0, 1):
+    x = _of_halves(first, second)
+    if x is None:
         return None
-    x = halves[0][0]
     if x.meta["val"].dim() != 4:
         return Miss("the rotated value does not have four axes", node)
     if node.meta["val"].dtype != x.meta["val"].dtype:
         return Miss(_OTHER_DTYPE, node)
-    axes = {_head_axis(angle) for angle in (cos, sin)}
-    width = x.meta["val"].shape[-1]
-    if len(axes) != 1 or None in axes or {angle.meta["val"].shape[-1] for angle in (cos, sin)} != {width // 2}:
+    axis, width = _head_axis(cos), x.meta["val"].shape[-1]
+    if axis is None or axis != _head_axis(sin) or {angle.meta["val"].shape[-1] for angle in (cos, sin)} != {width // 2}:
         return Miss("cosine and sine do not stand along the positions of [B, H, S, D] or [B, S, H, D]", node)
-    return Rotation(node, x, cos, sin, False, axes.pop(), has_one_angle_per_pair=True)
+    return Rotation(node, x, cos, sin, False, axis, has_one_angle_per_pair=True)
+
+
+def _of_halves(first: Any, second: Any) -> fx.Node | None:
+    """The value x, if the nodes are its first and its second half along the last axis."""
+    one, other = _half_of(first), _half_of(second)
+    if one is None or other is None or one[0] is not other[0] or (one[1], other[1]) != (0, 1):
+        return None
+    return one[0]
 
 
 def _half_of(node: Any) -> tuple[fx.Node, int] | None:
