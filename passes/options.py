@@ -154,9 +154,7 @@ def build(cls: type[T], spec: Spec, *, where: str, registries: Registries) -> T:
 
 
 def to_spec(instance: Any, name: str | None = None) -> Spec:
-    """Makes the canonical spec of an option dataclass: every option that is set, in order.
-
-    Defaults are printed too, for the text is stored in artifacts and must mean the same to a later version.
+    """Makes the canonical spec of an option dataclass: all that is set, for a later version may have other defaults.
 
     Args:
         instance: a frozen dataclass; nested ones are named by their class attribute `name`.

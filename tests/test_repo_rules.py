@@ -23,7 +23,7 @@ SMALL_BUDGET_FOLDERS = ("passes", "examples")
 SMALL_BUDGET, BUDGET, FUNCTION_BUDGET = 400, 600, 60
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "misc.py", "manager.py"}
 # Spelled in pieces, so that this file does not contain what it forbids.
-_PIECES = (("/wo", "rk/"), ("/ro", "ot/"), ("/opt/py", "pi"), (".libr", "ary"))
+_PIECES = (("/wo", "rk/"), ("/ro", "ot/"), ("/opt/py", "pi"), (".libr", "ary/"))
 MACHINE_TRACES = tuple("".join(pieces) for pieces in _PIECES)
 
 
@@ -73,7 +73,9 @@ def test_files_and_functions_stay_in_budget(path: Path) -> None:
     assert len(text.splitlines()) <= budget, f"over {budget} lines: split it by meaning"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            lines = (node.end_lineno or 0) - node.lineno + 1
+            # A docstring with shapes and errors is not what makes a function long.
+            documented = len((ast.get_docstring(node, clean=False) or "").splitlines())
+            lines = (node.end_lineno or 0) - node.lineno + 1 - documented
             assert lines <= FUNCTION_BUDGET, f"{node.name} has {lines} lines, the budget is {FUNCTION_BUDGET}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,32 +29,52 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def onnx_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Make a folder once for all processes of a parallel run."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not (root / f"{name}.done").exists():
+                fill(root / name)
+                (root / f"{name}.done").touch()
+        return root / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def onnx_artifact(once: Callable[..., Path]) -> Path:
     """The bundled model at 4 bits, for ONNX Runtime. Not to be changed: see `copied`."""
-    return optimized(MODEL, tmp_path_factory.mktemp("onnx") / "int4", "--passes", INT4)
+    return once("onnx-int4", lambda out: optimized(MODEL, out, "--passes", INT4))
 
 
 @pytest.fixture(scope="session")
-def torch_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def torch_artifact(once: Callable[..., Path]) -> Path:
     """The bundled model at 8 bits with a windowed cache, for torch. Not to be changed."""
-    out = tmp_path_factory.mktemp("torch") / "int8"
-    return optimized(MODEL, out, "--passes", INT8_WINDOW, "--target", "torch", "--seed", "3")
+    options = ("--passes", INT8_WINDOW, "--target", "torch", "--seed", "3")
+    return once("torch-int8", lambda out: optimized(MODEL, out, *options))
 
 
 @pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_model(once: Callable[..., Path]) -> Path:
     """A folder with a random model of one layer and the tokenizer of the bundled one: fast to capture."""
-    folder = tmp_path_factory.mktemp("small") / "small-llama"
-    save_small_model(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder)
-    return folder
+
+    def fill(folder: Path) -> None:
+        save_small_model(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(MODEL / name, folder)
+
+    return once("small-llama", fill)
 
 
 @pytest.fixture(scope="session")
-def small_artifact(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_artifact(once: Callable[..., Path], small_model: Path) -> Path:
     """The random model for torch, unquantised. Not to be changed."""
-    return optimized(small_model, tmp_path_factory.mktemp("small-artifact") / "out", "--target", "torch")
+    return once("small-torch", lambda out: optimized(small_model, out, "--target", "torch"))
 
 
 @pytest.fixture
