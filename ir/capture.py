@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 from jettison.ir import ops as _register_ops  # noqa: F401
 from jettison.ir.constants import Constant
@@ -405,7 +405,7 @@ def capture(source: CaptureSource, dtype: torch.dtype = torch.float32) -> Progra
     for node, name in zip([n for n in placeholders(entry) if "constant" not in n.meta], source.inputs, strict=True):
         node.name = node.target = name
     entry.graph.eliminate_dead_code()
-    _refuse_randomness(entry, source)
+    _refuse_operators(entry, source)
     info = ModelInfo(source.kind or "decoder", source.name, source.context, vocab_size)
     program = Program({"forward": entry}, _constants(entry, source, lifted), info, trail.outputs)
     verify(program)
@@ -440,9 +440,16 @@ def _constants(entry: fx.GraphModule, source: CaptureSource, lifted: Mapping[str
     return constants
 
 
-def _refuse_randomness(entry: fx.GraphModule, source: CaptureSource) -> None:
-    """Refuse a graph that draws random numbers."""
+def _refuse_operators(entry: fx.GraphModule, source: CaptureSource) -> None:
+    """Refuse a graph that draws random numbers, or whose sizes depend on the values of tensors."""
     for node in entry.graph.nodes:
+        place = _place(node.meta.get("where", ""), source)
+        if node.op == "call_function" and free_unbacked_symbols(node.meta["val"]):
+            raise CaptureError(
+                f"[capture] {place}: {node.name} has a size that depends on the values of a tensor. Sizes must follow "
+                "from batch and length: use masks and torch.where instead of .item(), .tolist(), nonzero and indexing "
+                "by booleans."
+            )
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
@@ -450,9 +457,8 @@ def _refuse_randomness(entry: fx.GraphModule, source: CaptureSource) -> None:
         is_off = operands.get("train") is False or operands.get("training") is False or operands.get("dropout_p") == 0
         if node.users and not is_off:
             raise CaptureError(
-                f"[capture] {_place(node.meta.get('where', ''), source)}: draws random numbers ({target.name()}) in "
-                "eval mode, so two calls differ. Make it depend on `self.training`, or compute the values from the "
-                "inputs."
+                f"[capture] {place}: draws random numbers ({target.name()}) in eval mode, so two calls differ. Make it "
+                "depend on `self.training`, or compute the values from the inputs."
             )
 
 
@@ -478,16 +484,10 @@ def _vocab_size(module: nn.Module) -> int:
 
 @torch.no_grad()
 def _check_against_eager(program: Program, source: CaptureSource, dtype: torch.dtype, special: int | None) -> None:
-    """Compare with the eager module on a few tokens, and find out whether tokens see later ones.
-
-    Args:
-        program: Its `info.kind` is set.
-        source: What it was captured from.
-        dtype: What the graph computes in.
-        special: Another length to compare at, or None.
+    """Compare with the eager module on a few tokens, and set `info.kind` by whether tokens see later ones.
 
     Raises:
-        CaptureError: The graph computes something else.
+        CaptureError: The graph computes something else, here or at the length `special`.
     """
     assert source.eager is not None, "checked by the caller"
     rows, length = _CHECKED_SHAPE

@@ -78,9 +78,15 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> ModelSource:
         advance(1)
     files = [(path, path.relative_to(checkpoint.folder)) for path in checkpoint.tokenizer_files()]
     return ModelSource(
-        checkpoint.folder.name, program, checkpoint.config, checkpoint.generation_config, files, checkpoint.folder,
-        content_hash, checkpoint.total_bytes,
-    )  # fmt: skip
+        checkpoint.folder.name,
+        program,
+        checkpoint.config,
+        checkpoint.generation_config,
+        tokenizer_files=files,
+        folder=checkpoint.folder,
+        content_hash=content_hash,
+        weight_bytes=checkpoint.total_bytes,
+    )
 
 
 def _advancing(advance: Any) -> Any:

@@ -25,12 +25,13 @@ from jettison.ir.program import Program, constant_placeholders, placeholders, st
 OPSET = 23
 # GroupQueryAttention with sliding_window_cache and MatMulNBits with a bias input.
 MINIMUM_ORT = {"default": "1.24", "windowed_cache": "1.31"}
-AXES = {
+AXES: dict[str, tuple[str | int, ...]] = {
     "input_ids": ("batch_size", "sequence_length"),
     "position_ids": ("batch_size", "sequence_length"),
     "token_type_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "total_sequence_length"),
-    "logits_positions": ("batch_size", "logits_sequence_length"),
+    # One row to the exporter, which must not take the size of the batch from an input that may be left out.
+    "logits_positions": (1, "logits_sequence_length"),
 }
 
 
@@ -92,7 +93,7 @@ def _examples(entry: fx.GraphModule, program: Program) -> tuple[list[str], list[
             ]
             names.append(state.name)
         else:
-            labels = list(AXES.get(node.name, ("batch_size", "sequence_length")))
+            labels = _labels(node)
             if node.name == "attention_mask" and not is_cached_entry:
                 labels[1] = "sequence_length"
             names.append(node.name)
@@ -100,6 +101,17 @@ def _examples(entry: fx.GraphModule, program: Program) -> tuple[list[str], list[
         tensors.append(torch.zeros(shape, dtype=node.meta["val"].dtype))
         axes.append({axis: dims[label] for axis, label in enumerate(labels) if isinstance(label, str)})
     return names, tensors, axes
+
+
+def _labels(node: fx.Node) -> list[str | int]:
+    """Axis names and fixed sizes of an input."""
+    if node.name in AXES:
+        return list(AXES[node.name])
+    usual = ("batch_size", "sequence_length")
+    sizes = node.meta["val"].shape
+    return [
+        usual[axis] if axis < 2 and isinstance(size, torch.SymInt) else int(size) for axis, size in enumerate(sizes)
+    ]
 
 
 def _present_name(state: str) -> str:
@@ -214,18 +226,14 @@ def _place_constants(model: onnx_ir.Model, lowered: LoweredGraph, data: External
 def _name_axes(model: onnx_ir.Model, axes: list[dict[int, Any]]) -> None:
     """Restore the names of dynamic axes, which the exporter numbers; tokens come first, states after."""
     graph = model.graph
+    renamed: dict[str, str] = {}
     for value, named in zip(graph.inputs, axes, strict=True):
-        sizes = list(value.shape)
         for axis, dim in named.items():
-            sizes[axis] = dim.__name__
-        value.shape = onnx_ir.Shape(sizes)
-    past = {value.name: value for value in graph.inputs}
-    for value in graph.outputs:
-        source = past.get(value.name.replace("present.", "past_key_values.", 1))
-        if source is not None:
-            value.shape = source.shape
-        elif value.name == "logits" and "logits_positions" in past:
-            value.shape = onnx_ir.Shape(["batch_size", "logits_sequence_length", value.shape[-1]])
+            renamed[str(value.shape[axis])] = dim.__name__
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = onnx_ir.Shape(
+            [size if isinstance(size, int) else renamed.get(str(size), str(size)) for size in value.shape]
+        )
     graph.inputs.sort(key=lambda value: value.name.startswith("past_key_values."))
 
 

@@ -52,6 +52,10 @@ class TransposedConstant(Constant):
         return torch.cat([block[:, start:stop].t() for block in self.blocks], 1).to(self.dtype)
 
 
+class ComputedConstant(Constant):
+    """A table that the emitter computed: two graphs compute it anew, so equal ones are known by their contents."""
+
+
 class ExternalDataWriter:
     """Appends constants to one data file.
 
@@ -63,7 +67,7 @@ class ExternalDataWriter:
     def __init__(self, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
         self.path = path
         self._on_bytes = on_bytes or (lambda count: None)
-        self._where: dict[tuple[bool, int], tuple[int, int]] = {}
+        self._where: dict[tuple[type[Constant], int | str], tuple[int, int]] = {}
         self._file: io.BufferedWriter | None = None
 
     def __enter__(self) -> ExternalDataWriter:
@@ -75,7 +79,7 @@ class ExternalDataWriter:
         self._file.close()
 
     def tensor(self, name: str, shape: tuple[int, ...], constant: Constant) -> onnx_ir.TensorProtocol:
-        """Store a constant (once per object) and describe it as an ONNX tensor.
+        """Store a constant (once) and describe it as an ONNX tensor.
 
         Args:
             name: Name of the initializer.
@@ -87,7 +91,8 @@ class ExternalDataWriter:
         """
         if constant.nbytes < SMALLEST_EXTERNAL_BYTES:
             return onnx_ir.tensor(constant.value().reshape(shape).contiguous().numpy(), name=name)
-        key = (isinstance(constant, TransposedConstant), constant.serial)
+        identity = constant.digest if isinstance(constant, ComputedConstant) else constant.serial
+        key = (type(constant), identity)
         if key not in self._where:
             self._where[key] = self._append(constant)
         offset, length = self._where[key]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.onnx.ops import symbolic
 
 from jettison.codegen.onnx.cached_attention import (
     Rotation,
@@ -17,7 +18,7 @@ from jettison.codegen.onnx.cached_attention import (
     packed_projection,
     rotated_operands,
 )
-from jettison.codegen.onnx.external_data import TransposedConstant
+from jettison.codegen.onnx.external_data import ComputedConstant, TransposedConstant
 from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
 from jettison.codegen.onnx.rotary_table import angle_table
 from jettison.ir import ops
@@ -80,7 +81,7 @@ class LoweredGraph(nn.Module):
                 self._tables[key] = None
                 return
             names.append(f"{kind}.{len(self._tables)}")
-            self._register(names[-1], tuple(table.shape), Constant(names[-1], table))
+            self._register(names[-1], tuple(table.shape), ComputedConstant(names[-1], table))
         self._tables[key] = (names[0], names[1])
 
     def _rotation(self, node: fx.Node) -> tuple[fx.Node, fx.Node, Rotation] | None:
@@ -144,6 +145,10 @@ class LoweredGraph(nn.Module):
         for node in placeholders(self.entry):
             if "constant" not in node.meta:
                 environment[node] = next(given)
+        named = input_placeholders(self.entry)
+        if "logits_positions" in named:
+            node = named["logits_positions"]
+            environment[node] = _for_every_row(environment[node], environment[named["input_ids"]])
         self._lengths: RowLengths | None = None
         for node in self.entry.graph.nodes:
             if node.op == "call_function":
@@ -184,9 +189,8 @@ class LoweredGraph(nn.Module):
         # A weight that others read too (a tied embedding) keeps its layout: Gemm transposes inside the kernel.
         flat = x.reshape(-1, x.shape[-1])
         operands = (flat, weight) if bias is None else (flat, weight, bias)
-        out = torch.onnx.ops.symbolic(
-            "::Gemm", operands, {"transB": 1}, dtype=x.dtype, shape=(flat.shape[0], weight.shape[0])
-        )
+        shape = (flat.shape[0], weight.shape[0])
+        out = symbolic("::Gemm", operands, {"transB": 1}, dtype=x.dtype, shape=shape)
         return out.reshape(*x.shape[:-1], weight.shape[0])
 
     def _is_redeemed_later(self, node: fx.Node) -> bool:
@@ -262,6 +266,14 @@ def _operands_of_heads(
     if packed is not None:
         return packed, None, None
     return heads_last(query, environment), heads_last(key, environment), heads_last(value, environment)
+
+
+def _for_every_row(logits_positions: Tensor, input_ids: Tensor) -> Tensor:
+    """`logits_positions` of one row, or of every row, as `[B, P]`."""
+    rows = symbolic("::Shape", (input_ids,), {"start": 0, "end": 1}, dtype=torch.int64, shape=(1,))
+    columns = symbolic("::Shape", (logits_positions,), {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,))
+    shape = (input_ids.shape[0], logits_positions.shape[1])
+    return symbolic("::Expand", (logits_positions, torch.cat([rows, columns])), {}, dtype=torch.int64, shape=shape)
 
 
 def _require_positions(node: fx.Node) -> None:

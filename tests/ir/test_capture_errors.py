@@ -158,6 +158,23 @@ def test_random_numbers_in_eval_mode_name_the_submodule(layer: nn.Module):
     assert "draws random numbers" in message
 
 
+class Ragged(nn.Module):
+    """Gives each expert the rows it was chosen for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 8)
+        counts = (flat.sum(-1) > 0).long().bincount(minlength=2).tolist()
+        for count in counts:
+            torch._check(count >= 0)
+        return torch.cat([part * 2 for part in flat.split(counts)]).reshape(x.shape)
+
+
+def test_sizes_that_depend_on_values_name_the_submodule():
+    message = _refusal(Decoder(Nested(Ragged())))
+    assert "layers.0.inner" in message
+    assert "torch.where" in message
+
+
 class Moody(nn.Module):
     """Python's generator leaves no trace in the graph."""
 
@@ -243,6 +260,7 @@ REFUSED = {
     "bamba": r"layer 0 of BambaForCausalLM|mamba.*mixes neighbouring tokens",
     "recurrent_gemma": r"layer 0 of RecurrentGemmaForCausalLM|mixes neighbouring tokens",
     "rwkv": r"rwkv.blocks.0.attention .* works for one length only",
+    "jetmoe": r"model.layers.0.(mlp|self_attention).* in JetMoeForCausalLM: \w+ has a size that depends on the values",
     "doge": r"model.layers.0.self_attn \(DogeAttention\) in DogeForCausalLM",
 }
 
@@ -253,7 +271,8 @@ def test_other_families_are_refused_by_submodule(name: str, capfd: pytest.Captur
     capfd.readouterr()
     with pytest.raises((CaptureError, UnsupportedError), match=REFUSED[name]) as caught:
         capture(source_from_model(model))
-    assert any(do in str(caught.value) for do in ("Use a model", "use a model", "Rewrite that forward"))
+    to_do = ("Use a model", "use a model", "Rewrite that forward", "use masks and torch.where")
+    assert any(text in str(caught.value) for text in to_do)
     assert capfd.readouterr().err == ""
 
 

@@ -166,6 +166,7 @@ TINY_MODELS: dict[str, TinyModel] = {
     "lfm2": _like_llama("Lfm2", layer_types=["conv", "full_attention"]),
     "recurrent_gemma": _like_llama("RecurrentGemma", lru_width=32, head_dim=8, attention_window_size=WINDOW),
     "doge": _like_llama("Doge"),
+    "jetmoe": _like_llama("JetMoe", kv_channels=8, num_local_experts=2, num_experts_per_tok=1),
     # Encoders.
     "bert": TinyModel("BertConfig", "BertModel", {**_COMMON, "num_key_value_heads": 4, "type_vocab_size": 2}),
 }  # fmt: skip
