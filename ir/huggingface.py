@@ -355,7 +355,9 @@ def _source(cls: type, config: Any, module: nn.Module, weights: dict[str, Tensor
         wanted = ("input_ids", "attention_mask", *(("token_type_ids",) if has_types else ()))
         inputs = tuple(name for name in accepted if name in wanted)
     _keep_rotary_angles(module)
-    call = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+    parameters = inspect.signature(module.forward).parameters
+    passes_on = decoder and any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    call = {"use_cache": False} if passes_on or "use_cache" in parameters else {}
     return CaptureSource(
         module=module,
         eager=eager,

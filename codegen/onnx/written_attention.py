@@ -36,7 +36,7 @@ def attend(
     # strides, where joining H / Hkv and S would make the exporter guard on them.
     grouped = (query * scale).unflatten(1, (kv_heads, -1))
     sizes = grouped.shape[:4]
-    scores = _matmul(grouped, key.transpose(2, 3).unsqueeze(2), (*sizes, keys))
+    scores = _matmul(grouped, key.unsqueeze(2).transpose(3, 4), (*sizes, keys))
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~visible[:, None, None], torch.finfo(scores.dtype).min)
