@@ -100,8 +100,8 @@ def _operand_returned(node: fx.Node) -> fx.Node | None:
 
 def _only_part(node: fx.Node) -> fx.Node | None:
     """The part that a concatenation is, if all others are empty (Phi-3 joins what it rotates with no channels)."""
-    axis = arguments(node)["dim"]
-    kept = [part for part in node.args[0] if not _same_size(part.meta["val"].shape[axis], 0)]
+    # Any axis: PyTorch also accepts an empty part of one axis among parts of several.
+    kept = [part for part in node.args[0] if not any(_same_size(size, 0) for size in part.meta["val"].shape)]
     is_same = len(kept) == 1 and kept[0].meta["val"].dtype == node.meta["val"].dtype
     return kept[0] if is_same and kept[0].op != "placeholder" else None
 
