@@ -70,6 +70,7 @@ class PassRecord:
     kl: float | None = None
     max_error: float | None = None
     top1_agreement: float | None = None
+    where: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON-ready values."""

@@ -382,6 +382,8 @@ class _Reader:
         choices = typing.get_args(hint) if origin is types.UnionType else (hint,)
         if origin is tuple:
             return self.sizes(value, where, names)
+        if origin is list and typing.get_args(hint) == (str,):
+            return self.items(value, str, where)
         if origin is list:
             return [self.record(typing.get_args(hint)[0], item, where) for item in self.items(value, dict, where)]
         if origin is dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from jettison.artifact_files import ArtifactContents, load_artifact, save_artifact, temporary_executor
+from jettison.codegen.onnx.emit import weight_bytes
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.program import PassRecord, Program
 from jettison.ir.text import program_text
@@ -22,6 +24,7 @@ from jettison.passes.pipeline import apply, prepare
 from jettison.passes.policies import POLICIES, Policy
 from jettison.report import Report
 from jettison.runtime.tokenizer import Tokenizer, load_tokenizer
+from jettison.sample_text import load_text, load_windows
 from jettison.source import ModelSource, open_source
 
 TARGETS = ("onnx", "torch")
@@ -104,7 +107,11 @@ def optimize(
         )
     chosen = parse_passes(passes) if isinstance(passes, str) else list(passes)
     started = time.perf_counter()
+    if calibration is not None:
+        load_text(calibration)  # refuses a file that cannot be read before the work, not after
     source = open_source(model, dtype=dtype, context=context)
+    if calibration is not None:
+        source.calibration_sha256 = hashlib.sha256(Path(calibration).read_bytes()).hexdigest()
     program = source.program
     prepare(program)
     raised = [miss for record in program.history for miss in record.misses]
@@ -126,7 +133,8 @@ def optimize(
     records = apply(program, chosen, strict=strict, after_each=call_all)
     report = Report(
         model=program.info.name, source=source.name, pipeline=program.pipeline, target=target, passes=records,
-        raised=raised, source_bytes=source.weight_bytes, weight_bytes=program.weight_bytes(),
+        raised=raised, source_bytes=source.weight_bytes,
+        weight_bytes=weight_bytes(program) if target == "onnx" else program.weight_bytes(),
         state_bytes=program.state_bytes(1, program.info.context), context=program.info.context,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
@@ -135,7 +143,6 @@ def optimize(
 
 def _calibration_windows(calibration: str | Path, source: ModelSource, program: Program) -> list[list[int]]:
     from jettison.drift import row_tokens
-    from jettison.sample_text import load_windows
 
     if source.folder is None:
         raise OptionError("[optimize] calibration: a module has no tokenizer for the text. Give a model folder.")

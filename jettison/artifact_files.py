@@ -88,7 +88,7 @@ def _manifest(contents: ArtifactContents) -> dict[str, Any]:
         "pipeline": program.pipeline,
         "source": {"name": source.name, "sha256": source.content_hash},
         "libraries": library_versions(),
-        "calibration": None,
+        "calibration": source.calibration_sha256,
         "seed": contents.seed,
         "model": asdict(program.info),
         "states": [

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jettison.ir.program import MissRecord, PassRecord
 
@@ -71,7 +72,7 @@ class Report:
 
     def table(self) -> Table:
         """Passes as a table."""
-        table = Table(title=f"{self.model} -> {self.target}: {self.pipeline}", title_justify="left")
+        table = Table(title=Text(f"{self.model} -> {self.target}: {self.pipeline}"), title_justify="left")
         table.add_column("pass")
         for column in ("rewrites", "misses", "seconds", "weight bytes before", "after", "KL (nats/token)"):
             table.add_column(column, justify="right")

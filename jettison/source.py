@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class ModelSource:
         module: The module, if it was given one.
         content_hash: SHA-256 of config and weights, if there is a folder.
         weight_bytes: Bytes of the weights as stored.
+        calibration_sha256: Of the text that passes were calibrated or checked on, if one was given.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelSource:
     module: nn.Module | None = None
     content_hash: str | None = None
     weight_bytes: int = 0
+    calibration_sha256: str | None = None
 
 
 def open_source(model: nn.Module | str | Path, *, dtype: str = "float32", context: int | None = None) -> ModelSource:
@@ -52,7 +54,7 @@ def open_source(model: nn.Module | str | Path, *, dtype: str = "float32", contex
     Args:
         model: A Hugging Face folder, a transformers model, or a module whose forward takes `input_ids`.
         dtype: What the graph computes in: `float32`, `bfloat16` or `float16`.
-        context: Most positions of a sequence, for a module that does not say.
+        context: Most positions of a sequence: fewer than the model has, or for a module that does not say.
 
     Raises:
         CaptureError: The model cannot be read or captured.
@@ -62,10 +64,10 @@ def open_source(model: nn.Module | str | Path, *, dtype: str = "float32", contex
         raise OptionError(f"[optimize] dtype={dtype!r}: needed one of {', '.join(DTYPES)}.")
     if isinstance(model, nn.Module):
         return _from_module(model, DTYPES[dtype], context)
-    return _from_folder(Path(model), DTYPES[dtype])
+    return _from_folder(Path(model), DTYPES[dtype], context)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> ModelSource:
+def _from_folder(folder: Path, dtype: torch.dtype, context: int | None) -> ModelSource:
     from jettison.ir.huggingface import source_from_checkpoint
 
     checkpoint = Checkpoint.open(folder)
@@ -76,6 +78,13 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> ModelSource:
     with track("capture", 1) as advance:
         program = capture(source_from_checkpoint(checkpoint), dtype)
         advance(1)
+    if context is not None:
+        if not 1 <= context <= program.info.context:
+            raise OptionError(
+                f"[optimize] context={context}: needs 1 to {program.info.context}, the positions that "
+                f"{program.info.name} was made for. Leave it out for the most."
+            )
+        program.info = replace(program.info, context=context)
     files = [(path, path.relative_to(checkpoint.folder)) for path in checkpoint.tokenizer_files()]
     return ModelSource(
         checkpoint.folder.name,

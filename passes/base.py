@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -99,6 +100,7 @@ class Pass:
         record.rewrites, record.misses = self.transform(program)
         record.seconds = time.perf_counter() - started
         record.bytes_after = program.weight_bytes()
+        record.where = _where(program, self.name, known)
         verify(program, after=self.name)
         self._check_metadata(program, known)
         has_changed = program_text(program, by_identity=True) != before
@@ -151,6 +153,24 @@ def _node_contents(program: Program) -> dict[fx.Node, tuple[Any, ...]]:
     """What the metadata of each node was computed from, and the metadata; fx makes new tuples on every change."""
     nodes = (node for entry in program.entries.values() for node in entry.graph.nodes)
     return {node: (node.target, node.args, node.kwargs, node.meta.get("val")) for node in nodes}
+
+
+def _where(program: Program, made_by: str, known: Container[fx.Node]) -> list[str]:
+    """Weights that the nodes a pass made read; where they read none, the modules they stand in."""
+    made = [
+        node
+        for entry in program.entries.values()
+        for node in entry.graph.nodes
+        if node.meta.get("made_by") == made_by and node not in known
+    ]
+    weights: dict[str, None] = {}
+    for node in made:
+        for operand in node.all_input_nodes:
+            name = operand.meta.get("constant")
+            if name is not None:
+                dense = name.rpartition(".")[0]
+                weights[dense if dense in program.packed else name] = None
+    return list(weights or dict.fromkeys(node.meta["where"] for node in made if "where" in node.meta))
 
 
 def describe_node(node: fx.Node) -> str:
