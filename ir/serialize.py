@@ -38,6 +38,7 @@ from jettison.ir.constants import Constant, Packed
 from jettison.ir.errors import ArtifactError, UnsupportedError, VerifyError
 from jettison.ir.program import ModelInfo, PassRecord, Program, State, constant_placeholders, output_node, placeholders
 from jettison.ir.safetensors_file import read_constants, write_constants
+from jettison.ir.stored_operators import FUNCTION_NAMES, find_target, misfit, refused_operator
 from jettison.ir.verify import verify
 
 FORMAT = "jettison program"
@@ -45,33 +46,6 @@ FORMAT_VERSION = 1
 MAX_JSON_BYTES = 256 << 20
 _MAX_NESTING = 8
 _AGAIN = "The artifact is damaged: copy it again, or write it again with `jettison optimize`."
-
-# Functions of Python that stand in graphs, on sizes: name to function and number of operands.
-_FUNCTIONS: dict[str, tuple[Callable[..., Any], int]] = {
-    f"{library}.{name}": (getattr(module, name), int(count))
-    for library, module, arities in (
-        ("operator", operator, "getitem=2 add=2 sub=2 mul=2 floordiv=2 truediv=2 mod=2 pow=2 neg=1 not_=1"),
-        ("operator", operator, "eq=2 ne=2 lt=2 le=2 gt=2 ge=2 and_=2 or_=2"),
-        ("torch", torch, "sym_max=2 sym_min=2 sym_int=1 sym_float=1 sym_not=1 sym_ite=3"),
-    )
-    for name, count in (arity.split("=") for arity in arities.split())
-}
-_FUNCTION_NAMES = {function: name for name, (function, _) in _FUNCTIONS.items()}
-_LARGEST_EXPONENT = 64  # numbers must not grow without bound while a file is loaded
-
-# ATen operators are functions of tensors without effects, except these: they touch files, or read memory through
-# pointers that a tensor holds. Of the private ones, only what torch.export and make_fx leave in the graphs of models.
-_REFUSED_ATEN = re.compile(
-    r"(from_file|data|set|lift|get_gradients)$|(fbgemm|quantized|empty_quantized|mkldnn|miopen|cudnn|mps|sparse|to_mkldnn|to_sparse)"
-)
-_PRIVATE_ATEN = re.compile(
-    r"_(adaptive_avg_pool2d|assert_async|assert_scalar|assert_tensor_metadata|conj|convolution|functional_assert_async"
-    r"|functional_assert_scalar|functional_sym_constrain_range|functional_sym_constrain_range_for_size|grouped_mm|int_mm"
-    r"|local_scalar_dense|log_softmax|make_dep_token|native_batch_norm_legit_no_training|safe_softmax"
-    r"|scaled_dot_product_attention_math|scaled_dot_product_flash_attention_for_cpu|shape_as_tensor|softmax|to_copy"
-    r"|unsafe_index|unsafe_view|weight_norm|_and__|_or__|_xor__|_lshift__|_rshift__)$"
-)
-_STRANGE_ARGUMENT = re.compile(r"Storage|Stream|__torch__|Dict|Future")
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 # Literals that JSON lacks are tables with one key: the kind, and the name of the value.
@@ -103,35 +77,6 @@ class _Symbol:
     min: int
     max: int | None
     hint: int
-
-
-def _refused_operator(target: Any) -> str | None:
-    """Why a target may not stand in a file, or None if it may."""
-    if not isinstance(target, torch._ops.OpOverload):
-        is_known = isinstance(target, types.FunctionType | types.BuiltinFunctionType) and target in _FUNCTION_NAMES
-        return None if is_known else "neither an operator of ATen or jettison nor a known function of sizes"
-    schema = target._schema
-    namespace, name = schema.name.split("::")
-    if namespace not in ("aten", "jettison") or not torch._C._dispatch_has_kernel(target.name()):
-        return f"an operator of {'TorchScript' if namespace == 'aten' else namespace}"
-    if schema.is_mutable:
-        return "an operator that writes to its input"
-    is_refused = _REFUSED_ATEN.match(name) or (name.startswith("_") and not _PRIVATE_ATEN.match(name))
-    if namespace == "aten" and (is_refused or any(_STRANGE_ARGUMENT.search(str(a.type)) for a in schema.arguments)):
-        return "an operator that models do not need"
-    return None
-
-
-def _find_target(name: str) -> Any:
-    """The function or operator of a name, which may not be allowed; None if there is none."""
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name][0]
-    # A keyword would not compile where the graph becomes Python code (`aten.random.from`).
-    if not re.fullmatch(r"(aten|jettison)\.\w+\.\w+", name) or any(map(keyword.iskeyword, name.split("."))):
-        return None
-    namespace, packet, overload = name.split(".")
-    target = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    return target if isinstance(target, torch._ops.OpOverload) and str(target) == name else None
 
 
 def _size_name(size: int | torch.SymInt, symbols: dict[sympy.Symbol, tuple[str, _Symbol]], where: str) -> int | str:
@@ -243,14 +188,14 @@ def _encode_entry(name: str, entry: fx.GraphModule, symbols: dict[Any, Any]) -> 
 
 
 def _encode_call(entry: str, node: fx.Node, references: dict[fx.Node, str]) -> dict[str, Any]:
-    refused = _refused_operator(node.target)
+    refused = refused_operator(node.target)
     if refused is not None:
         raise UnsupportedError(
             f"[save] {node.meta.get('where') or node.name} in {entry} calls {node.target}, {refused}: a saved program "
             "holds functional operators of ATen and jettison only, because it must load without running foreign code. "
             "Express that part of the model in plain torch operations, or use the program without saving it."
         )
-    call: dict[str, Any] = {"op": _FUNCTION_NAMES.get(node.target) or str(node.target)}
+    call: dict[str, Any] = {"op": FUNCTION_NAMES.get(node.target) or str(node.target)}
     call["args"] = _encode(list(node.args), references)
     if node.kwargs:
         call["kwargs"] = {key: _encode(value, references) for key, value in node.kwargs.items()}
@@ -474,13 +419,13 @@ class _Reader:
         self.table(call, where, ("op", "args"), ("kwargs", "where", "made_by"))
         texts = {key: self._field(str, call[key], where, ()) for key in ("op", "where", "made_by") if key in call}
         name = texts.pop("op")
-        target = _find_target(name)
-        refused = "unknown" if target is None else _refused_operator(target)
+        target = find_target(name)
+        refused = "unknown" if target is None else refused_operator(target)
         if refused is not None:
             self.refuse(where, f"the operator {name!r} ({refused})", "an allow-listed operator of ATen or jettison")
         args, given = self.argument(call["args"], values, where), self.table(call.get("kwargs", {}), where)
         kwargs = {key: self.argument(item, values, where) for key, item in given.items()}
-        wrong = _misfit(target, args, kwargs) if isinstance(args, list) else "arguments that are not a list"
+        wrong = misfit(target, args, kwargs) if isinstance(args, list) else "arguments that are not a list"
         if wrong is not None:
             self.refuse(f"{where}: {name}", wrong, "a call that fits the operator")
         node = graph.call_function(target, tuple(args), kwargs)
@@ -548,9 +493,9 @@ class _Reader:
         occurrences: Counter[Any] = Counter()
         calls = (node for node in entry.graph.nodes if node.op == "call_function")
         for number, node in enumerate(calls):
-            where = f"{name}: node %{number}: {_FUNCTION_NAMES.get(node.target) or node.target}"
+            where = f"{name}: node %{number}: {FUNCTION_NAMES.get(node.target) or node.target}"
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-            is_arithmetic = node.target in _FUNCTION_NAMES and node.target is not operator.getitem
+            is_arithmetic = node.target in FUNCTION_NAMES and node.target is not operator.getitem
             if is_arithmetic and any(isinstance(value, list | tuple) for value in args):
                 self.refuse(where, "an operand that is a list", "sizes and tensors")  # a product could be of any length
             operands = fx.map_arg((node.args, node.kwargs), lambda operand: ("value", id(operand.meta["val"])))
@@ -577,26 +522,3 @@ def _placeholder(graph: fx.Graph, name: str, kind: str, reserved: Iterable[str])
     node.target = node.name  # which fx has checked against keywords and the names in use
     node.meta[kind] = name
     return node
-
-
-def _misfit(target: Any, args: list[Any], kwargs: dict[str, Any]) -> str | None:
-    """What is wrong with the number or the names of arguments, or None."""
-    if target in _FUNCTION_NAMES:
-        count = _FUNCTIONS[_FUNCTION_NAMES[target]][1]
-        if kwargs or len(args) != count:
-            return f"{len(args)} arguments and {len(kwargs)} named ones, where it takes {count}"
-        fits = all(isinstance(operand, fx.Node | int | float) for operand in args)
-        if target is operator.getitem:
-            fits = isinstance(args[0], fx.Node) and isinstance(args[1], fx.Node | int)
-        elif target is operator.pow and fits:
-            fits = isinstance(args[1], int | float) and abs(args[1]) <= _LARGEST_EXPONENT
-        return None if fits else "operands that are no sizes"
-    declared = target._schema.arguments
-    positional = [argument.name for argument in declared if not argument.kwarg_only]
-    given = [*positional[: len(args)], *kwargs]
-    missing = [a.name for a in declared if a.name not in given and not a.has_default_value()]
-    strange = [key for key in kwargs if given.count(key) > 1 or all(key != a.name for a in declared)]
-    if len(args) > len(positional):
-        return f"{len(args)} positional arguments, where it takes {len(positional)}"
-    wrong = f"the arguments {', '.join(map(repr, missing or strange))} {'missing' if missing else 'unknown'}"
-    return wrong if missing or strange else None
