@@ -153,6 +153,7 @@ def emit_entry(
     _place_constants(model, lowered, data)
     _name_axes(model, axes)
     _make_optional(model)
+    _separate_names(model)
     _strip_debris(model)
     onnx_ir.save(model, path)
     emitted = EmittedGraph(path, serves, names, outputs)
@@ -238,7 +239,11 @@ def _name_axes(model: onnx_ir.Model, axes: list[dict[int, Any]]) -> None:
 
 
 def _make_optional(model: onnx_ir.Model) -> None:
-    """Give `logits_positions` a default, the last token of each row, so that other runtimes need not know it."""
+    """Give `logits_positions` a default, the last token of each row, so that other runtimes need not know it.
+
+    The logits are declared as they are then, `[B, 1, V]`: by this 1 ONNX Runtime GenAI knows that they are of the last
+    token. A call that asks for more gets more; ONNX Runtime allows it, with a warning at its default log level.
+    """
     graph = model.graph
     for value in graph.inputs:
         if value.name == "logits_positions":
@@ -246,6 +251,19 @@ def _make_optional(model: onnx_ir.Model) -> None:
             default = torch.full((1, 1), -1, dtype=torch.int64)
             value.const_value = onnx_ir.tensor(default.numpy(), name=value.name)
             graph.initializers[value.name] = value
+            logits = graph.outputs[0]
+            logits.shape = onnx_ir.Shape(["batch_size", 1, logits.shape[-1]])
+
+
+def _separate_names(model: onnx_ir.Model) -> None:
+    """Rename inner values that bear the name of an input, output or weight: the exporter calls them by operator."""
+    graph = model.graph
+    taken = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    outputs = {id(value) for value in graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in taken and id(value) not in outputs:
+                value.name = f"{value.name}.inner"
 
 
 def _strip_debris(model: onnx_ir.Model) -> None:

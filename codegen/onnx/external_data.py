@@ -18,12 +18,14 @@ from jettison.ir.constants import Constant
 # Aligned to pages so that a runtime can map them; small ones stay inside the model file.
 ALIGNMENT = 4096
 SMALLEST_EXTERNAL_BYTES = 1024
-_DTYPES = {
+DTYPES = {
+    torch.float64: onnx_ir.DataType.DOUBLE,
     torch.float32: onnx_ir.DataType.FLOAT,
     torch.float16: onnx_ir.DataType.FLOAT16,
     torch.bfloat16: onnx_ir.DataType.BFLOAT16,
     torch.int64: onnx_ir.DataType.INT64,
     torch.int32: onnx_ir.DataType.INT32,
+    torch.int16: onnx_ir.DataType.INT16,
     torch.uint8: onnx_ir.DataType.UINT8,
     torch.int8: onnx_ir.DataType.INT8,
     torch.bool: onnx_ir.DataType.BOOL,
@@ -100,7 +102,7 @@ class ExternalDataWriter:
             self.path.name,
             offset,
             length,
-            _DTYPES[constant.dtype],
+            DTYPES[constant.dtype],
             shape=onnx_ir.Shape(shape),
             name=name,
             base_dir=str(self.path.parent),

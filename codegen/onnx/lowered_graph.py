@@ -18,7 +18,7 @@ from jettison.codegen.onnx.cached_attention import (
     packed_projection,
     rotated_operands,
 )
-from jettison.codegen.onnx.external_data import ComputedConstant, TransposedConstant
+from jettison.codegen.onnx.external_data import DTYPES, ComputedConstant, TransposedConstant
 from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
 from jettison.codegen.onnx.rotary_table import angle_table
 from jettison.ir import ops
@@ -115,6 +115,8 @@ class LoweredGraph(nn.Module):
         return self._buffers_of[key]
 
     def _register(self, onnx_name: str, shape: tuple[int, ...], constant: Constant) -> None:
+        if constant.dtype not in DTYPES:
+            raise UnsupportedError(f'[onnx] {onnx_name}: ONNX holds no {constant.dtype} weights. Use target="torch".')
         self.layouts[onnx_name] = (shape, constant)
         if constant.nbytes > LARGEST_FOLDED_BYTES:
             self.placed.append(onnx_name)

@@ -197,7 +197,7 @@ def test_require_finite_and_hash_stream_in_a_few_megabytes(big_checkpoint: Check
     big_checkpoint.require_finite(on_progress=sample)
     assert growth(before)[1] > 0.9 * BIG_BYTES
     big_checkpoint.content_hash(on_progress=sample)
-    assert 0 < peak < 12 << 20
+    assert peak < 12 << 20  # zero where freed memory of an earlier test served
 
 
 @needs_proc
