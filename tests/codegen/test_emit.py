@@ -255,7 +255,7 @@ def test_a_decode_step_writes_one_slot_in_place(head_sizes: Emitted) -> None:
         assert changed.nonzero()[:, 1].tolist() == [5, 5]
 
 
-# --- what is in a file ---------------------------------------------------------------------------------------------
+# --- what is in a file ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +393,7 @@ def test_emission_is_deterministic_and_defaults_to_accuracy_level_four(small: Em
     assert levels == [4] * 8
 
 
-# --- programs that are no plain decoder ----------------------------------------------------------------------------
+# --- programs that are no plain decoder -----------------------------------------------------------------------------
 
 
 def test_entries_that_differ_become_two_files_over_one_data_file(tmp_path: Path) -> None:

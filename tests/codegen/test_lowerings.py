@@ -65,7 +65,7 @@ def check(emitted: Emitted, *shapes: tuple[int, int], padding: int = 0, toleranc
             assert_close(actual, expected, tolerance=tolerance, reason=REASON, what=f"{name} of {shape}")
 
 
-# --- attention without a cache -------------------------------------------------------------------------------------
+# --- attention without a cache --------------------------------------------------------------------------------------
 
 
 def attend_in_many_ways(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def test_attention(heads: int, kv_heads: int, tmp_path: Path) -> None:
             assert side[1].any()
 
 
-# --- rotation and the gated activation -------------------------------------------------------------------------------
+# --- rotation and the gated activation ------------------------------------------------------------------------------
 
 
 def rotate_in_many_ways(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def test_gated_activation(tmp_path: Path) -> None:
     check(emitted(Heads(activate, 1, 1, 8), tmp_path), (1, 1), (2, 7))
 
 
-# --- quantised weights -----------------------------------------------------------------------------------------------
+# --- quantised weights ----------------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -175,7 +175,7 @@ def test_weights_of_two_formats_in_one_file(tmp_path: Path) -> None:
     check(model, (2, 7), tolerance=ROUNDED_ACTIVATIONS)
 
 
-# --- linears -----------------------------------------------------------------------------------------------------
+# --- linears --------------------------------------------------------------------------------------------------------
 
 
 def test_tied_matrix_is_stored_once_and_others_transposed(tmp_path: Path) -> None:
