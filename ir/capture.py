@@ -7,15 +7,9 @@ graph whose placeholders name constants, and compared with the eager module on a
 from __future__ import annotations
 
 import copy
-import inspect
-import io
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,157 +17,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 from jettison.ir import ops as _register_ops  # noqa: F401
+from jettison.ir.capture_source import (
+    DEFAULT_CONTEXT,
+    CaptureSource,
+    ModelCall,
+    example_inputs,
+    first_line,
+    module_inputs,
+    quiet,
+)
 from jettison.ir.constants import Constant
+from jettison.ir.eager_check import check_against_eager
 from jettison.ir.edit import placeholder_name
 from jettison.ir.errors import CaptureError, JettisonError
-from jettison.ir.interpret import run_entry
 from jettison.ir.match import arguments
 from jettison.ir.program import ModelInfo, Program, placeholders
-from jettison.ir.upcast import UpcastWeights, evaluating
+from jettison.ir.trail import TRACED_SHAPE, Trail
 from jettison.ir.verify import verify
-
-# Largest |captured - eager| over the largest |eager|: the bound the capture promises, in fp32 and in bf16 or fp16.
-CAPTURE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-DEFAULT_CONTEXT = 2048
-# Tokens of the trace and of the comparison with the eager model; no size may be 0 or 1, which torch.export specialises.
-_TRACED_SHAPE = (2, 5)
-_CHECKED_SHAPE = (2, 6)
-# Lengths at which the trace's assumptions are tried, to find the submodule that made one.
-_PROBED_LENGTHS = (2, 3, 7, 61, 64, 127)
-_INPUT_NAMES = ("input_ids", "position_ids", "attention_mask", "token_type_ids")
-
-
-@dataclass
-class CaptureSource:
-    """Everything capture needs to know about a module.
-
-    Attributes:
-        module: The module to export; its parameters may live on the meta device.
-        eager: The module to compare with, with real parameters; None builds none and skips the comparison.
-        weights: Stored tensor of each parameter and persistent buffer, by the name it has in `module`.
-        inputs: Which of `input_ids`, `position_ids`, `attention_mask`, `token_type_ids` are passed, by keyword.
-        call: Extra keyword arguments of `forward`.
-        tracing: A context to trace in.
-        kind: `decoder`, `encoder`, or None to find out whether tokens see later ones.
-        name: For messages and the report.
-        context: Most positions of a sequence.
-        vocab_size: Rows of the token embedding, or None to find out.
-    """
-
-    module: nn.Module
-    eager: Callable[[], nn.Module] | None
-    weights: Mapping[str, Tensor]
-    inputs: tuple[str, ...]
-    name: str
-    context: int
-    kind: str | None = None
-    vocab_size: int | None = None
-    call: dict[str, Any] = field(default_factory=dict)
-    tracing: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-class _Forward(nn.Module):
-    """Calls a module by keyword and flattens what it returns to a tuple of tensors."""
-
-    def __init__(self, module: nn.Module, source: CaptureSource, trail: _Trail | None = None) -> None:
-        super().__init__()
-        self.module = module
-        self.source = source
-        self._trail = trail
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        source, trail = self.source, self._trail
-        if trail is not None:
-            trail.begin(inputs)
-        returned = self.module(**dict(zip(source.inputs, inputs, strict=True)), **source.call)
-        named: dict[str, Any] = {"logits": returned}
-        if hasattr(returned, "keys"):
-            named = {key: returned[key] for key in returned.keys()}  # noqa: SIM118 (model outputs iterate over values)
-            if source.kind == "decoder" and "logits" in named:
-                named = {"logits": named["logits"]}  # router losses and the like are for training
-        elif isinstance(returned, (tuple, list)) and returned:
-            named = {"logits": returned[0]}
-        named = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-        if not named:
-            raise CaptureError(
-                f"[capture] {source.name}.forward returns {type(returned).__name__}: needed a tensor, a tuple that "
-                "begins with one, or a mapping that holds one. Wrap the module in one that returns its logits."
-            )
-        if trail is not None:
-            trail.outputs = tuple(named)
-        return tuple(named.values())
-
-
-class _Trail:
-    """Which submodule was running when, so that a failure of the trace can name it.
-
-    Attributes:
-        outputs: Names of what the last traced forward returned.
-        is_whole_context_apart: Whether torch.export takes a sequence as long as the context for a case of its own.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.outputs: tuple[str, ...] = ()
-        self.is_whole_context_apart = False
-        self._types = {path: type(each).__name__ for path, each in module.named_modules()}
-        self._running = [""]
-        self._lengths: list[Any] = []
-        # (number of assumptions made so far, submodule that was running until now)
-        self._events: list[tuple[int, str]] = []
-        for path, each in module.named_modules():
-            if path:
-                each.register_forward_pre_hook(lambda *_, path=path: self._enter(path))
-                each.register_forward_hook(lambda *_: self._leave())
-
-    def begin(self, inputs: Sequence[Tensor]) -> None:
-        """A forward begins; the sizes of its inputs lead to torch's list of assumptions."""
-        self._running, self._events, self._lengths = [""], [], [each.shape[1] for each in inputs]
-
-    def _guards(self) -> Sequence[Any]:
-        # Not public: without it a failure is still reported, less precisely.
-        node = getattr(self._lengths[0], "node", None) if self._lengths else None
-        return getattr(getattr(node, "shape_env", None), "guards", ())
-
-    def _enter(self, path: str) -> None:
-        self._events.append((len(self._guards()), self._running[-1]))
-        self._running.append(path)
-
-    def _leave(self) -> None:
-        self._events.append((len(self._guards()), self._running.pop()))
-
-    def running(self) -> str:
-        """The submodule that was running last, e.g. `layers.0.mlp (GatedMlp)`; empty for the module itself."""
-        return self._named(self._running[-1])
-
-    def _named(self, path: str) -> str:
-        return f"{path} ({self._types[path]})" if path else ""
-
-    def assumes_length(self, context: int) -> str:
-        """The first submodule that assumes something about the length which some length breaks; empty if unknown."""
-        symbols = {getattr(getattr(length, "node", None), "_expr", None) for length in self._lengths} - {None}
-        for number, guard in enumerate(self._guards()):
-            rows = dict.fromkeys(guard.expr.free_symbols - symbols, _TRACED_SHAPE[0])
-            lengths = (length for length in _PROBED_LENGTHS if length <= context)
-            tried = (guard.expr.subs({**rows, **dict.fromkeys(symbols, length)}) for length in lengths)
-            if any(holds == False for holds in tried):  # noqa: E712 (sympy's own false)
-                return self._named(next((path for count, path in self._events if count > number), ""))
-        return ""
-
-
-def module_inputs(module: nn.Module) -> tuple[str, ...]:
-    """Which of the standard inputs a module's `forward` takes, in our order.
-
-    Raises:
-        CaptureError: `forward` takes no `input_ids`.
-    """
-    parameters = inspect.signature(module.forward).parameters
-    if "input_ids" not in parameters:
-        raise CaptureError(
-            f"[capture] {type(module).__name__}.forward takes ({', '.join(parameters)}): needed a parameter named "
-            "`input_ids` with token ids [B, S]. Wrap the module in one whose forward is `forward(input_ids, "
-            "position_ids)`."
-        )
-    return tuple(name for name in _INPUT_NAMES if name in parameters)
 
 
 def fake_copy(module: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
@@ -189,33 +49,17 @@ def fake_copy(module: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> nn
         return copy.deepcopy(module, memo)
     except (TypeError, RuntimeError) as error:  # what deepcopy raises on locks, handles and non-leaf tensors
         raise CaptureError(
-            f"[capture] {type(module).__name__} cannot be copied: {_first_line(error)}. Capture traces a copy without "
+            f"[capture] {type(module).__name__} cannot be copied: {first_line(error)}. Capture traces a copy without "
             "weights, so that the module stays as it is: keep files, locks and computed tensors out of its attributes."
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def _example(names: tuple[str, ...], vocab_size: int, rows: int, length: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    known = {
-        "input_ids": torch.randint(0, max(vocab_size, 1), (rows, length), generator=generator),
-        "position_ids": torch.arange(length)[None].repeat(rows, 1),
-        "attention_mask": torch.ones(rows, length, dtype=torch.int64),
-        "token_type_ids": torch.zeros(rows, length, dtype=torch.int64),
-    }
-    return {name: known[name] for name in names}
-
-
-def _export(skeleton: nn.Module, source: CaptureSource, vocab_size: int) -> tuple[torch.export.ExportedProgram, _Trail]:
+def _export(skeleton: nn.Module, source: CaptureSource, vocab_size: int) -> tuple[torch.export.ExportedProgram, Trail]:
     """Trace the module, dynamic in batch and length."""
-    trail = _Trail(skeleton)
-    wrapper = _Forward(skeleton, source, trail)
-    rows, length = _TRACED_SHAPE
-    example = _example(source.inputs, vocab_size, rows, min(length, source.context))
+    trail = Trail(skeleton)
+    wrapper = ModelCall(skeleton, source, trail)
+    rows, length = TRACED_SHAPE
+    example = example_inputs(source.inputs, vocab_size, rows, min(length, source.context))
     try:
         try:
             exported = _trace(wrapper, example, source.context)
@@ -227,7 +71,7 @@ def _export(skeleton: nn.Module, source: CaptureSource, vocab_size: int) -> tupl
             exported = _trace(wrapper, example, source.context - 1)
             trail.is_whole_context_apart = True
         if _needs_functionalisation(exported):
-            with _quiet():
+            with quiet():
                 exported = exported.run_decompositions({})
     except JettisonError as error:
         found = str(error).removeprefix("[capture] ")
@@ -237,27 +81,11 @@ def _export(skeleton: nn.Module, source: CaptureSource, vocab_size: int) -> tupl
     return exported, trail
 
 
-def _trace(wrapper: _Forward, example: dict[str, Tensor], longest: int) -> torch.export.ExportedProgram:
+def _trace(wrapper: ModelCall, example: dict[str, Tensor], longest: int) -> torch.export.ExportedProgram:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("sequence", max=longest)
     shapes = (tuple({0: batch, 1: length} for _ in example),)
-    with torch.no_grad(), wrapper.source.tracing(), _quiet():
+    with torch.no_grad(), wrapper.source.tracing(), quiet():
         return torch.export.export(wrapper, tuple(example.values()), dynamic_shapes=shapes, strict=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence deprecations inside torch and transformers, and torch.export's dump of a graph it stopped at."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export._trace")]
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        for category in (DeprecationWarning, FutureWarning, UserWarning):
-            warnings.simplefilter("ignore", category)
-        for logger in loggers:
-            logger.disabled = True
-        try:
-            yield
-        finally:
-            for logger in loggers:
-                logger.disabled = False
 
 
 def _place(submodule: str, source: CaptureSource) -> str:
@@ -270,12 +98,12 @@ def _needs_functionalisation(exported: torch.export.ExportedProgram) -> bool:
     return any(node.op == "get_attr" for node in nodes) or any(target._schema.is_mutable for target in overloads)
 
 
-def _export_failure(source: CaptureSource, trail: _Trail, error: Exception) -> str:
+def _export_failure(source: CaptureSource, trail: Trail, error: Exception) -> str:
     text = str(error)
     if isinstance(error, torch._dynamo.exc.UserError) and "Constraints violated" in text:
         where = _place(trail.assumes_length(source.context), source)
         details = [line.strip(" -") for line in text.splitlines()[1:] if line.strip().startswith("- ")]
-        reason = details[0] if details else _first_line(error)
+        reason = details[0] if details else first_line(error)
         return (
             f"[capture] {where}: its forward works for one length only, or treats lengths apart: {reason[:300]}\n"
             "The graph must be dynamic in batch and length. A forward that loops over tokens (recurrent and "
@@ -283,7 +111,7 @@ def _export_failure(source: CaptureSource, trail: _Trail, error: Exception) -> s
             "layers attend, or rewrite that part with tensor operations."
         )
     cause = re.search(r"Caused by: \((.+?)\)", text)
-    reason = _first_line(error) + (f" (at {cause.group(1)})" if cause else "")
+    reason = first_line(error) + (f" (at {cause.group(1)})" if cause else "")
     return (
         f"[capture] {_place(trail.running(), source)}: torch.export stopped at {type(error).__name__}: {reason}\n"
         "The whole model must be one graph that is dynamic in batch and length, without branches on tensor values. "
@@ -344,8 +172,9 @@ def _split_stacks(graph: fx.Graph) -> None:
 
 def _where(node: fx.Node) -> str:
     """Path of the submodule whose forward made a node."""
-    stack = node.meta.get("nn_module_stack")
-    return list(stack.values())[-1][0].removeprefix("module").removeprefix(".") if stack else ""
+    # torch.export names a hook of its own as the place of some sizes.
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if not path.startswith("_empty_nn")]
+    return paths[-1].removeprefix("module").removeprefix(".") if paths else ""
 
 
 def _is_whole_copy(node: fx.Node) -> bool:
@@ -402,16 +231,25 @@ def capture(source: CaptureSource, dtype: torch.dtype = torch.float32) -> Progra
     exported, trail = _export(skeleton, source, vocab_size)
     aliases = _first_names(skeleton)
     entry, lifted = _convert(exported, {f"module.{name}": f"module.{first}" for name, first in aliases.items()})
-    for node, name in zip([n for n in placeholders(entry) if "constant" not in n.meta], source.inputs, strict=True):
-        node.name = node.target = name
+    _name_inputs(entry, source.inputs)
     entry.graph.eliminate_dead_code()
     _refuse_operators(entry, source)
     info = ModelInfo(source.kind or "decoder", source.name, source.context, vocab_size)
     program = Program({"forward": entry}, _constants(entry, source, lifted), info, trail.outputs)
     verify(program)
     if source.eager is not None:
-        _check_against_eager(program, source, dtype, source.context if trail.is_whole_context_apart else None)
+        check_against_eager(program, source, dtype, source.context if trail.is_whole_context_apart else None)
     return program
+
+
+def _name_inputs(entry: fx.GraphModule, names: tuple[str, ...]) -> None:
+    """Give the run-time inputs their names; a node that torch.export happened to call so gets another one."""
+    inputs = [node for node in placeholders(entry) if "constant" not in node.meta]
+    for node in entry.graph.nodes:
+        if node.name in names and node not in inputs:
+            node.name = entry.graph._graph_namespace.create_name(f"{node.name}_value", node)
+    for node, name in zip(inputs, names, strict=True):
+        node.name = node.target = name
 
 
 def _require_cpu(source: CaptureSource) -> None:
@@ -480,94 +318,6 @@ def _vocab_size(module: nn.Module) -> int:
             "Give `vocab_size` as an attribute of the module."
         )
     return getattr(module, "vocab_size", None) or sizes[0]
-
-
-@torch.no_grad()
-def _check_against_eager(program: Program, source: CaptureSource, dtype: torch.dtype, special: int | None) -> None:
-    """Compare with the eager module on a few tokens, and set `info.kind` by whether tokens see later ones.
-
-    Raises:
-        CaptureError: The graph computes something else, here or at the length `special`.
-    """
-    assert source.eager is not None, "checked by the caller"
-    rows, length = _CHECKED_SHAPE
-    shapes = [(rows, min(length, source.context))]
-    if special is not None:
-        shapes.append((1, special))
-    eager = source.eager()
-    for shape in shapes:
-        example = _example(source.inputs, program.info.vocab_size, *shape)
-        expected = _eager_outputs(eager, source, example, dtype)
-        captured = run_entry(program, "forward", example)
-        for number, (ours, theirs) in enumerate(zip(captured, expected, strict=True)):
-            if ours.shape != theirs.shape or not _is_close(ours, theirs, CAPTURE_TOLERANCE[dtype]):
-                again = _eager_outputs(eager, source, example, dtype)[number]
-                _refuse_difference(f"{program.outputs[number]} of {source.name}", ours, theirs, again, dtype)
-        if shape is shapes[0]:
-            program.info = _with_kind(program, source, captured[0], example, dtype)
-
-
-def _eager_outputs(
-    eager: nn.Module, source: CaptureSource, example: dict[str, Tensor], dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    try:
-        with evaluating(eager), UpcastWeights(eager, dtype), _quiet():
-            return _Forward(eager, source)(*example.values())
-    except Exception as error:  # whatever the model raises
-        raise CaptureError(
-            f"[capture] {source.name}: its graph was captured, but the eager model fails with {type(error).__name__}: "
-            f"{_first_line(error)}. Check that it runs by itself on {', '.join(example)}, on the CPU."
-        ) from error
-
-
-def _is_close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    error = (ours.double() - theirs.double()).abs().max().item()
-    return error <= tolerance * theirs.double().abs().max().item()
-
-
-def _refuse_difference(name: str, ours: Tensor, theirs: Tensor, again: Tensor, dtype: torch.dtype) -> NoReturn:
-    """Say why the graph's value and the eager one may differ; `again` is the eager one of another call."""
-    if again.shape == theirs.shape and not theirs.isfinite().all():
-        raise CaptureError(
-            f"[capture] {name}: the eager model returns NaN or infinite values. Check the weights; a model trained in "
-            "bf16 overflows in float16."
-        )
-    if again.shape != theirs.shape or not _is_close(again, theirs, CAPTURE_TOLERANCE[dtype]):
-        raise CaptureError(
-            f"[capture] {name}: two calls of the eager model with the same tokens differ, also in eval mode. It draws "
-            "random numbers or keeps something between calls. Remove that before capture."
-        )
-    found = f"shape {list(ours.shape)}, not {list(theirs.shape)}"
-    if ours.shape == theirs.shape:
-        error, largest = (ours.double() - theirs.double()).abs().max().item(), theirs.double().abs().max().item()
-        found = f"an error of {error:.3g}, more than {CAPTURE_TOLERANCE[dtype]:g} of the largest value {largest:.3g}"
-    raise CaptureError(
-        f"[capture] {name}: the captured graph differs from the eager model: {found}. The forward depends on something "
-        "the trace did not see (a Python number computed from the inputs, a global). Use tensor operations there."
-    )
-
-
-def _with_kind(
-    program: Program, source: CaptureSource, captured: Tensor, example: dict[str, Tensor], dtype: torch.dtype
-) -> ModelInfo:
-    """The program's facts, with `kind` found out where the source does not say.
-
-    The first token alone must give what it gives with others behind it and in a larger batch: that is what a KV cache
-    rests on. It also tries the sizes that torch.export knows least about, one row and one token.
-    """
-    if source.kind == "encoder" or captured.dim() < 3 or captured.shape[:2] != example["input_ids"].shape:
-        return replace(program.info, kind="encoder")
-    first = {name: value[:1, :1] for name, value in example.items()}
-    alone, among = run_entry(program, "forward", first)[0], captured[:1, :1]
-    # Rounding differs between sizes, less than what a token that is seen makes.
-    if alone.shape == among.shape and _is_close(alone, among, CAPTURE_TOLERANCE[dtype] / 10):
-        return replace(program.info, kind="decoder")
-    if source.kind == "decoder":
-        raise CaptureError(
-            f"[capture] {source.name}: the logits of a token depend on later tokens or on other rows of the batch, so "
-            "it cannot generate token by token. Needed causal attention; a model that sees both ways is an encoder."
-        )
-    return replace(program.info, kind="encoder")
 
 
 def capture_module(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jettison.ir.capture import DEFAULT_CONTEXT, CaptureSource, module_inputs
+from jettison.ir.capture_source import DEFAULT_CONTEXT, CaptureSource, module_inputs
 from jettison.ir.checkpoint import Checkpoint
 from jettison.ir.errors import CaptureError, UnsupportedError
 from jettison.ir.ops.attention import visible_keys

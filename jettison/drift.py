@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jettison.ir.capture import CAPTURE_TOLERANCE
+from jettison.ir.eager_check import CAPTURE_TOLERANCE
 from jettison.ir.compare import Difference, difference, example_input_ids, logits_drift, run_program
 from jettison.ir.constants import Constant
 from jettison.ir.errors import JettisonError, OptionError, PassError, UnsupportedError

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jettison.ir.capture import module_inputs
+from jettison.ir.capture_source import module_inputs
 from jettison.ir.checkpoint import Checkpoint
 from jettison.ir.errors import ArtifactError, CaptureError, OptionError
 from jettison.ir.progress import track

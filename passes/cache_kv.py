@@ -13,7 +13,7 @@ After:
       return %99, %20, %21, ...
     entry decode(...): the same, one token at a time
 
-Fires when: every attention of the program is causal self-attention.
+Fires when: every attention of the program is causal self-attention, and tokens meet nowhere else.
 Declines when: a policy does not apply to a layer (the layer keeps `full`, and the report says why).
 Numerics: `full` and the model's own window are exact; a policy that drops or rounds says so in its file.
 Saves: per generated token, the T - 1 earlier tokens are read from the cache instead of computed again.
@@ -31,6 +31,7 @@ from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.match import arguments, is_call
 from jettison.ir.ops import attention
+from jettison.ir.position_mixing import position_mixer
 from jettison.ir.program import (
     MissRecord,
     Program,
@@ -39,7 +40,7 @@ from jettison.ir.program import (
     output_node,
     state_placeholders,
 )
-from jettison.passes.base import Pass
+from jettison.passes.base import Pass, describe_node
 from jettison.passes.options import option
 from jettison.passes.policies import Full, Policy
 from jettison.passes.policies.base import AttentionSite, Step
@@ -93,6 +94,13 @@ class CacheKV(Pass):
                     f"[cache-kv] {node.meta.get('where', node.name)} in {program.info.name}: {reason}. Only causal "
                     "self-attention has a KV cache; export without generation is possible for encoders."
                 )
+        mixer = position_mixer(program)
+        if mixer is not None:
+            raise UnsupportedError(
+                f"[cache-kv] {describe_node(mixer)} in {program.info.name}: a token reads earlier tokens outside "
+                "attention (a convolution, a token shift, a recurrence), and only keys and values survive between "
+                "calls. jettison caches models whose layers mix tokens by attention alone."
+            )
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Rewrite every attention, then copy the graph for the second entry."""

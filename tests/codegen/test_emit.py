@@ -461,3 +461,31 @@ def test_slots_that_are_computed_are_refused(tmp_path: Path) -> None:
                 node.args = (*node.args[:2], slots)
     with pytest.raises(UnsupportedError, match=r'slots that are computed.*target="torch"'):
         emit(program, tmp_path)
+
+
+class Tables(nn.Module):
+    """Looks up tables of ids sliced to the length, and adds two large tensors of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("first", torch.randint(0, 61, (1, 600), generator=generator))
+        self.register_buffer("second", torch.randint(0, 61, (1, 600), generator=generator))
+        self.register_buffer("mixing", torch.randn(40, 40, 8, generator=generator))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        tables = self.embed(self.first[:, :length]) - self.embed(self.second[:, :length])
+        return self.embed(input_ids) + tables + self.mixing.transpose(0, 1).sum(0)[:1]
+
+
+def test_long_tables_are_neither_folded_nor_shared_by_accident(tmp_path: Path) -> None:
+    """The exporter folds and merges small initializers; it must never see the placeholders of large ones."""
+    model = Tables().eval()
+    program = cached_program(model, context=256)
+    emitted = emit(program, tmp_path)
+    ids = torch.randint(0, 61, (2, 33))
+    (name,) = program.outputs
+    ours = emitted.executor.run("forward", {"input_ids": ids}, {})[name]
+    assert_close(ours, model(ids).detach(), tolerance=TOLERANCE, reason=REASON)

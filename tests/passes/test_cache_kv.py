@@ -45,16 +45,19 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, heads=4, kv_heads=2, windows=(0,), softcap=0.0, has_sinks=False):
+    def __init__(self, heads=4, kv_heads=2, windows=(0,), softcap=0.0, has_sinks=False, has_token_shift=False):
         super().__init__()
         self.embed = nn.Embedding(61, heads * HEAD_DIM)
         self.layers = nn.ModuleList(Attention(heads, kv_heads, window, softcap, has_sinks) for window in windows)
         self.head = nn.Linear(heads * HEAD_DIM, 61, bias=False)
         self.register_buffer("frequencies", torch.zeros(HEAD_DIM // 2))
+        self.has_token_shift = has_token_shift
 
     def forward(self, input_ids, position_ids):
         angles = position_ids[:, :, None] * self.frequencies
         x = self.embed(input_ids)
+        if self.has_token_shift:
+            x = x + F.pad(x, (0, 0, 1, 0))[:, :-1]
         for layer in self.layers:
             x = x + layer(x, angles.cos(), angles.sin())
         return self.head(x)
@@ -307,3 +310,9 @@ def test_refuses_a_model_whose_head_is_unknown():
     program = export_tiny(Decoder())
     with pytest.raises(UnsupportedError, match="head of Decoder was not recognised"):
         CacheKV().run(program)
+
+
+def test_tokens_that_meet_outside_attention_are_refused():
+    program = prepared(has_token_shift=True)
+    with pytest.raises(UnsupportedError, match=r"in Decoder: a token reads earlier tokens outside attention"):
+        run_pass(CacheKV(), program)
