@@ -179,8 +179,8 @@ def load_artifact(
         target = manifest["target"]
     except (KeyError, TypeError) as error:
         raise ArtifactError(
-            f"[load] {folder}: jettison.json or report.json lacks {error}. Write the artifact again with "
-            "`jettison optimize`."
+            f"[load] {folder}: jettison.json or report.json does not say what it must: {error!r}. Write the artifact "
+            "again with `jettison optimize`."
         ) from error
 
     def open_executor() -> Executor:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jettison.ir.eager_check import CAPTURE_TOLERANCE
 from jettison.ir.compare import Difference, difference, example_input_ids, logits_drift, run_program
 from jettison.ir.constants import Constant
+from jettison.ir.eager_check import CAPTURE_TOLERANCE
 from jettison.ir.errors import JettisonError, OptionError, PassError, UnsupportedError
 from jettison.ir.interpret import run_entry
 from jettison.ir.program import PassRecord, Program, input_placeholders, state_placeholders

@@ -88,13 +88,14 @@ class OptimizedModel:
         return Session(self.executor, batch, capacity or self.info.context)
 
     def generate(
-        self, inputs: str | Sequence[Any] | Tensor, *, attention_mask: Tensor | None = None, streamer: Any = None,
-        **settings: Any,
+        self, inputs: str | Sequence[Any] | Tensor | None = None, *, input_ids: Sequence[Any] | Tensor | None = None,
+        attention_mask: Tensor | None = None, streamer: Any = None, **settings: Any,
     ) -> Any:  # fmt: skip
         """Continue one prompt or several.
 
         Args:
             inputs: Text, a list of texts, token ids, a list of lists of token ids, or a `[B, S] i64` tensor.
+            input_ids: Another name of `inputs`, so that `generate(**tokenizer(text, return_tensors="pt"))` works.
             attention_mask: For a tensor: `[B, S]`, zero where a row is padded.
             streamer: A transformers streamer, for one prompt.
             **settings: Hugging Face names: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
@@ -107,8 +108,23 @@ class OptimizedModel:
         Raises:
             OptionError: A bad setting or prompt.
         """
+        if inputs is not None and input_ids is not None:
+            raise OptionError(
+                "[generate] both inputs and input_ids are given: they are one argument. Give one of them."
+            )
+        inputs = input_ids if inputs is None else inputs
         if isinstance(inputs, Tensor):
             return self._generate_tensor(inputs, attention_mask, streamer, settings)
+        if attention_mask is not None:
+            raise OptionError(
+                "[generate] attention_mask goes with a tensor of padded rows. Leave it out: texts and lists need no "
+                "padding."
+            )
+        if not isinstance(inputs, Sequence) or isinstance(inputs, (bytes, bytearray)):
+            raise OptionError(
+                f"[generate] nothing to continue in {type(inputs).__name__}: needed text, a list of texts, token ids, "
+                "a list of lists of token ids, or a [batch, tokens] tensor."
+            )
         if isinstance(inputs, str):
             return self.generate_rows([self.tokenizer.encode(inputs)], streamer=streamer, **settings).texts[0]
         inputs = list(inputs)
@@ -148,6 +164,13 @@ class OptimizedModel:
     ) -> Tensor:
         if ids.dim() != 2:
             raise OptionError(f"[generate] input_ids of shape {list(ids.shape)}: needed [batch, tokens].")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise OptionError(f"[generate] input_ids of {ids.dtype}: needed integers, the ids of tokens.")
+        if attention_mask is not None and attention_mask.shape != ids.shape:
+            raise OptionError(
+                f"[generate] attention_mask of shape {list(attention_mask.shape)}: needed {list(ids.shape)}, that of "
+                "input_ids."
+            )
         kept = torch.ones_like(ids) if attention_mask is None else attention_mask
         rows = [row[mask != 0].tolist() for row, mask in zip(ids, kept, strict=True)]
         result = self.generate_rows(rows, streamer=streamer, **settings)
@@ -166,18 +189,56 @@ class OptimizedModel:
         """Run an encoder once.
 
         Args:
-            **inputs: `input_ids [B, S] i64`, and what the model takes beside it; a missing `attention_mask` is all
-                ones, missing `token_type_ids` are zeros.
+            **inputs: `input_ids [B, S]`, and what the model takes beside it, of any integer type (masks also of
+                floats or booleans); a missing `attention_mask` is all ones, missing `token_type_ids` are zeros.
 
         Returns:
             Outputs by name.
+
+        Raises:
+            OptionError: The model is a decoder, or an input is missing, unknown, or of a wrong type, shape or range.
         """
         signature = self.executor.entries.get("forward")
         if signature is None:
             raise OptionError(f"[call] {self.info.name} is a decoder: use generate(), stream() or session().")
+        self._check_inputs(inputs, signature.inputs)
         ids = inputs["input_ids"]
         known = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids), **inputs}
-        return self.executor.run("forward", {name: known[name].contiguous() for name in signature.inputs}, {})
+        # Of one type for both targets: ONNX Runtime converts none.
+        return self.executor.run("forward", {name: known[name].long() for name in signature.inputs}, {})
+
+    def _check_inputs(self, inputs: dict[str, Any], wanted: Sequence[str]) -> None:
+        """Refuse what an encoder cannot be called with."""
+        takes = f"{self.info.name} takes {', '.join(wanted)}"
+        optional = ("attention_mask", "token_type_ids")
+        for name in wanted:
+            if name not in inputs and name not in optional:
+                raise OptionError(f"[call] {name} is missing: {takes}.")
+        for name, value in inputs.items():
+            if name not in wanted:
+                raise OptionError(f"[call] no input {name!r}: {takes}.")
+            if not isinstance(value, Tensor):
+                raise OptionError(f"[call] {name}: needed a tensor, found {type(value).__name__}.")
+            if name != "attention_mask" and (value.is_floating_point() or value.dtype == torch.bool):
+                raise OptionError(f"[call] {name} of {value.dtype}: needed integers.")
+        ids = inputs["input_ids"]
+        if ids.dim() != 2 or not ids.numel():
+            raise OptionError(f"[call] input_ids of shape {list(ids.shape)}: needed [batch, tokens].")
+        if ids.shape[1] > self.info.context:
+            raise OptionError(
+                f"[call] input_ids of {ids.shape[1]} tokens: the context of {self.info.name} is {self.info.context}. "
+                "Shorten the text."
+            )
+        outside = ids[(ids < 0) | (ids >= self.info.vocab_size)]
+        if outside.numel():
+            raise OptionError(
+                f"[call] input_ids hold token {int(outside[0])}: {self.info.name} knows 0 to "
+                f"{self.info.vocab_size - 1}."
+            )
+        for name, value in inputs.items():
+            if value.shape != ids.shape:
+                found, needed = list(value.shape), list(ids.shape)
+                raise OptionError(f"[call] {name} of shape {found}: needed {needed}, that of input_ids.")
 
     def save_pretrained(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the artifact folder.

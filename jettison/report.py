@@ -25,7 +25,7 @@ class Report:
         passes: One record per pass of the pipeline.
         raised: Misses of the raising passes that always run: what was not recognised, and why.
         source_bytes: Bytes of the weights as the model stores them.
-        weight_bytes: Bytes of the weights as the target holds them.
+        weight_bytes: Bytes of the weights as the artifact stores them; tables and padding beside them are not counted.
         state_bytes: Bytes of the states of one sequence at the model's context.
         context: Most positions of a sequence.
         seconds: Wall time of capture and of the passes.

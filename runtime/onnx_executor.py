@@ -53,7 +53,7 @@ class OnnxExecutor:
         graphs: The artifact's ONNX files.
         info: Facts about the model.
         states: Declaration of each state.
-        weight_bytes: Bytes of the weight file.
+        weight_bytes: Bytes of the weights, without the tables and the padding that the weight file has beside them.
         threads: Threads within an operator, at least 1; default ONNX Runtime's own choice.
         allow_spinning: Whether idle worker threads spin. Faster steps, but they slow torch code in this process.
 
@@ -93,8 +93,10 @@ class OnnxExecutor:
             raise OptionError(f"[onnx] no entry {entry!r}: this artifact has {', '.join(self._sessions)}.")
         session, graph = self._sessions[entry]
         binding = session.io_binding()
-        for name in graph.inputs:
-            _bind_input(binding, name, inputs[name])
+        # Bound by address: kept until the call is over.
+        given = [inputs[name].contiguous() for name in graph.inputs]
+        for name, tensor in zip(graph.inputs, given, strict=True):
+            _bind_input(binding, name, tensor)
         for name in graph.outputs:
             # Without a buffer of ours, so that every call returns tensors of its own.
             binding.bind_output(name, "cpu")

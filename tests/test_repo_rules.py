@@ -124,7 +124,7 @@ def test_no_golden_file_is_an_orphan() -> None:
         assert test.is_file(), f"golden files of {folder.name}, but no test file"
         text = test.read_text()
         for golden in folder.glob("*.txt"):
-            assert golden.stem in text, f"{golden.relative_to(ROOT)} is named in no test"
+            assert f'"{golden.stem}"' in text, f"{golden.relative_to(ROOT)} is named in no test"
 
 
 def test_every_policy_is_registered_under_its_file_name() -> None:

@@ -323,7 +323,7 @@ def _same_graph(left: fx.GraphModule, right: fx.GraphModule) -> bool:
 
 
 def weight_bytes(program: Program) -> int:
-    """Bytes that the ONNX weight file needs, before padding; for the check of free space."""
+    """Bytes of the weights in an ONNX artifact; its weight file also has tables of angles, and padding."""
     return sum(
         program.constants[name].nbytes
         for name in {name for entry in program.entries.values() for name in constant_placeholders(entry)}

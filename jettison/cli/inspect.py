@@ -40,6 +40,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     terminal.line(f"target     {document['target']}")
     terminal.line(f"context    {model['context']:,} tokens, vocabulary {model['vocab_size']:,}")
     terminal.line(f"weights    {size_text(document['weight_bytes'])}")
+    terminal.line(f"on disk    {size_text(document['file_bytes'])} with tables, padding and headers")
     terminal.line(f"states     {size_text(document['state_bytes'])} for one sequence of {model['context']:,} tokens")
     terminal.line()
     columns = ("entry", "operators", "inputs", "outputs")
@@ -85,6 +86,7 @@ def _document(artifact: Artifact) -> dict[str, Any]:
         "files": files,
         "bytes_by_class": dict(by_class),
         "weight_bytes": manifest["weight_bytes"],
+        "file_bytes": by_class["weights"],
         "state_bytes": state_bytes(manifest["states"], 1, manifest["model"]["context"]),
     }
 

@@ -6,7 +6,7 @@ import re
 
 KEYS = {
     "artifact", "format_version", "target", "pipeline", "source", "model", "libraries", "requires", "seed", "entries",
-    "states", "kernels", "files", "bytes_by_class", "weight_bytes", "state_bytes",
+    "states", "kernels", "files", "bytes_by_class", "weight_bytes", "file_bytes", "state_bytes",
 }  # fmt: skip
 
 
@@ -33,7 +33,9 @@ def test_json_of_an_onnx_artifact(run, onnx_artifact):
     for file in document["files"]:
         assert (onnx_artifact / file["name"]).stat().st_size == file["bytes"]
     assert sum(document["bytes_by_class"].values()) == sum(file["bytes"] for file in document["files"])
-    assert document["bytes_by_class"]["weights"] >= document["weight_bytes"]
+    assert document["file_bytes"] == (onnx_artifact / "model.onnx.data").stat().st_size
+    # The tables of angles; beside them there is padding.
+    assert document["file_bytes"] > document["weight_bytes"] + 2 * 1024 * 16 * 4
 
 
 def test_json_of_a_torch_artifact(run, torch_artifact):
@@ -43,6 +45,8 @@ def test_json_of_a_torch_artifact(run, torch_artifact):
     assert [entry["name"] for entry in document["entries"]] == ["prefill", "decode"]
     assert document["states"][0]["shape"] == ["batch", 4, 64 + 64, 32]
     assert document["state_bytes"] == 12 * 4 * 128 * 32 * 4
+    assert document["file_bytes"] == (torch_artifact / "weights.safetensors").stat().st_size
+    assert document["file_bytes"] > document["weight_bytes"]  # by the header
 
 
 def test_tables_name_everything_whole(run, onnx_artifact, monkeypatch):
@@ -50,6 +54,8 @@ def test_tables_name_everything_whole(run, onnx_artifact, monkeypatch):
     result = run("inspect", onnx_artifact)
     assert (result.code, result.err) == (0, "")
     document = run("inspect", onnx_artifact, "--json").json
+    assert f"weights    {document['weight_bytes']:,} bytes" in result.out
+    assert f"on disk    {document['file_bytes']:,} bytes" in result.out
     for file in document["files"]:
         assert file["name"] in result.out
         assert file["sha256"] in result.out

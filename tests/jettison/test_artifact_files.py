@@ -1,0 +1,178 @@
+"""Artifact folders of optimised models: the same bytes every time, and back to the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import jettison
+from jettison.artifact_files import DATA_FILE
+from jettison.ir.errors import ArtifactError
+from jettison.optimized_model import OptimizedModel
+from tests.cli.running import forge
+from tests.models.tiny_models import tiny_model
+
+ROOT = Path(__file__).parents[2]
+TINY_LLAMA = ROOT / "examples" / "models" / "tiny-llama"
+INT4_WINDOW = "quantize-weights{bits=4,group=32},cache-kv{policy=window{size=16}}"
+ROWS = [[5, 6, 7, 8], [9]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for a busy core cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def live() -> nn.Module:
+    pytest.importorskip("transformers")
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module", params=["onnx", "torch"])
+def model(request: pytest.FixtureRequest, live: nn.Module) -> OptimizedModel:
+    return jettison.optimize(live, INT4_WINDOW, target=request.param, allow_spinning=False)
+
+
+@pytest.fixture(scope="module")
+def saved(model: OptimizedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    return model.save_pretrained(tmp_path_factory.mktemp("saved") / model.report.target)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }  # fmt: skip
+
+
+def tokens(model: OptimizedModel) -> list[list[int]]:
+    return model.generate(ROWS, max_new_tokens=24, eos_token_id=[])
+
+
+# --- the same bytes -------------------------------------------------------------------------------------------------
+
+
+def test_saves_of_one_model_are_byte_identical(model: OptimizedModel, saved: Path, tmp_path: Path) -> None:
+    first = contents(saved)
+    assert {"jettison.json", "report.json", "graph/before.txt", "graph/after.txt", "config.json"} <= set(first)
+    assert len(tokens(model)[0]) == 24  # running it leaves no trace
+    assert contents(model.save_pretrained(tmp_path / "again")) == first
+
+
+def test_optimising_again_gives_the_same_bytes(
+    model: OptimizedModel, saved: Path, live: nn.Module, tmp_path: Path
+) -> None:
+    """Names, serials and times of another run are in no file."""
+    again = jettison.optimize(live, INT4_WINDOW, target=model.report.target)
+    assert contents(again.save_pretrained(tmp_path / "again")) == contents(saved)
+
+
+def test_a_loaded_artifact_is_saved_as_it_was(saved: Path, tmp_path: Path) -> None:
+    assert contents(jettison.load(saved).save_pretrained(tmp_path / "copy")) == contents(saved)
+
+
+# --- and back -------------------------------------------------------------------------------------------------------
+
+
+def test_loading_gives_the_same_model(model: OptimizedModel, saved: Path) -> None:
+    loaded = jettison.load(saved, verify=True, allow_spinning=False)
+    assert tokens(loaded) == tokens(model)
+    assert loaded.info == model.info
+    assert (loaded.graph_before, loaded.graph) == (model.graph_before, model.graph)
+    assert loaded.config == model.config
+    assert (loaded.folder, loaded.source) == (saved, None)
+    report = model.report.as_dict()
+    assert report["seconds"] > 0
+    # An artifact holds nothing that differs from run to run.
+    timeless = {"seconds": 0.0, "passes": [{**record, "seconds": 0.0} for record in report["passes"]]}
+    assert loaded.report.as_dict() == {**report, **timeless}
+
+
+def test_tokenizer_travels_with_the_artifact(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = jettison.optimize(TINY_LLAMA, target="torch")
+    expected = model.generate("The captain said", max_new_tokens=16)
+    loaded = jettison.load(model.save_pretrained(tmp_path / "out"))
+    assert loaded.generate("The captain said", max_new_tokens=16) == expected
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_artifact(live: nn.Module, saved: Path, tmp_path: Path) -> None:
+    other = {"onnx": "torch", "torch": "onnx"}[json.loads((saved / "jettison.json").read_text())["target"]]
+    out = jettison.optimize(live, target=other).save_pretrained(tmp_path / "out")
+    assert set(contents(out)) != set(contents(saved))
+    jettison.load(saved).save_pretrained(out, overwrite=True)
+    assert contents(out) == contents(saved)
+
+
+# --- what the files hold --------------------------------------------------------------------------------------------
+
+
+def test_manifest_describes_the_model(model: OptimizedModel, saved: Path) -> None:
+    manifest = json.loads((saved / "jettison.json").read_text())
+    assert (manifest["target"], manifest["pipeline"]) == (model.report.target, model.report.pipeline)
+    assert manifest["source"] == {"name": "LlamaForCausalLM", "sha256": None}
+    assert (manifest["seed"], manifest["calibration"]) == (0, None)
+    assert manifest["model"] == {"kind": "decoder", "name": "LlamaForCausalLM", "context": 128, "vocab_size": 97}
+    assert [state["name"] for state in manifest["states"]] == [
+        f"past_key_values.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")
+    ]
+    assert manifest["weight_bytes"] == model.report.weight_bytes
+
+
+def test_bytes_of_the_onnx_weight_file_are_accounted_for(tmp_path: Path) -> None:
+    """Weights, tables and padding; `weight_bytes` is the first of them."""
+    pytest.importorskip("transformers")
+    model = jettison.optimize(TINY_LLAMA, "quantize-weights{bits=4,group=32}")
+    predicted = model.report.weight_bytes
+    out = model.save_pretrained(tmp_path / "out")
+    manifest = json.loads((out / "jettison.json").read_text())
+    assert predicted == manifest["weight_bytes"] == model.report.weight_bytes
+    external: dict[tuple[int, int], str] = {}
+    embedded = 0
+    for tensor in onnx.load(str(out / "model.onnx"), load_external_data=False).graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if where:
+            external[int(where["offset"]), int(where["length"])] = tensor.name
+        elif tensor.name.startswith("model.layers."):
+            embedded += len(tensor.raw_data)
+    tables = sum(length for (_, length), name in external.items() if name.startswith(("cos_cache", "sin_cache")))
+    assert tables == 2 * 1024 * 16 * 4
+    angles = 16 * 4  # frequencies, which the tables stand for
+    weights = sum(length for _, length in external) - tables
+    assert manifest["weight_bytes"] == weights + embedded + angles
+    # Every tensor begins on a page.
+    ends = sorted((offset, offset + length) for offset, length in external)
+    padding = sum(-end % 4096 for _, end in ends[:-1])
+    assert all(offset % 4096 == 0 for offset, _ in ends)
+    assert (out / DATA_FILE).stat().st_size == weights + tables + padding
+    assert manifest["files"][DATA_FILE]["bytes"] == weights + tables + padding
+
+
+# --- artifacts that lack something ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_facts", [{}, {"kind": "decoder"}, None])
+def test_manifest_without_facts_about_the_model(saved: Path, tmp_path: Path, model_facts: dict | None) -> None:
+    out = jettison.load(saved).save_pretrained(tmp_path / "out")
+    forge(out, model=model_facts)
+    with pytest.raises(ArtifactError, match=r"jettison.json or report.json does not say .*jettison optimize"):
+        jettison.load(out)
+
+
+def test_weight_file_that_is_gone(model: OptimizedModel, saved: Path, tmp_path: Path) -> None:
+    out = jettison.load(saved).save_pretrained(tmp_path / "out")
+    name = DATA_FILE if model.report.target == "onnx" else "weights.safetensors"
+    (out / name).unlink()
+    with pytest.raises(ArtifactError, match=rf"{name}: missing"):
+        jettison.load(out)
