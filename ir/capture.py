@@ -32,6 +32,7 @@ from jettison.ir.edit import placeholder_name
 from jettison.ir.errors import CaptureError, JettisonError
 from jettison.ir.match import arguments
 from jettison.ir.program import ModelInfo, Program, placeholders
+from jettison.ir.torch_export import export_module
 from jettison.ir.trail import TRACED_SHAPE, Trail
 from jettison.ir.verify import verify
 
@@ -85,7 +86,7 @@ def _trace(wrapper: ModelCall, example: dict[str, Tensor], longest: int) -> torc
     batch, length = torch.export.Dim("batch"), torch.export.Dim("sequence", max=longest)
     shapes = (tuple({0: batch, 1: length} for _ in example),)
     with torch.no_grad(), wrapper.source.tracing(), quiet():
-        return torch.export.export(wrapper, tuple(example.values()), dynamic_shapes=shapes, strict=False)
+        return export_module(wrapper, tuple(example.values()), shapes)
 
 
 def _place(submodule: str, source: CaptureSource) -> str:

@@ -21,6 +21,7 @@ from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
 from jettison.ir.match import is_call
 from jettison.ir.program import Program, constant_placeholders, placeholders, state_placeholders
+from jettison.ir.torch_export import export_module
 
 OPSET = 23
 # GroupQueryAttention with sliding_window_cache and MatMulNBits with a bias input.
@@ -174,10 +175,9 @@ def _export(
     """Trace a lowered graph with `torch.onnx`; its weights are not in the model yet."""
     try:
         with torch.no_grad(), _quiet_exporter():
-            exported = torch.export.export(
-                lowered, (*tensors, *lowered.examples()), dynamic_shapes=((*axes, *({} for _ in lowered.placed)),),
-                strict=False,
-            )  # fmt: skip
+            exported = export_module(
+                lowered, (*tensors, *lowered.examples()), ((*axes, *({} for _ in lowered.placed)),)
+            )
             onnx_program = torch.onnx.export(
                 exported, input_names=[*names, *lowered.placed], output_names=outputs, opset_version=OPSET,
                 dynamo=True, verbose=False, optimize=True,
