@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,26 @@ class Constant:
 
     def __repr__(self) -> str:
         return f"Constant({self.name!r}, {list(self.shape)}, {self.dtype})"
+
+
+def joined_constant(names: Sequence[str], name: str, constants: Mapping[str, Constant]) -> Constant:
+    """Constants as one, block behind block along the first axis; no byte is copied.
+
+    Args:
+        names: Which, in order; of one dtype, and of one shape but for the first axis.
+        name: Name of the result within the path that the names have in common, e.g. `qkv_proj.weight`.
+        constants: Where they are; the result's name is none of theirs.
+
+    Returns:
+        The joint constant.
+    """
+    paths = [each.split(".") for each in names]
+    common = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    stem, _, part = name.partition(".")
+    # Attentions in one module may have no path of their own.
+    candidates = (".".join([*common, f"{stem}{number or ''}", part]) for number in itertools.count())
+    blocks = [block for each in names for block in constants[each].blocks]
+    return Constant(next(each for each in candidates if each not in constants), blocks, constants[names[0]].dtype)
 
 
 @dataclass(frozen=True)

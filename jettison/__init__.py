@@ -8,7 +8,11 @@ model.save_pretrained("out")
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Official builds of ONNX Runtime report to their maker unless this is set before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from jettison.api import load, optimize

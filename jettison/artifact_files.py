@@ -21,11 +21,13 @@ from jettison.report import Report
 from jettison.runtime.artifact import Artifact, ArtifactWriter, check_requirements, library_versions
 from jettison.runtime.executor import Executor
 from jettison.runtime.onnx_executor import OnnxExecutor, OnnxGraph
+from jettison.runtime.prepared import find_prepared
 from jettison.runtime.tokenizer import load_tokenizer
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.source import ModelSource
 
 DATA_FILE = "model.onnx.data"
+SCORES_FILE = "scores.onnx"
 PROGRAM_FILE = "program.json"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -110,10 +112,12 @@ def _write_onnx(contents: ArtifactContents, writer: ArtifactWriter, manifest: di
     manifest["weight_bytes"] = total
     if len(emitted) == 1 and len(emitted[0].entries) == 2:
         from jettison.codegen.onnx.genai_config import genai_config
+        from jettison.codegen.onnx.scoring_graph import write_scoring_graph
 
         described = genai_config(contents.source.config, contents.source.generation_config, program)
         if described is not None:
             writer.write_json("genai_config.json", described)
+            write_scoring_graph(emitted[0].path, writer.path(SCORES_FILE))
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -162,7 +166,7 @@ def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool
     artifact.path(DATA_FILE)  # listed and inside the folder
     return OnnxExecutor(
         graphs, ModelInfo(**manifest["model"]), states, manifest["weight_bytes"], threads=threads,
-        allow_spinning=allow_spinning,
+        allow_spinning=allow_spinning, prepared=find_prepared(artifact),
     )  # fmt: skip
 
 

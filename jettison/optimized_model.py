@@ -14,7 +14,8 @@ from jettison.ir.errors import OptionError
 from jettison.ir.program import ModelInfo
 from jettison.report import Report
 from jettison.runtime.executor import Executor
-from jettison.runtime.generation import GenerationOptions, GenerationResult, generate, stream
+from jettison.runtime.generation import GenerationResult, generate, stream
+from jettison.runtime.generation_options import GenerationOptions
 from jettison.runtime.session import Session
 from jettison.runtime.tokenizer import Tokenizer
 
@@ -98,12 +99,14 @@ class OptimizedModel:
             input_ids: Another name of `inputs`, so that `generate(**tokenizer(text, return_tensors="pt"))` works.
             attention_mask: For a tensor: `[B, S]`, zero where a row is padded.
             streamer: A transformers streamer, for one prompt.
-            **settings: Hugging Face names: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
-                `stop_strings`, `eos_token_id`, and `seed`.
+            **settings: Hugging Face names: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
+                `repetition_penalty`, `num_return_sequences`, `stop_strings`, `eos_token_id`, and `seed`.
 
         Returns:
             Continuations in kind: text for text, a list of texts for a list of texts, lists of new ids for ids; for a
-            tensor a `[B, S + new] i64` tensor that begins with the prompt and is padded behind, as transformers does.
+            tensor a `[B, S + new]` tensor of its dtype that begins with the prompt and is padded behind, as
+            transformers does. With `num_return_sequences` of n above 1, a list of n for one prompt, and for several n
+            times as many entries (`[B * n, S + new]`), those of one prompt behind each other.
 
         Raises:
             OptionError: A bad setting or prompt.
@@ -126,13 +129,13 @@ class OptimizedModel:
                 "a list of lists of token ids, or a [batch, tokens] tensor."
             )
         if isinstance(inputs, str):
-            return self.generate_rows([self.tokenizer.encode(inputs)], streamer=streamer, **settings).texts[0]
+            return _one_or_all(self.generate_rows([self.tokenizer.encode(inputs)], streamer=streamer, **settings).texts)
         inputs = list(inputs)
         if inputs and all(isinstance(item, str) for item in inputs):
             rows = [self.tokenizer.encode(text) for text in inputs]
             return self.generate_rows(rows, streamer=streamer, **settings).texts
         if inputs and all(isinstance(item, int) for item in inputs):
-            return self.generate_rows([inputs], streamer=streamer, **settings).token_ids[0]
+            return _one_or_all(self.generate_rows([inputs], streamer=streamer, **settings).token_ids)
         return self.generate_rows(inputs, streamer=streamer, **settings).token_ids
 
     def generate_rows(
@@ -143,7 +146,11 @@ class OptimizedModel:
         return generate(self._session_factory(), rows, options, self._tokenizer_or_none(), streamer=streamer)
 
     def stream(self, prompt: str | Sequence[int], **settings: Any) -> Iterator[str]:
-        """Continue one prompt, yielding text as it becomes certain; see `generate` for the settings."""
+        """Continue one prompt, yielding text as it becomes certain; see `generate` for the settings.
+
+        Raises:
+            OptionError: A bad setting or prompt, or more than one sequence.
+        """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         options = GenerationOptions.from_config(self._generation_config, **settings)
         return stream(self._session_factory(), ids, options, self.tokenizer)
@@ -180,10 +187,10 @@ class OptimizedModel:
         if pad is None:
             eos = options.eos_token_id
             pad = eos[0] if isinstance(eos, (list, tuple)) and eos else (eos if isinstance(eos, int) else 0)
-        new = torch.full((len(rows), longest), pad, dtype=ids.dtype)
+        new = torch.full((len(result.rows), longest), pad, dtype=ids.dtype)
         for row, tokens in enumerate(result.token_ids):
             new[row, : len(tokens)] = torch.tensor(tokens, dtype=ids.dtype)
-        return torch.cat([ids, new], 1)
+        return torch.cat([ids.repeat_interleave(options.num_return_sequences, 0), new], 1)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run an encoder once.
@@ -257,3 +264,8 @@ class OptimizedModel:
         self._save(Path(out), overwrite)
         self.folder = Path(out)
         return self.folder
+
+
+def _one_or_all(continuations: list[Any]) -> Any:
+    """Of one prompt: the continuation, or the list of them where several were asked for."""
+    return continuations[0] if len(continuations) == 1 else continuations

@@ -23,7 +23,6 @@ Saves: two kernel launches and two reads of [B, S, E] per attention. The merged 
 
 from __future__ import annotations
 
-import itertools
 import operator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -31,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from jettison.ir.constants import Constant
+from jettison.ir.constants import Constant, joined_constant
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call
@@ -97,8 +96,10 @@ class MergeQkvProjections(Pass):
                 record = MissRecord(describe_node(match.node), match.reason)
                 misses += [record] if record not in misses else []
         for projections in found:
-            weight = _joined(projections.weights, "weight", program)
-            bias = _joined(projections.biases, "bias", program) if projections.biases else None
+            weight = joined_constant(projections.weights, "qkv_proj.weight", program.constants)
+            bias = (
+                joined_constant(projections.biases, "qkv_proj.bias", program.constants) if projections.biases else None
+            )
             for entry_name in program.entries:
                 edit = Edit(program, entry_name, self.name)
                 self._merge(projections, weight, bias, edit)
@@ -178,16 +179,3 @@ def _mergeable(node: fx.Node, linears: list[fx.Node], program: Program) -> Proje
 def _is_shared(name: str, program: Program) -> bool:
     readers = [constant_placeholders(entry).get(name) for entry in program.entries.values()]
     return any(reader is None or len(reader.users) != 1 for reader in readers)
-
-
-def _joined(names: tuple[str, ...], kind: str, program: Program) -> Constant:
-    """The constants as one, block behind block, under a name of their own."""
-    constants = [program.constants[name] for name in names]
-    paths = [name.split(".") for name in names]
-    common = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
-    stem = ".".join([*(parts[0] for parts in common), "qkv_proj"])
-    # Attentions in one module may have no path of their own.
-    candidates = (f"{stem}{number or ''}.{kind}" for number in itertools.count())
-    name = next(candidate for candidate in candidates if candidate not in program.constants)
-    blocks = [block for constant in constants for block in constant.blocks]
-    return Constant(name, blocks, constants[0].dtype)

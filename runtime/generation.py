@@ -1,80 +1,26 @@
 """Generation: prompts in, continuations out, over any session that can prefill and decode.
 
-Option names and their meaning are those of `generate` in transformers 5; what jettison does not do and would change the
-output is refused, never dropped silently.
-
-Lengths follow transformers too: every row of a batch may get the same number of new tokens, counted from the longest
+Lengths follow transformers 5: every row of a batch may get the same number of new tokens, counted from the longest
 prompt, and a row never holds more tokens than the model's context. Generation that reaches the context ends with finish
 reason "length".
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 import numbers
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
-from jettison.ir.errors import OptionError, UnsupportedError
-from jettison.runtime.sampling import Sampler
+from jettison.ir.errors import OptionError
+from jettison.runtime.generation_options import DEFAULT_NEW_TOKENS, GenerationOptions, as_strings, as_token_ids
+from jettison.runtime.sampling import RepetitionPenalty, Sampler
 from jettison.runtime.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 
 FinishReason = Literal["eos", "stop", "length"]
-
-DEFAULT_NEW_TOKENS = 20
-"""New tokens when neither max_new_tokens nor max_length is given, as in transformers."""
-
-# Names of transformers that would change the tokens, and the values at which they do not.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(["assistant_model", "custom_generate", "dola_layers", "exponential_decay_length_penalty"], ()),
-    **dict.fromkeys(["forced_bos_token_id", "forced_eos_token_id", "prefix_allowed_tokens_fn"], ()),
-    "watermarking_config": (),
-    **dict.fromkeys(["bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids"], ([],)),
-    **dict.fromkeys(["logits_processor", "stopping_criteria", "suppress_tokens"], ([],)),
-    "sequence_bias": ({}, []),
-    **dict.fromkeys(["diversity_penalty", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"], (0,)),
-    **dict.fromkeys(["no_repeat_ngram_size", "penalty_alpha"], (0,)),
-    **dict.fromkeys(["encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams"], (1,)),
-    **dict.fromkeys(["num_return_sequences", "repetition_penalty"], (1,)),
-    **dict.fromkeys(["remove_invalid_values", "token_healing"], (False,)),
-}
-# The same for names that transformers reads only when do_sample is set.
-_UNSUPPORTED_WHEN_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "min_p": (0,),
-    "top_h": (),
-    "typical_p": (1,),
-}
-# Names that change what is returned, when it stops or how the cache is kept, but not which tokens are likely: refused
-# when asked for in a call, ignored in a generation_config.json written for another library.
-_UNSUPPORTED_IN_CALLS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(["cache_config", "cache_implementation", "max_time"], ()),
-    **dict.fromkeys(["output_attentions", "output_hidden_states", "output_logits", "output_scores"], (False,)),
-    "return_dict_in_generate": (False,),
-}
-# Names without effect on one plain decoder: of beam search, speculation, encoder-decoders, compilation and bookkeeping.
-_IGNORED = (
-    "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bos_token_id "
-    "compile_config continuous_batching_config decoder_start_token_id disable_compile early_stopping is_assistant "
-    "length_penalty low_memory max_cache_len max_matching_ngram_size num_assistant_tokens "
-    "num_assistant_tokens_schedule prefill_chunk_size prompt_lookup_num_tokens renormalize_logits speculation_type "
-    "target_lookbehind transformers_version use_cache use_mtp"
-)
-_NEAREST = {
-    "cache_implementation": "Choose the cache when optimising, with the pass cache-kv{policy=...}",
-    "num_beams": "Use do_sample=True for varied text",
-    "num_return_sequences": "Pass the prompt several times in one batch",
-    "min_p": "Use top_p",
-    "typical_p": "Use top_p",
-    "stopping_criteria": "Use stop_strings or eos_token_id",
-    "max_time": "Use max_new_tokens, or stop reading from a stream",
-}
 
 
 class Session(Protocol):
@@ -90,6 +36,16 @@ class Session(Protocol):
         """Number of token ids the model has embeddings for."""
         ...
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row holds."""
+        ...
+
+    @property
+    def states(self) -> Mapping[str, torch.Tensor]:
+        """What is kept of them, the rows first; with `lengths`, all there is to know of a row."""
+        ...
+
     def prefill(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Run the prompts; `[B, V] f32`: logits after the last token of each row (rows may differ in length)."""
         ...
@@ -102,89 +58,6 @@ class Session(Protocol):
 OpenSession = Callable[[int, int], Session]
 """`open_session(batch, capacity)`: capacity is the most tokens any row will hold, prompt and continuation together. It
 may exceed the model's context: the factory then opens a session of the context, and generation stops there."""
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How to continue a prompt, in the names of transformers.
-
-    Attributes:
-        max_new_tokens: most new tokens per row, at least 1. Wins over max_length; None with no max_length means 20.
-        max_length: most tokens of the longest row, prompt included, at least 1.
-        do_sample: draw tokens at random; False takes the most likely one and ignores temperature, top_k and top_p.
-        temperature: divides the logits; 0 to 1e6, at least 1e-6 when sampling.
-        top_k: sample among the k best tokens; 0 means all. transformers samples with 50 unless told otherwise.
-        top_p: sample among the best tokens that hold this much probability, 0 to 1; 1 means all.
-        seed: of the draws, 0 to 2**63 - 1; None follows torch's default generator.
-        stop_strings: end a row when its new text contains one of them; the text is cut before it. Needs a tokenizer.
-            (transformers also counts one that begins in the prompt; that would leave nothing to cut.)
-        eos_token_id: token id or ids that end a row; the empty list means none. Kept as a tuple.
-        pad_token_id: what finished rows are fed while the others go on; it has no effect on the result.
-    """
-
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int | None = None
-    stop_strings: str | Sequence[str] | None = None
-    eos_token_id: int | Sequence[int] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check every value and bring it to one form."""
-        _set_integer(self, "max_new_tokens", 1, f"Set max_new_tokens={DEFAULT_NEW_TOKENS}", optional=True)
-        _set_integer(self, "max_length", 1, "Set max_new_tokens instead", optional=True)
-        _set_integer(self, "top_k", 0, "Set top_k=0 to keep all tokens")
-        _set_integer(self, "seed", 0, "Set seed=0", optional=True)
-        _set_integer(self, "pad_token_id", 0, "Leave pad_token_id out", optional=True)
-        if self.seed is not None and self.seed >= 2**63:
-            raise _wrong("seed", self.seed, "an integer below 2**63", "Set seed=0")
-        if not isinstance(self.do_sample, bool):
-            raise _wrong("do_sample", self.do_sample, "True or False", "Set do_sample=True to sample")
-        _set_number(self, "temperature", 0.0, 1e6, "a number from 0 to 1e6", "Set temperature=1.0")
-        # Below this, logits / temperature overflows f32.
-        if self.do_sample and self.temperature < 1e-6:
-            needed = "at least 1e-6 to sample, because logits are divided by it"
-            raise _wrong("temperature", self.temperature, needed, "Set do_sample=False for the most likely token")
-        _set_number(self, "top_p", 0.0, 1.0, "a number from 0 to 1", "Set top_p=1.0 to keep all tokens")
-        object.__setattr__(self, "stop_strings", _as_strings(self.stop_strings))
-        object.__setattr__(self, "eos_token_id", _as_eos_ids(self.eos_token_id))
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None = None, **overrides: Any) -> GenerationOptions:
-        """Options of one call: what the caller asks for, else what the model's authors chose, else the defaults.
-
-        An override of None means "not given", as in transformers; switch a value of the file off with its neutral value
-        (`top_k=0`, `eos_token_id=[]`, `repetition_penalty=1.0`). Names in the file that neither jettison nor
-        transformers knows are ignored, as transformers does.
-
-        Args:
-            config: content of generation_config.json, None where the model has none.
-            overrides: by the names of transformers.
-
-        Raises:
-            OptionError: an unknown override, or a value out of range.
-            UnsupportedError: a setting that jettison does not have and that would change the output.
-        """
-        known = {f.name for f in fields(cls)}
-        given = {name: value for name, value in overrides.items() if value is not None}
-        for name in overrides:
-            _refuse_unknown(name, known)
-        stored = {name: value for name, value in (config or {}).items() if value is not None}
-        if stored.get("pad_token_id") == -1:
-            del stored["pad_token_id"]  # older files write "none" so
-        if "max_length" in given and "max_new_tokens" not in given:
-            stored.pop("max_new_tokens", None)
-        values = stored | given
-        options = cls(**{name: value for name, value in values.items() if name in known})
-        for name, neutral in (_UNSUPPORTED | (_UNSUPPORTED_WHEN_SAMPLING if options.do_sample else {})).items():
-            _refuse_unsupported(name, values, neutral, "" if name in given else " (in generation_config.json)")
-        for name, neutral in _UNSUPPORTED_IN_CALLS.items():
-            _refuse_unsupported(name, given, neutral, "")
-        return options
 
 
 @dataclass(frozen=True)
@@ -210,7 +83,7 @@ class GenerationResult:
     """Continuations of a batch, in the order of the prompts, and where the time went.
 
     Attributes:
-        rows: one entry per prompt.
+        rows: `num_return_sequences` entries per prompt.
         prefill_seconds: running the prompts and choosing each row's first token.
         decode_seconds: everything after that, without the caller's own time in callbacks.
         steps: decode calls made, each of one token per row.
@@ -278,6 +151,7 @@ def generate(
             f"[generate] streamer: found {len(batch.prompts)} prompts, needs one, because a streamer prints one text. "
             "Pass the prompts one by one, or use on_token."
         )
+    _refuse_several("streamer", batch.options)
     put = streamer.put
 
     def put_token(row: int, token: int) -> None:
@@ -315,7 +189,7 @@ def stream(
         A generator of non-empty pieces, whose return value (`StopIteration.value`) is the result.
 
     Raises:
-        OptionError: as `generate`, or no tokenizer.
+        OptionError: as `generate`, no tokenizer, or more than one sequence.
     """
     if tokenizer is None:
         raise OptionError(
@@ -323,6 +197,7 @@ def stream(
             "generate(on_token=...) for token ids."
         )
     batch = _Batch([prompt], options or GenerationOptions(), tokenizer)
+    _refuse_several("stream", batch.options)
     return _pieces(batch.open(open_session))
 
 
@@ -361,7 +236,7 @@ class _Batch:
         self.options = options
         self.prompts = _as_prompts(prompts)
         self.longest = max(len(prompt) for prompt in self.prompts)
-        self.stop_strings = _as_strings(options.stop_strings)
+        self.stop_strings = as_strings(options.stop_strings)
         self.end_tokens: dict[int, FinishReason] = {}
         if self.stop_strings and tokenizer is None:
             raise OptionError(
@@ -370,16 +245,20 @@ class _Batch:
             )
         if tokenizer is not None:
             self.end_tokens |= dict.fromkeys(StopStrings.special_ids(self.stop_strings, tokenizer), "stop")
-        self.end_tokens |= dict.fromkeys(_as_eos_ids(options.eos_token_id), "eos")
-        self.rows = [_Row(self.stop_strings, tokenizer) for _ in self.prompts]
+        self.end_tokens |= dict.fromkeys(as_token_ids(options.eos_token_id), "eos")
+        # The prompt of each row: the sequences of one prompt follow each other.
+        self.row_prompts = [prompt for prompt in self.prompts for _ in range(options.num_return_sequences)]
+        self.rows = [_Row(self.stop_strings, tokenizer) for _ in self.row_prompts]
 
     def open(self, open_session: OpenSession) -> _Events:
         """Open a session and check the prompts against it; the model runs as the events are read."""
         wanted = self._wanted_tokens()
-        session = open_session(len(self.prompts), self.longest + wanted)
+        capacity = self.longest + wanted
+        session = open_session(len(self.prompts), capacity)
         for row, prompt in enumerate(self.prompts):
             _check_prompt(row, prompt, session)
-        return self._run(session, min(wanted, session.context - self.longest))
+        budget = min(wanted, session.context - self.longest)
+        return self._run(session, lambda: open_session(len(self.rows), capacity), budget)
 
     def _wanted_tokens(self) -> int:
         options = self.options
@@ -394,12 +273,12 @@ class _Batch:
             )
         return options.max_length - self.longest
 
-    def _run(self, session: Session, budget: int) -> _Events:
+    def _run(self, session: Session, open_wide: Callable[[], Session], budget: int) -> _Events:
         """Yield the tokens of each step; times leave out what the reader does meanwhile."""
-        options, rows = self.options, self.rows
-        sampler = Sampler(len(rows), options.do_sample, options.temperature, options.top_k, options.top_p, options.seed)
+        rows, sampler = self.rows, self._sampler(session.vocab_size)
         start = time.perf_counter()
-        events = self._accept(sampler, session.prefill(self.prompts), budget)
+        session, logits = self._prefill(session, open_wide)
+        events = self._accept(sampler, logits, budget)
         prefill_seconds, decode_seconds, steps = time.perf_counter() - start, 0.0, 0
         yield from events
         while any(row.finish_reason is None for row in rows):
@@ -409,12 +288,34 @@ class _Batch:
             decode_seconds += time.perf_counter() - start
             steps += 1
             yield from events
-        generated = tuple(row.result(len(prompt)) for row, prompt in zip(rows, self.prompts, strict=True))
+        generated = tuple(row.result(len(prompt)) for row, prompt in zip(rows, self.row_prompts, strict=True))
         return GenerationResult(generated, prefill_seconds, decode_seconds, steps)
+
+    def _sampler(self, vocab_size: int) -> Sampler:
+        options = self.options
+        penalty = None
+        if options.repetition_penalty != 1.0:
+            penalty = RepetitionPenalty(options.repetition_penalty, self.row_prompts, vocab_size)
+        return Sampler(
+            len(self.rows), options.do_sample, temperature=options.temperature, top_k=options.top_k,
+            top_p=options.top_p, min_p=options.min_p, seed=options.seed, penalty=penalty,
+        )  # fmt: skip
+
+    def _prefill(self, session: Session, open_wide: Callable[[], Session]) -> tuple[Session, torch.Tensor]:
+        """Run each prompt once; a session with a row for every sequence, and the logits `[B, V] f32` of its rows."""
+        logits, times = session.prefill(self.prompts), self.options.num_return_sequences
+        if times == 1:
+            return session, logits
+        wide = open_wide()
+        for name, state in wide.states.items():
+            state.unflatten(0, (-1, times)).copy_(session.states[name][:, None])
+        wide.lengths[:] = [length for length in session.lengths for _ in range(times)]
+        return wide, logits.repeat_interleave(times, 0)
 
     def _accept(self, sampler: Sampler, logits: torch.Tensor, budget: int) -> list[_Event]:
         """Choose a token for every row that goes on; finished rows draw nothing."""
         active = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
+        logits = logits if len(active) == len(self.rows) else logits[active]
         events = []
         for i, token in zip(active, sampler.choose(logits, active), strict=True):
             is_last = len(self.rows[i].token_ids) + 1 >= budget
@@ -457,6 +358,15 @@ class _Row:
     def result(self, prompt_tokens: int) -> GeneratedRow:
         text = None if self._decoder is None else "".join(self._text)
         return GeneratedRow(tuple(self.token_ids), text, self.finish_reason or "length", prompt_tokens)
+
+
+def _refuse_several(where: str, options: GenerationOptions) -> None:
+    """Refuse several sequences where one text is written."""
+    if options.num_return_sequences > 1:
+        raise OptionError(
+            f"[generate] {where}: found num_return_sequences={options.num_return_sequences}, needs 1, because one text "
+            "is written as it comes. Set num_return_sequences=1, or use generate without a streamer."
+        )
 
 
 def _as_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -506,66 +416,3 @@ def _check_prompt(row: int, prompt: list[int], session: Session) -> None:
             f"model's context holds {session.context} and one must be left to generate. Shorten the prompt, for "
             f"example to its last {session.context - 1} tokens."
         )
-
-
-def _wrong(name: str, found: object, needed: str, fix: str) -> OptionError:
-    return OptionError(f"[generate] {name}: found {found!r}, needs {needed}. {fix}.")
-
-
-def _set_integer(options: GenerationOptions, name: str, least: int, fix: str, optional: bool = False) -> None:
-    value = getattr(options, name)
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise _wrong(name, value, f"an integer of at least {least}", fix)
-    object.__setattr__(options, name, int(value))
-
-
-def _set_number(options: GenerationOptions, name: str, least: float, most: float, needed: str, fix: str) -> None:
-    value = getattr(options, name)
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= value <= most:
-        raise _wrong(name, value, needed, fix)
-    object.__setattr__(options, name, float(value))
-
-
-def _as_strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    strings = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
-        needed = "one or more strings that are not empty"
-        raise _wrong("stop_strings", value, needed, "Leave stop_strings out to stop at none")
-    return tuple(strings)
-
-
-def _as_eos_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    ids = () if value is None else tuple(value) if isinstance(value, Sequence) else (value,)
-    if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise _wrong("eos_token_id", value, "a token id or a list of them", "Set eos_token_id=[] to never stop at one")
-    return tuple(int(i) for i in ids)
-
-
-def _refuse_unknown(name: str, known: set[str]) -> None:
-    other = (
-        known
-        | set(_IGNORED.split())
-        | _UNSUPPORTED.keys()
-        | _UNSUPPORTED_WHEN_SAMPLING.keys()
-        | _UNSUPPORTED_IN_CALLS.keys()
-    )
-    if name in other:
-        return
-    close = difflib.get_close_matches(name, known, cutoff=0.7) or difflib.get_close_matches(name, other, cutoff=0.7)
-    hint = f"Did you mean {', '.join(close)}?" if close else f"The options are {', '.join(sorted(known))}."
-    raise OptionError(f"[generate] {name}: unknown option, needs a name of transformers' generate. {hint}")
-
-
-def _refuse_unsupported(name: str, values: Mapping[str, Any], neutral: tuple[Any, ...], source: str) -> None:
-    value = values.get(name)
-    if value is None or any(value == allowed for allowed in neutral):
-        return
-    off = f"set {name}={neutral[0]!r} to go without" if neutral else f"leave {name} out"
-    nearest = f"{_NEAREST[name]}, or {off}" if name in _NEAREST else off[0].upper() + off[1:]
-    raise UnsupportedError(
-        f"[generate] {name}: found {value!r}{source}, which jettison does not do (yet) and which would change the "
-        f"output. {nearest}."
-    )

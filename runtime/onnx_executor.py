@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -56,6 +57,7 @@ class OnnxExecutor:
         weight_bytes: Bytes of the weights, without the tables and the padding that the weight file has beside them.
         threads: Threads within an operator, at least 1; default ONNX Runtime's own choice.
         allow_spinning: Whether idle worker threads spin. Faster steps, but they slow torch code in this process.
+        prepared: Graphs with packed weights to load in place of those, by file name; see `runtime/prepared.py`.
 
     Raises:
         ArtifactError: A file cannot be loaded.
@@ -72,6 +74,7 @@ class OnnxExecutor:
         *,
         threads: int | None = None,
         allow_spinning: bool = True,
+        prepared: Mapping[str, Path] | None = None,
     ) -> None:
         import onnxruntime
 
@@ -81,8 +84,13 @@ class OnnxExecutor:
         self.threads = threads
         self.entries: dict[str, EntrySignature] = {}
         self._sessions: dict[str, tuple[onnxruntime.InferenceSession, OnnxGraph]] = {}
+        self.is_prepared = bool(prepared)
         for graph in graphs:
-            session = _open(graph.path, threads, allow_spinning)
+            options = session_options(threads, allow_spinning=allow_spinning)
+            path = (prepared or {}).get(graph.path.name, graph.path)
+            if path is not graph.path:  # optimised when it was prepared
+                options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            session = open_session(path, options)
             for entry in graph.entries:
                 self._sessions[entry] = (session, graph)
                 self.entries[entry] = EntrySignature(graph.inputs, tuple(graph.states), graph.outputs)
@@ -120,9 +128,9 @@ def _bind_input(binding: object, name: str, tensor: Tensor) -> None:
     binding.bind_input(name, "cpu", 0, _NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())  # type: ignore[attr-defined]
 
 
-def _open(path: Path, threads: int | None, allow_spinning: bool) -> object:
+def session_options(threads: int | None, *, allow_spinning: bool) -> Any:
+    """`onnxruntime.SessionOptions` as every session of jettison has them."""
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
     options = onnxruntime.SessionOptions()
     # Errors are raised; what it would print beside that names internals, and warnings name the default of
@@ -132,6 +140,19 @@ def _open(path: Path, threads: int | None, allow_spinning: bool) -> object:
         options.intra_op_num_threads = threads
     if not allow_spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def open_session(path: Path, options: Any) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU.
+
+    Raises:
+        ArtifactError: The file cannot be loaded.
+        UnsupportedError: The installed ONNX Runtime lacks an operator.
+    """
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except (

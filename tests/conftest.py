@@ -20,6 +20,12 @@ pytest.register_assert_rewrite("tests.helpers")
 logging.getLogger("torch.__trace").propagate = True
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what the user prepared, or leaves something in the user's cache."""
+    monkeypatch.setenv("JETTISON_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def snapshot(snapshot: SnapshotAssertion) -> SnapshotAssertion:
     """Golden text files in `golden/<test file without test_>/<case>.txt` beside the test."""

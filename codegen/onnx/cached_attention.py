@@ -77,13 +77,13 @@ def fused_readers(node: fx.Node) -> list[fx.Node]:
 
 def heads_last(node: fx.Node, environment: dict[fx.Node, Any]) -> Tensor:
     """`[B, H, S, D]` as `[B, S, H * D]`, without a transpose where the graph made it from that."""
-    flat = _flat_heads(node)
+    flat = flat_heads(node)
     if flat is not None and flat in environment:
         return environment[flat]
     return environment[node].transpose(1, 2).flatten(2)
 
 
-def _flat_heads(node: fx.Node) -> fx.Node | None:
+def flat_heads(node: fx.Node) -> fx.Node | None:
     """The value `[B, S, H * D]` that `node` is, with the heads split and brought to the front."""
     if not is_call(node, aten.transpose.int) or set(node.args[1:]) != {1, 2}:
         return None
@@ -93,6 +93,20 @@ def _flat_heads(node: fx.Node) -> fx.Node | None:
     flat = split.args[0].meta["val"]
     wide = split.meta["val"].shape[2] * split.meta["val"].shape[3]
     return split.args[0] if flat.dim() == 3 and flat.shape[2] == wide else None
+
+
+def flat_readers(node: fx.Node) -> list[fx.Node]:
+    """Readers of an attention `[B, H, S, D]` that bring it to `[B, S, H * D]`, which is what the operator returns."""
+    # Sizes by their text: comparing symbols while the exporter traces would enter its graph.
+    _, heads, length, head_dim = (str(size) for size in node.meta["val"].shape)
+    wanted = [length, str(int(heads) * int(head_dim))]
+    turned = [user for user in node.users if is_call(user, aten.transpose.int) and set(user.args[1:]) == {1, 2}]
+    return [
+        reader
+        for each in turned
+        for reader in each.users
+        if is_call(reader, aten.reshape.default) and [str(size) for size in reader.meta["val"].shape[1:]] == wanted
+    ]
 
 
 def packed_projection(query: fx.Node, key: fx.Node, value: fx.Node, environment: dict[fx.Node, Any]) -> Tensor | None:
@@ -105,7 +119,7 @@ def packed_projection(query: fx.Node, key: fx.Node, value: fx.Node, environment:
     """
     end, source = 0, None
     for node in (query, key, value):
-        flat = _flat_heads(node)
+        flat = flat_heads(node)
         part = None if flat is None else _columns(flat)
         if part is None or part[1] != end or source not in (None, part[0]):
             return None

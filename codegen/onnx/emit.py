@@ -15,8 +15,10 @@ import onnx_ir
 import torch
 from torch import Tensor, fx
 
+from jettison.codegen.onnx import residual_norm
 from jettison.codegen.onnx.external_data import ExternalDataWriter
 from jettison.codegen.onnx.lowered_graph import LoweredGraph
+from jettison.codegen.onnx.packed_projections import pack_projections
 from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
 from jettison.ir.match import is_call
@@ -156,6 +158,7 @@ def emit_entry(
     _make_optional(model)
     _separate_names(model)
     _strip_debris(model)
+    _leave_out_statistics(model)
     onnx_ir.save(model, path)
     emitted = EmittedGraph(path, serves, names, outputs)
     emitted.states = {state: (state, _present_name(state)) for state in states}
@@ -266,6 +269,16 @@ def _separate_names(model: onnx_ir.Model) -> None:
                 value.name = f"{value.name}.inner"
 
 
+def _leave_out_statistics(model: onnx_ir.Model) -> None:
+    """Take the names from the outputs of norms that are for training, so that nothing allocates them."""
+    domain, name = residual_norm.OPERATOR.split("::")
+    for node in model.graph:
+        if (node.domain, node.op_type) == (domain, name):
+            for value in node.outputs:
+                if not value.uses() and value not in model.graph.outputs:
+                    value.name = ""
+
+
 def _strip_debris(model: onnx_ir.Model) -> None:
     """Drop what the exporter notes about source lines: it names machine paths."""
     for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
@@ -298,6 +311,7 @@ def emit_program(
     Returns:
         One description per file.
     """
+    program = pack_projections(program)
     with ExternalDataWriter(folder / "model.onnx.data", on_bytes) as data:
         entries = list(program.entries)
         if len(entries) == 2 and _same_graph(*program.entries.values()):

@@ -1,7 +1,11 @@
 """`genai_config.json`: how ONNX Runtime GenAI runs an artifact whose one graph serves prompt and decoding.
 
-GenAI allocates the logits itself, of one token per row, because the graph declares that size (see `emit`). Checked by
-hand with onnxruntime-genai 0.18: the same tokens as jettison's own runtime for `full`, `window` and mixed caches.
+GenAI allocates the logits itself, of one token per row, because the graph declares that size (see `emit`).
+`tests/codegen/test_genai.py` holds it to the tokens of jettison's own runtime, for full and windowed caches.
+
+What GenAI 0.18 cannot do with such a folder, and says so: rows of different length over a windowed cache (its operator
+refuses padding), and a `max_length` below window and slack where only some layers have a window (it then allocates
+`max_length` slots for those, and the graph wants all). A model without an end token ends at its padding token, or 0.
 """
 
 from __future__ import annotations
@@ -18,6 +22,9 @@ PLAIN_FAMILIES = (
     "ernie4_5", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "nemotron", "olmo", "phi", "qwen2",
     "qwen3", "smollm3",
 )  # fmt: skip
+
+# Settings of generation_config.json that both know by one name and meaning, and what they are where it is silent.
+USUAL_SETTINGS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 def genai_config(config: dict[str, Any], generation: dict[str, Any], program: Program) -> dict[str, Any] | None:
@@ -60,22 +67,25 @@ def _model(
     windows: dict[int, tuple[int, int]],
 ) -> dict[str, Any]:
     eos, bos, pad = (
-        generation.get(name, config.get(name)) for name in ("eos_token_id", "bos_token_id", "pad_token_id")
+        _token_ids(name, generation, config, program.info.vocab_size)
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id")
     )
-    first_eos = eos[0] if isinstance(eos, list) and eos else eos
-    tokens = {
-        "bos_token_id": bos if bos is not None else first_eos,
-        "eos_token_id": eos,
-        "pad_token_id": pad if pad is not None else first_eos,
-    }
+    tokens = {"bos_token_id": (bos or eos)[:1], "eos_token_id": eos, "pad_token_id": (pad or eos)[:1]}
     family = config.get("model_type")
     return {
         "type": family if family in PLAIN_FAMILIES else "decoder",
-        **{name: token for name, token in tokens.items() if token is not None},
+        **{name: ids[0] if len(ids) == 1 else ids for name, ids in tokens.items() if ids},
         "vocab_size": program.info.vocab_size,
         "context_length": program.info.context,
         "decoder": _decoder(program, keys, windows),
     }
+
+
+def _token_ids(name: str, generation: dict[str, Any], config: dict[str, Any], vocab_size: int) -> list[int]:
+    """Ids of a special token; null says nothing, and GenAI feeds or refuses ids that have no embedding."""
+    found = config.get(name) if generation.get(name) is None else generation[name]
+    ids = found if isinstance(found, list) else [found]
+    return [token for token in ids if token is not None and 0 <= token < vocab_size]
 
 
 def _decoder(program: Program, keys: list[State], windows: dict[int, tuple[int, int]]) -> dict[str, Any]:
@@ -127,5 +137,5 @@ def _search(generation: dict[str, Any], program: Program) -> dict[str, Any]:
         "num_beams": 1,
         "num_return_sequences": 1,
         "past_present_share_buffer": True,
-        **{name: generation.get(name, usual) for name, usual in (("temperature", 1.0), ("top_k", 50), ("top_p", 1.0))},
+        **{name: usual if generation.get(name) is None else generation[name] for name, usual in USUAL_SETTINGS.items()},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.onnx.ops import symbolic
 from jettison.codegen.onnx.cached_attention import (
     Rotation,
     RowLengths,
+    flat_readers,
     fused_readers,
     group_query_attention,
     heads_last,
@@ -20,6 +22,7 @@ from jettison.codegen.onnx.cached_attention import (
 )
 from jettison.codegen.onnx.external_data import DTYPES, ComputedConstant, TransposedConstant
 from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
+from jettison.codegen.onnx.residual_norm import norm_of_sum, sum_and_norm
 from jettison.codegen.onnx.rotary_table import angle_table
 from jettison.ir import ops
 from jettison.ir.constants import Constant
@@ -167,11 +170,19 @@ class LoweredGraph(nn.Module):
         return self._tensors[self._buffers_of[name, self._layout(user, node)]]
 
     def _lower(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
+        if node in environment:  # an operator before it computed it too
+            return
         if is_fused(node):
             attend = self._cached_attention if is_call(node, ops.attention) else self._windowed_attention
             attend(node, environment)
             return
         if self._is_redeemed_later(node):
+            return
+        norm = norm_of_sum(node)
+        if norm is not None:
+            residual, update = (self._operand(each, node, environment) for each in node.args[:2])
+            weight = self._operand(norm.args[2], norm, environment)
+            environment[node], environment[norm] = sum_and_norm(residual, update, weight, arguments(norm)["eps"])
             return
         args = fx.map_arg(node.args, lambda n: self._operand(n, node, environment))
         kwargs = fx.map_arg(node.kwargs, lambda n: self._operand(n, node, environment))
@@ -237,6 +248,7 @@ class LoweredGraph(nn.Module):
             softcap=operands["softcap"],
         )
         environment[node] = out.unflatten(2, (heads, -1)).transpose(1, 2)
+        environment.update(dict.fromkeys(flat_readers(node), out))
         environment[key_write], environment[value_write] = new_key, new_value
 
     def _windowed_attention(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
@@ -258,6 +270,9 @@ class LoweredGraph(nn.Module):
             is_windowed_cache=True,
         )
         environment[node] = (out.unflatten(2, (heads, -1)).transpose(1, 2), key, value)
+        for part in node.users:
+            if is_call(part, operator.getitem) and part.args[1] == 0:
+                environment.update(dict.fromkeys(flat_readers(part), out))
 
 
 def _operands_of_heads(

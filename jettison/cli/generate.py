@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jettison.cli.artifact import open_model
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from jettison.optimized_model import OptimizedModel
     from jettison.runtime.generation import GeneratedRow, GenerationResult
 
-_SAMPLING = ("temperature", "top_k", "top_p")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--do-sample", action=argparse.BooleanOptionalAction, default=None,
         help="draw tokens at random instead of taking the likeliest (default: the model's choice, or yes if "
-        "--temperature, --top-k or --top-p is given)",
+        "--temperature, --top-k, --top-p, --min-p or more than one sequence is asked for)",
     )  # fmt: skip
     parser.add_argument(
         "--temperature", type=float, metavar="T", help="divides the logits; 0 takes the likeliest token"
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K best tokens; 0 means all")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among the best tokens that hold P probability")
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="sample among the tokens at least P times as likely as the best one"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="R",
+        help="make tokens that are already there less likely: above 1, 1.1 say; also without sampling",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-return-sequences", type=int, default=1, metavar="N",
+        help="draw N continuations; with more than one, each is written when all are complete (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given repeatedly")
     parser.add_argument("--seed", type=seed, metavar="N", help="of the draws (default: another one every time)")
     add_threads(parser)
@@ -60,28 +72,27 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     else:
         prompt = _read_prompt(args.prompt)
         ids = _encode(model, prompt, args.chat)
-    if args.prompt_ids is None and not terminal.is_json:
-        result = _stream(model, ids, settings, terminal)
-    else:
-        result = model.generate_rows([ids], **settings)
-    row = result.rows[0]
+    is_streamed = args.prompt_ids is None and args.num_return_sequences == 1 and not terminal.is_json
+    result = _stream(model, ids, settings, terminal) if is_streamed else model.generate_rows([ids], **settings)
     if terminal.is_json:
-        terminal.document(_document(prompt, row, result, settings["seed"]))
-    elif args.prompt_ids is not None:
-        terminal.line(row.text if row.text is not None else ",".join(map(str, row.token_ids)))
-    else:
+        terminal.document(_document(prompt, result, settings["seed"]))
+    elif is_streamed:
         terminal.text("\n")
-    speed = f", {result.steps / result.decode_seconds:.1f} tokens/s" if result.decode_seconds else ""
+    else:
+        _write_rows(result.rows, terminal)
+    new = sum(len(row.token_ids) for row in result.rows)
+    speed = f", {(new - len(result.rows)) / result.decode_seconds:.1f} tokens/s" if result.decode_seconds else ""
     terminal.note(
-        f"{row.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {len(row.token_ids)} new{speed}, ended "
-        f"by {row.finish_reason}, seed {settings['seed']}"
+        f"{result.rows[0].prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {new} new{speed}, ended by "
+        f"{', '.join(row.finish_reason for row in result.rows)}, seed {settings['seed']}"
     )
     return 0
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     do_sample = args.do_sample
-    if do_sample is None and any(getattr(args, name) is not None for name in _SAMPLING):
+    asks = args.num_return_sequences > 1 or any(getattr(args, name) is not None for name in _SAMPLING)
+    if do_sample is None and asks:
         # Greedy search would drop these settings silently; a temperature of 0 is how other tools ask for it.
         do_sample = args.temperature != 0
     return {
@@ -90,6 +101,9 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "num_return_sequences": args.num_return_sequences,
         "stop_strings": args.stop,
         # Drawn here and shown, so that any output can be had again.
         "seed": secrets.randbelow(2**31) if args.seed is None else args.seed,
@@ -125,16 +139,32 @@ def _stream(model: OptimizedModel, ids: list[int], settings: dict[str, Any], ter
             return result
 
 
-def _document(prompt: str | None, row: GeneratedRow, result: GenerationResult, seed: int) -> dict[str, Any]:
+def _write_rows(rows: Sequence[GeneratedRow], terminal: Terminal) -> None:
+    """Write each continuation, under its number if there are several; ids where there is no tokenizer."""
+    for number, row in enumerate(rows, 1):
+        if len(rows) > 1:
+            terminal.line(f"--- {number} of {len(rows)}")
+        terminal.line(row.text if row.text is not None else ",".join(map(str, row.token_ids)))
+
+
+def _document(prompt: str | None, result: GenerationResult, seed: int) -> dict[str, Any]:
+    rows = [
+        {
+            "text": row.text,
+            "token_ids": list(row.token_ids),
+            "finish_reason": row.finish_reason,
+            "new_tokens": len(row.token_ids),
+        }
+        for row in result.rows
+    ]
+    new = sum(len(row.token_ids) for row in result.rows)
+    decoded = new - len(rows)  # the first token of each comes from the prompt
     return {
         "prompt": prompt,
-        "text": row.text,
-        "token_ids": list(row.token_ids),
-        "finish_reason": row.finish_reason,
-        "prompt_tokens": row.prompt_tokens,
-        "new_tokens": len(row.token_ids),
+        **(rows[0] if len(rows) == 1 else {"continuations": rows}),
+        "prompt_tokens": result.rows[0].prompt_tokens,
         "seed": seed,
         "prefill_seconds": result.prefill_seconds,
         "decode_seconds": result.decode_seconds,
-        "decode_tokens_per_s": result.steps / result.decode_seconds if result.decode_seconds else None,
+        "decode_tokens_per_s": decoded / result.decode_seconds if result.decode_seconds else None,
     }

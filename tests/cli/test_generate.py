@@ -15,6 +15,7 @@ KEYS = {
     "prompt", "text", "token_ids", "finish_reason", "prompt_tokens", "new_tokens", "seed", "prefill_seconds",
     "decode_seconds", "decode_tokens_per_s",
 }  # fmt: skip
+SEQUENCE_KEYS = {"text", "token_ids", "finish_reason", "new_tokens"}
 PROMPT = "Once upon a time"
 
 
@@ -51,9 +52,39 @@ def test_sampling_follows_the_seed(run, onnx_artifact):
     assert sampled("--top-p", 1.0, "--top-k", 50, "--temperature", 1, "--seed", 1)["token_ids"] == first
     assert sampled("--temperature", 0)["token_ids"] == greedy
     assert sampled("--temperature", 2, "--no-do-sample")["token_ids"] == greedy
+    assert sampled("--min-p", 0.0, "--seed", 1)["token_ids"] == first
+    assert sampled("--min-p", 1.0)["token_ids"] == greedy
     # A seed that was not given is drawn and shown, so that the text can be had again.
     drawn = sampled("--do-sample")
     assert sampled("--do-sample", "--seed", drawn["seed"])["token_ids"] == drawn["token_ids"]
+
+
+def test_a_repetition_penalty_needs_no_sampling(run, onnx_artifact):
+    arguments = ("generate", onnx_artifact, "--prompt", PROMPT, "--max-new-tokens", 24, "--json")
+    plain = run(*arguments).json["token_ids"]
+    penalised = run(*arguments, "--repetition-penalty", 1.5).json["token_ids"]
+    model = jettison.load(onnx_artifact)
+    prompt = model.tokenizer.encode(PROMPT)
+    assert penalised == model.generate(prompt, max_new_tokens=24, repetition_penalty=1.5) != plain
+    assert len(set(penalised)) > len(set(plain))
+    assert run(*arguments, "--repetition-penalty", 1).json["token_ids"] == plain
+
+
+def test_several_sequences_are_listed(run, onnx_artifact, small_artifact):
+    arguments = ("--max-new-tokens", 8, "--num-return-sequences", 3, "--seed", 4)
+    document = run("generate", onnx_artifact, "--prompt", PROMPT, *arguments, "--json").json
+    assert set(document) == KEYS - SEQUENCE_KEYS | {"continuations"}
+    assert [set(row) for row in document["continuations"]] == [SEQUENCE_KEYS] * 3
+    settings = {"max_new_tokens": 8, "num_return_sequences": 3, "seed": 4, "do_sample": True}
+    texts = jettison.load(onnx_artifact).generate(PROMPT, **settings)
+    assert [row["text"] for row in document["continuations"]] == texts
+    assert len(set(texts)) == 3
+    shown = run("generate", onnx_artifact, "--prompt", PROMPT, *arguments)
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out == "".join(f"--- {number} of 3\n{text}\n" for number, text in enumerate(texts, 1))
+    run("generate", small_artifact, "--prompt", PROMPT, "--num-return-sequences", 2, "--no-do-sample").fails(
+        2, "num_return_sequences", "do_sample=True"
+    )
 
 
 def test_stop_ends_the_text_before_it(run, onnx_artifact):
@@ -119,6 +150,9 @@ def test_settings_out_of_range_are_usage_errors(run, small_artifact):
         (("--temperature", "-1"), "temperature"),
         (("--top-p", "1.5"), "top_p"),
         (("--top-k", "-2"), "top_k"),
+        (("--min-p", "-0.1"), "min_p"),
+        (("--repetition-penalty", "0"), "repetition_penalty"),
+        (("--num-return-sequences", "0"), "num_return_sequences"),
         (("--max-new-tokens", "0"), "max_new_tokens"),
         (("--stop", ""), "stop_strings"),
         (("--seed", "-1"), "--seed"),

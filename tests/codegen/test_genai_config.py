@@ -1,4 +1,4 @@
-"""`genai_config.json`; that GenAI runs the result was checked by hand, it is not a dependency."""
+"""`genai_config.json` as text; `test_genai.py` runs it."""
 
 from __future__ import annotations
 
@@ -67,6 +67,12 @@ def test_sizes_come_from_the_graph(plain: Program) -> None:
         ({"eos_token_id": 2, "bos_token_id": 1}, {}, {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 2}),
         ({"eos_token_id": 2}, {"eos_token_id": [5, 6]}, {"eos_token_id": [5, 6], "bos_token_id": 5, "pad_token_id": 5}),
         ({"pad_token_id": 0, "eos_token_id": 7}, {}, {"eos_token_id": 7, "bos_token_id": 7, "pad_token_id": 0}),
+        (
+            {"pad_token_id": VOCAB_SIZE, "eos_token_id": [7, VOCAB_SIZE]},
+            {"bos_token_id": -1},
+            {"eos_token_id": 7, "bos_token_id": 7, "pad_token_id": 7},
+        ),
+        ({"eos_token_id": 7}, {"eos_token_id": None}, {"eos_token_id": 7, "bos_token_id": 7, "pad_token_id": 7}),
         ({}, {}, {}),
     ],
 )
@@ -88,10 +94,12 @@ def test_families_that_genai_does_not_know_are_plain_decoders(plain: Program, fa
 
 
 def test_sampling_defaults_of_the_model_are_kept(plain: Program) -> None:
-    generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}
     described = genai_config(CONFIG, generation, plain)
     assert described is not None
     assert described["search"].items() >= generation.items()
+    silent = genai_config(CONFIG, dict.fromkeys(generation), plain)
+    assert silent == genai_config(CONFIG, {}, plain), "null is as good as nothing"
 
 
 def test_mixed_windows_are_described() -> None:

@@ -79,7 +79,7 @@ def test_quantised_activations_cost_little(on_torch: OptimizedModel, tmp_path: P
         attribute for node in model.graph.node for attribute in node.attribute if attribute.name == "accuracy_level"
     ]
     assert {attribute.i for attribute in levels} == {4}
-    assert len(levels) == 6 * 7 + 1
+    assert len(levels) == 6 * 5 + 1
     for attribute in levels:
         attribute.i = 0
     exact_folder = tmp_path / "exact"
@@ -365,6 +365,46 @@ def test_sampling_is_seeded(on_torch: OptimizedModel) -> None:
     assert first == again != other
 
 
+@pytest.mark.parametrize("target", ["on_torch", "on_onnx"])
+def test_several_sequences_equal_the_prompts_repeated(target: str, request: pytest.FixtureRequest) -> None:
+    """The rows are prefilled once and their states copied; the seed gives each its own draws."""
+    model: OptimizedModel = request.getfixturevalue(target)
+    rows = [model.tokenizer.encode(text) for text in (PROMPT, "Then")]
+    settings = {"max_new_tokens": 12, "do_sample": True, "seed": 3, "min_p": 0.02, "repetition_penalty": 1.1}
+    expected = model.generate_rows([row for row in rows for _ in range(3)], **settings).token_ids
+    assert len({tuple(new) for new in expected}) == 6
+    assert model.generate_rows(rows, num_return_sequences=3, **settings).token_ids == expected
+
+
+def test_several_sequences_of_every_kind_of_prompt(on_torch: OptimizedModel) -> None:
+    texts = [PROMPT, "Then"]
+    rows = [on_torch.tokenizer.encode(text) for text in texts]
+    settings = {"max_new_tokens": 10, "do_sample": True, "seed": 3, "num_return_sequences": 2, "eos_token_id": []}
+    expected = on_torch.generate(rows, **settings)
+    assert [len(new) for new in expected] == [10] * 4
+    assert on_torch.generate(texts, **settings) == [on_torch.tokenizer.decode(new) for new in expected]
+    alone = on_torch.generate(rows[0], **settings)
+    assert alone == expected[:2]
+    assert on_torch.generate(PROMPT, **settings) == [on_torch.tokenizer.decode(new) for new in alone]
+    padded, mask = left_padded(rows, 0)
+    tensor = on_torch.generate(padded, attention_mask=mask, **settings)
+    prompts = [row for row in padded.tolist() for _ in range(2)]
+    assert tensor.tolist() == [row + new for row, new in zip(prompts, expected, strict=True)]
+    with pytest.raises(OptionError, match="needs 1 with do_sample=False"):
+        on_torch.generate(PROMPT, num_return_sequences=2)
+
+
+def test_generation_config_may_hold_a_penalty_min_p_and_sequences() -> None:
+    model = tiny_model("llama")
+    plain = jettison.optimize(model, target="torch")
+    model.generation_config.update(do_sample=True, repetition_penalty=1.5, min_p=0.1, num_return_sequences=2)
+    configured = jettison.optimize(model, target="torch")
+    asked = {"do_sample": True, "repetition_penalty": 1.5, "min_p": 0.1, "num_return_sequences": 2}
+    first = configured.generate([5, 6, 7], max_new_tokens=20, seed=1)
+    assert first == plain.generate([5, 6, 7], max_new_tokens=20, seed=1, **asked)
+    assert len(first) == 2
+
+
 IDS = torch.ones(2, 3, dtype=torch.long)
 
 
@@ -386,6 +426,9 @@ IDS = torch.ones(2, 3, dtype=torch.long)
         ([[1]], {"input_ids": IDS}, "both inputs and input_ids"),
         ([[1]], {"max_new_token": 3}, "max_new_token"),
         ([[1]], {"temperature": -1.0}, "temperature"),
+        ([[1]], {"min_p": 1.5}, "min_p"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ([[1]], {"num_return_sequences": 2}, "num_return_sequences"),
     ],
 )
 def test_bad_prompts(small: OptimizedModel, inputs: Any, settings: dict[str, Any], message: str) -> None:

@@ -14,8 +14,10 @@ import torch
 
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
 from jettison.runtime import generation
-from jettison.runtime.generation import DEFAULT_NEW_TOKENS, GenerationOptions, GenerationResult, generate, stream
+from jettison.runtime.generation import GenerationResult, generate, stream
+from jettison.runtime.generation_options import DEFAULT_NEW_TOKENS, GenerationOptions
 from jettison.runtime.tokenizer import Tokenizer, load_tokenizer
+from tests.models.tiny_models import tiny_model
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
 PROMPTS = ["The captain", "It was a dark and stormy night; the rain fell in torrents, and", "“Ah,”"]
@@ -34,26 +36,31 @@ class PrefixSession:
     ) -> None:
         self.logits_of, self.batch, self.capacity = logits_of, batch, min(capacity, context)
         self.vocab_size, self.context = vocab_size, context
-        self.rows: list[list[int]] = []
+        self.lengths = [0] * batch
+        self.states = {"tokens": torch.zeros(batch, self.capacity, dtype=torch.int64)}
+        self.prefilled: list[list[int]] = []
         self.fed: list[list[int]] = []
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        assert not self.rows, "one prefill per session"
-        assert len(rows) == self.batch
-        self.rows = [list(row) for row in rows]
-        return self._logits()
+        assert not any(self.lengths), "one prefill per session"
+        self.prefilled = [list(row) for row in rows]
+        return self._append(self.prefilled)
 
     def decode(self, tokens: Sequence[int]) -> torch.Tensor:
         assert len(tokens) == self.batch
         self.fed.append(list(tokens))
-        for row, token in zip(self.rows, tokens, strict=True):
-            assert 0 <= token < self.vocab_size, "an embedding would be read out of bounds"
-            row.append(token)
-        return self._logits()
+        assert all(0 <= token < self.vocab_size for token in tokens), "an embedding would be read out of bounds"
+        return self._append([[token] for token in tokens])
 
-    def _logits(self) -> torch.Tensor:
-        assert max(len(row) for row in self.rows) <= self.capacity, "a row outgrew what the session was opened for"
-        return torch.stack([self.logits_of(row) for row in self.rows])
+    def _append(self, rows: list[list[int]]) -> torch.Tensor:
+        assert len(rows) == self.batch
+        logits = []
+        for row, (tokens, new) in enumerate(zip(self.states["tokens"], rows, strict=True)):
+            before, self.lengths[row] = self.lengths[row], self.lengths[row] + len(new)
+            assert self.lengths[row] <= self.capacity, "a row outgrew what the session was opened for"
+            tokens[before : self.lengths[row]] = torch.tensor(new)
+            logits.append(self.logits_of(tokens[: self.lengths[row]].tolist()))
+        return torch.stack(logits)
 
 
 class Opener:
@@ -210,6 +217,34 @@ def test_max_length_counts_the_prompt_as_in_transformers(llama, open_llama, toke
     assert list(row.token_ids) == theirs[0, len(prompt) :].tolist()
 
 
+@pytest.fixture(scope="module")
+def random_llama() -> Any:
+    pytest.importorskip("transformers")
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("penalty", [1.3, 2.5, 0.8])
+def test_greedy_tokens_with_a_repetition_penalty_equal_transformers(random_llama, penalty):
+    def logits_of(row: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return random_llama(torch.tensor([row])).logits[0, -1]
+
+    prompts = [[5, 9, 9, 17, 3, 60, 5], [40], [8, 7, 6, 5]]
+    open_session = Opener(logits_of, random_llama.config.vocab_size, 128)
+    given = {"max_new_tokens": 30, "repetition_penalty": penalty, "do_sample": False, "eos_token_id": 2}
+    rows = generate(open_session, prompts, GenerationOptions(**given)).rows
+    longest = max(len(prompt) for prompt in prompts)
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    theirs = random_llama.generate(padded, attention_mask=mask, pad_token_id=0, **given)[:, longest:].tolist()
+    assert [list(row.token_ids) for row in rows] == [
+        new[: len(row.token_ids)] for row, new in zip(rows, theirs, strict=True)
+    ]
+    assert all(set(new[len(row.token_ids) :]) <= {0} for row, new in zip(rows, theirs, strict=True))
+    free = generate(open_session, prompts, GenerationOptions(max_new_tokens=30, eos_token_id=2)).rows
+    assert [row.token_ids for row in free] != [row.token_ids for row in rows], "the penalty must matter"
+
+
 def test_default_is_the_number_of_new_tokens_of_transformers(llama):
     with pytest.warns(UserWarning, match="model-agnostic default"):
         theirs = llama.generate(torch.tensor([[5, 6, 7]]), do_sample=False, eos_token_id=4095, pad_token_id=0)
@@ -257,7 +292,7 @@ def test_sampling_stays_within_the_options():
     def logits_of(row: list[int]) -> torch.Tensor:
         return torch.linspace(0.0, 3.0, 50).index_fill(0, torch.tensor([7]), 8.0)
 
-    for narrow in ({"top_k": 1}, {"top_p": 0.5}, {"temperature": 0.01}):
+    for narrow in ({"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}, {"temperature": 0.01}):
         options = GenerationOptions(max_new_tokens=20, do_sample=True, seed=0, **narrow)
         assert generate(Opener(logits_of, 50), [[1]], options).token_ids == [[7] * 20]
     options = GenerationOptions(max_new_tokens=20, do_sample=True, seed=0, temperature=20.0, top_k=4)
@@ -343,6 +378,45 @@ def test_an_error_in_a_callback_reaches_the_caller():
         generate(seeded(), [[1]], on_token=fail)
 
 
+# --- several sequences -----------------------------------------------------------------------------------------------
+
+
+def test_sequences_of_a_prompt_follow_each_other_and_equal_repeated_prompts():
+    options = {"max_new_tokens": 12, "do_sample": True, "seed": 5, "eos_token_id": [3, 17], "repetition_penalty": 1.2}
+    opener = seeded()
+    several = generate(opener, ROWS, GenerationOptions(**options, num_return_sequences=3))
+    repeated = generate(seeded(), [row for row in ROWS for _ in range(3)], GenerationOptions(**options))
+    assert several.rows == repeated.rows
+    assert [row.prompt_tokens for row in several.rows] == [len(row) for row in ROWS for _ in range(3)]
+    assert len(set(several.rows)) == 12, "each draws on its own"
+    assert several.steps == repeated.steps
+    # The model reads each prompt once.
+    assert opener.opened == [(4, 19), (12, 19)]
+    assert [session.prefilled for session in opener.sessions] == [ROWS, []]
+    assert [len(session.fed) for session in opener.sessions] == [0, several.steps]
+
+
+def test_on_token_counts_sequences_as_rows():
+    seen: dict[int, list[int]] = {}
+    options = GenerationOptions(max_new_tokens=6, do_sample=True, seed=1, num_return_sequences=2)
+    result = generate(seeded(), ROWS, options, on_token=lambda row, token: seen.setdefault(row, []).append(token))
+    assert [seen[row] for row in range(8)] == result.token_ids
+
+
+def test_one_text_is_streamed_of_one_sequence():
+    options = GenerationOptions(do_sample=True, num_return_sequences=2)
+    message = (
+        "found num_return_sequences=2, needs 1, because one text is written as it comes. Set num_return_sequences=1, "
+        "or use generate without a streamer."
+    )
+    with pytest.raises(OptionError) as caught:
+        stream(seeded(), [1], options, BYTES)
+    assert str(caught.value) == f"[generate] stream: {message}"
+    with pytest.raises(OptionError) as caught:
+        generate(seeded(), [[1]], options, streamer=RecordingStreamer())
+    assert str(caught.value) == f"[generate] streamer: {message}"
+
+
 # --- text, streaming, stop strings -----------------------------------------------------------------------------------
 
 BYTES = ByteTokenizer()
@@ -417,7 +491,7 @@ def test_without_a_tokenizer_there_is_no_text():
 def test_streaming_runs_the_model_as_the_pieces_are_read():
     opener = scripted(b"abcdef")
     pieces = stream(opener, [0], GenerationOptions(max_new_tokens=6), BYTES)
-    assert opener.sessions[0].rows == []
+    assert not any(opener.sessions[0].lengths)
     assert next(pieces) == "a"
     assert len(opener.sessions[0].fed) == 0
     assert next(pieces) == "b"
@@ -496,6 +570,26 @@ def test_options_are_brought_to_one_form():
             "do_sample=False for the most likely token.",
         ),
         ({"top_p": 1.5}, "top_p: found 1.5, needs a number from 0 to 1. Set top_p=1.0 to keep all tokens."),
+        ({"min_p": -0.1}, "min_p: found -0.1, needs a number from 0 to 1. Set min_p=0.0 to keep all tokens."),
+        ({"min_p": True}, "min_p: found True, needs a number from 0 to 1. Set min_p=0.0 to keep all tokens."),
+        (
+            {"repetition_penalty": 0},
+            "repetition_penalty: found 0, needs a number from 1e-6 to 1e6. Set repetition_penalty=1.0 to go without.",
+        ),
+        (
+            {"repetition_penalty": "1.1"},
+            "repetition_penalty: found '1.1', needs a number from 1e-6 to 1e6. Set repetition_penalty=1.0 to go "
+            "without.",
+        ),
+        (
+            {"num_return_sequences": 0},
+            "num_return_sequences: found 0, needs an integer of at least 1. Set num_return_sequences=1.",
+        ),
+        (
+            {"num_return_sequences": 2},
+            "num_return_sequences: found 2, needs 1 with do_sample=False, because the most likely tokens are the same "
+            "every time. Set do_sample=True, or num_return_sequences=1.",
+        ),
         ({"top_p": "a"}, "top_p: found 'a', needs a number from 0 to 1. Set top_p=1.0 to keep all tokens."),
         (
             {"stop_strings": ["a", ""]},
@@ -540,6 +634,16 @@ def test_overrides_win_over_the_file_and_the_file_over_the_defaults():
     assert GenerationOptions.from_config() == GenerationOptions.from_config({}) == GenerationOptions()
 
 
+def test_penalty_min_p_and_sequences_of_the_file_are_honoured():
+    config = {"do_sample": True, "repetition_penalty": 1.1, "min_p": 0.05, "num_return_sequences": 2, "top_k": 0}
+    options = GenerationOptions.from_config(config, max_new_tokens=4)
+    assert (options.repetition_penalty, options.min_p, options.num_return_sequences) == (1.1, 0.05, 2)
+    assert len(generate(seeded(), [[1]], options).rows) == 2
+    off = {"repetition_penalty": 1.0, "min_p": 0.0, "num_return_sequences": 1}
+    assert GenerationOptions.from_config(config, **off) == GenerationOptions(do_sample=True, top_k=0)
+    assert GenerationOptions.from_config({**config, **dict.fromkeys(off)}) == GenerationOptions(do_sample=True, top_k=0)
+
+
 def test_lengths_of_the_call_win_over_lengths_of_the_file():
     assert GenerationOptions.from_config({"max_length": 4096}).max_length == 4096
     opener = seeded()
@@ -570,10 +674,10 @@ def test_foreign_names_in_the_file_are_ignored():
     ("config", "overrides", "message"),
     [
         (
-            {"repetition_penalty": 1.1},
+            {"no_repeat_ngram_size": 3},
             {},
-            "repetition_penalty: found 1.1 (in generation_config.json), which jettison does not do (yet) and which "
-            "would change the output. Set repetition_penalty=1 to go without.",
+            "no_repeat_ngram_size: found 3 (in generation_config.json), which jettison does not do (yet) and which "
+            "would change the output. Set no_repeat_ngram_size=0 to go without.",
         ),
         (
             {},
@@ -582,16 +686,10 @@ def test_foreign_names_in_the_file_are_ignored():
             "do_sample=True for varied text, or set num_beams=1 to go without.",
         ),
         (
-            {},
-            {"num_return_sequences": 2},
-            "num_return_sequences: found 2, which jettison does not do (yet) and which would change the output. Pass "
-            "the prompt several times in one batch, or set num_return_sequences=1 to go without.",
-        ),
-        (
             {"do_sample": True},
-            {"min_p": 0.1},
-            "min_p: found 0.1, which jettison does not do (yet) and which would change the output. Use top_p, or set "
-            "min_p=0 to go without.",
+            {"typical_p": 0.9},
+            "typical_p: found 0.9, which jettison does not do (yet) and which would change the output. Use top_p, or "
+            "set typical_p=1 to go without.",
         ),
         (
             {},
@@ -622,11 +720,11 @@ def test_settings_that_would_change_the_output_are_refused(config, overrides, me
 
 
 def test_neutral_values_are_accepted():
-    neutral = {"repetition_penalty": 1.0, "num_beams": 1, "min_p": 0.0, "typical_p": 1.0, "suppress_tokens": []}
-    config = {"repetition_penalty": 1.3, "num_beams": 4, "min_p": 0.1}
+    neutral = {"no_repeat_ngram_size": 0, "num_beams": 1, "eta_cutoff": 0.0, "typical_p": 1.0, "suppress_tokens": []}
+    config = {"no_repeat_ngram_size": 3, "num_beams": 4, "eta_cutoff": 0.1}
     assert GenerationOptions.from_config(config, do_sample=True, **neutral) == GenerationOptions(do_sample=True)
     # Greedy decoding never reads the sampling filters, here as in transformers.
-    assert GenerationOptions.from_config({"min_p": 0.1, "temperature": 0.0}).temperature == 0.0
+    assert GenerationOptions.from_config({"typical_p": 0.1, "temperature": 0.0}).temperature == 0.0
 
 
 @pytest.mark.parametrize(
@@ -635,11 +733,12 @@ def test_neutral_values_are_accepted():
         ("max_tokens", "Did you mean max_new_tokens?"),
         ("temprature", "Did you mean temperature?"),
         ("eos_token", "Did you mean eos_token_id?"),
-        ("repetition_penalti", "Did you mean repetition_penalty, encoder_repetition_penalty?"),
+        ("repetition_penalti", "Did you mean repetition_penalty?"),
+        ("guidance_scal", "Did you mean guidance_scale?"),
         (
             "zzz",
-            "The options are do_sample, eos_token_id, max_length, max_new_tokens, pad_token_id, seed, stop_strings, "
-            "temperature, top_k, top_p.",
+            "The options are do_sample, eos_token_id, max_length, max_new_tokens, min_p, num_return_sequences, "
+            "pad_token_id, repetition_penalty, seed, stop_strings, temperature, top_k, top_p.",
         ),
     ],
 )
@@ -724,7 +823,7 @@ def test_bad_prompts_are_refused_before_the_model_runs(prompts, message):
     with pytest.raises(OptionError) as caught:
         generate(opener, prompts)
     assert str(caught.value) == f"[generate] {message}"
-    assert all(session.rows == [] for session in opener.sessions)
+    assert not any(length for session in opener.sessions for length in session.lengths)
 
 
 def test_a_prompt_of_all_but_one_token_of_the_context_works():
