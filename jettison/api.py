@@ -11,6 +11,7 @@ from torch import nn
 
 from jettison.artifact_files import ArtifactContents, load_artifact, save_artifact, temporary_executor
 from jettison.codegen.onnx.emit import weight_bytes
+from jettison.codegen.onnx.fast_prefill import fast_bytes
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.program import PassRecord, Program
 from jettison.ir.text import program_text
@@ -28,6 +29,7 @@ from jettison.sample_text import load_text, load_windows
 from jettison.source import ModelSource, open_source
 
 TARGETS = ("onnx", "torch")
+PREFILLS = ("exact", "fast")
 AfterPass = Callable[[Pass, PassRecord, Program], None]
 
 
@@ -64,6 +66,7 @@ def optimize(
     passes: Sequence[Pass] | str = (),
     *,
     target: str = "onnx",
+    prefill: str = "exact",
     strict: bool = False,
     check: bool = False,
     max_kl: float | None = None,
@@ -80,6 +83,7 @@ def optimize(
         model: A Hugging Face folder, a transformers model, or a module whose forward takes `input_ids`.
         passes: Pass objects or the text of a pipeline. A decoder without `cache-kv` gets `cache-kv{policy=full}`.
         target: `onnx` (runs with ONNX Runtime, can be shipped) or `torch`.
+        prefill: `fast` also emits an ONNX graph that runs prompts in 8-bit integers, from a second copy of the weights.
         strict: Whether a place where a pass could not fire is an error.
         check: Whether to run the program before and after every pass on a few tokens and report the drift.
         max_kl: With `check` (which it implies): the KL divergence, in nats per token, that no pass may exceed.
@@ -101,6 +105,11 @@ def optimize(
     """
     if target not in TARGETS:
         raise OptionError(f"[optimize] target={target!r}: needed one of {', '.join(TARGETS)}.")
+    if prefill not in PREFILLS or (prefill == "fast" and target != "onnx"):
+        raise OptionError(
+            f"[optimize] prefill={prefill!r} with target={target!r}: needed one of {', '.join(PREFILLS)}; fast "
+            "needs the ONNX target."
+        )
     if target == "onnx" and dtype != "float32":
         raise OptionError(
             f"[optimize] dtype={dtype!r} with target='onnx': CPU graphs compute in float32. Leave it out."
@@ -136,7 +145,8 @@ def optimize(
         raised=raised, source_bytes=source.weight_bytes,
         weight_bytes=weight_bytes(program) if target == "onnx" else program.weight_bytes(),
         state_bytes=program.state_bytes(1, program.info.context), context=program.info.context,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - started, prefill=prefill,
+        prefill_bytes=fast_bytes(program) if prefill == "fast" else 0,
     )  # fmt: skip
     return _wrap(source, program, report, before, seed, allow_spinning)
 

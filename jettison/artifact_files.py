@@ -20,7 +20,7 @@ from jettison.optimized_model import OptimizedModel
 from jettison.report import Report
 from jettison.runtime.artifact import Artifact, ArtifactWriter, check_requirements, library_versions
 from jettison.runtime.executor import Executor
-from jettison.runtime.onnx_executor import OnnxExecutor, OnnxGraph
+from jettison.runtime.onnx_executor import OnnxExecutor, OnnxGraph, multiplies_int8
 from jettison.runtime.prepared import find_prepared
 from jettison.runtime.tokenizer import load_tokenizer
 from jettison.runtime.torch_executor import TorchExecutor
@@ -104,13 +104,14 @@ def _manifest(contents: ArtifactContents) -> dict[str, Any]:
 def _write_onnx(contents: ArtifactContents, writer: ArtifactWriter, manifest: dict[str, Any]) -> None:
     program = contents.program
     total = weight_bytes(program)
-    writer.require_space(total)
-    with track("write weights", total) as advance:
-        emitted = emit_program(program, writer.folder, on_bytes=advance)
+    everything = total + contents.report.prefill_bytes
+    writer.require_space(everything)
+    with track("write weights", everything) as advance:
+        emitted = emit_program(program, writer.folder, prefill=contents.report.prefill, on_bytes=advance)
     manifest["graphs"] = [_graph_dict(graph) for graph in emitted]
     manifest["requires"] = {"onnxruntime": max((g.minimum_ort for g in emitted), key=_version)}
     manifest["weight_bytes"] = total
-    if len(emitted) == 1 and len(emitted[0].entries) == 2:
+    if len(emitted[0].entries) == 2:
         from jettison.codegen.onnx.genai_config import genai_config
         from jettison.codegen.onnx.scoring_graph import write_scoring_graph
 
@@ -131,6 +132,7 @@ def _graph_dict(graph: EmittedGraph) -> dict[str, Any]:
         "inputs": [name for name in graph.inputs if name not in graph.states],
         "outputs": [name for name in graph.outputs if name not in {out for _, out in graph.states.values()}],
         "states": {name: list(pair) for name, pair in graph.states.items()},
+        "is_fast": graph.is_fast,
     }
 
 
@@ -162,6 +164,7 @@ def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool
             {name: (past, present) for name, (past, present) in graph["states"].items()},
         )
         for graph in manifest["graphs"]
+        if not graph.get("is_fast") or multiplies_int8()
     ]  # fmt: skip
     artifact.path(DATA_FILE)  # listed and inside the folder
     return OnnxExecutor(

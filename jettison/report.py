@@ -29,6 +29,8 @@ class Report:
         state_bytes: Bytes of the states of one sequence at the model's context.
         context: Most positions of a sequence.
         seconds: Wall time of capture and of the passes.
+        prefill: `exact` or `fast`; see `optimize`.
+        prefill_bytes: Bytes of the 8-bit copy that the fast form reads, beside `weight_bytes`.
     """
 
     model: str
@@ -42,6 +44,8 @@ class Report:
     state_bytes: int = 0
     context: int = 0
     seconds: float = 0.0
+    prefill: str = "exact"
+    prefill_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values; the keys are stable."""
@@ -57,6 +61,8 @@ class Report:
             "state_bytes": self.state_bytes,
             "context": self.context,
             "seconds": round(self.seconds, 3),
+            "prefill": self.prefill,
+            "prefill_bytes": self.prefill_bytes,
         }
 
     @classmethod
@@ -92,6 +98,11 @@ class Report:
             f"weights {self.source_bytes:,} -> {self.weight_bytes:,} bytes; states of one sequence of {self.context} "
             f"tokens {self.state_bytes:,} bytes; {self.seconds:.1f} s"
         )
+        if self.prefill == "fast":
+            console.print(
+                f"prefill=fast reads an 8-bit copy of the weights, {self.prefill_bytes:,} bytes more; it rounds "
+                "activations, which `jettison eval` measures"
+            )
         for record in self.passes:
             for miss in record.misses:
                 console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,21 @@ def open_session(path: Path, options: Any) -> Any:
             f"[onnx] {path}: cannot be loaded: {_first_line(error)}\nRun `jettison verify` on the folder to find the "
             "damaged file."
         ) from error
+
+
+def multiplies_int8() -> bool:
+    """Whether this CPU adds products of 8-bit integers in 32 bits.
+
+    An x86 without VNNI adds pairs in 16 bits, which overflow: `prefill=fast` would compute nonsense there, so its graph
+    is left aside and `prefill` runs as `decode` does.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"^flags\b.*\b(avx512_vnni|avx_vnni|amx_int8)\b", flags, re.MULTILINE) is not None
 
 
 def _first_line(error: BaseException) -> str:

@@ -49,6 +49,7 @@ class EmittedGraph:
         outputs: Names of its outputs, new states included.
         states: State name to (input, output).
         minimum_ort: Oldest ONNX Runtime that has every operator.
+        is_fast: Whether it is the fast form of an entry that another graph serves too.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class EmittedGraph:
     outputs: list[str] = field(default_factory=list)
     states: dict[str, tuple[str, str]] = field(default_factory=dict)
     minimum_ort: str = MINIMUM_ORT["default"]
+    is_fast: bool = False
 
 
 @contextmanager
@@ -129,6 +131,7 @@ def emit_entry(
     *,
     serves: tuple[str, ...],
     accuracy_level: int = 4,
+    is_fast: bool = False,
 ) -> EmittedGraph:
     """Write one entry as an ONNX file.
 
@@ -139,6 +142,7 @@ def emit_entry(
         data: Weight file, shared by all entries of an artifact.
         serves: Entries this graph stands for.
         accuracy_level: Of `MatMulNBits`: 4 quantises activations to int8 inside the kernel, 0 computes in fp32.
+        is_fast: Whether linears over all tokens compute in 8-bit integers; see `fast_prefill`.
 
     Returns:
         Names of inputs and outputs.
@@ -148,7 +152,7 @@ def emit_entry(
         CodegenError: The graph cannot be lowered.
     """
     entry = program.entries[entry_name]
-    lowered = LoweredGraph(program, entry, accuracy_level).eval()
+    lowered = LoweredGraph(program, entry, accuracy_level, is_fast).eval()
     names, tensors, axes = _examples(entry, program)
     states = list(state_placeholders(entry))
     outputs = [*program.outputs, *(_present_name(state) for state in states)]
@@ -160,7 +164,7 @@ def emit_entry(
     _strip_debris(model)
     _leave_out_statistics(model)
     onnx_ir.save(model, path)
-    emitted = EmittedGraph(path, serves, names, outputs)
+    emitted = EmittedGraph(path, serves, names, outputs, is_fast=is_fast)
     emitted.states = {state: (state, _present_name(state)) for state in states}
     if any(is_call(node, ops.windowed_attention) for node in entry.graph.nodes):
         emitted.minimum_ort = MINIMUM_ORT["windowed_cache"]
@@ -296,6 +300,7 @@ def emit_program(
     folder: Path,
     *,
     accuracy_level: int = 4,
+    prefill: str = "exact",
     on_bytes: Callable[[int], None] | None = None,
 ) -> list[EmittedGraph]:
     """Write a program as `model.onnx`, or as `prefill.onnx` and `decode.onnx`, over one `model.onnx.data`.
@@ -306,27 +311,25 @@ def emit_program(
         program: What to write.
         folder: An existing folder.
         accuracy_level: See `emit_entry`.
+        prefill: `fast` writes `prefill.fast.onnx` as well; see `fast_prefill`.
         on_bytes: Progress over the weight file.
 
     Returns:
         One description per file.
     """
     program = pack_projections(program)
+    entries = list(program.entries)
+    is_one_graph = len(entries) == 1 or (len(entries) == 2 and _same_graph(*program.entries.values()))
+    if is_one_graph:
+        plan = [(entries[0], "model.onnx", tuple(entries), False)]
+    else:
+        plan = [(name, f"{name}.onnx", (name,), False) for name in entries]
+    if prefill == "fast" and "prefill" in entries:
+        plan.append(("prefill", "prefill.fast.onnx", ("prefill",), True))
     with ExternalDataWriter(folder / "model.onnx.data", on_bytes) as data:
-        entries = list(program.entries)
-        if len(entries) == 2 and _same_graph(*program.entries.values()):
-            return [
-                emit_entry(program, entries[0], folder / "model.onnx", data, serves=tuple(entries),
-                           accuracy_level=accuracy_level)
-            ]  # fmt: skip
-        if len(entries) == 1:
-            return [
-                emit_entry(program, entries[0], folder / "model.onnx", data, serves=(entries[0],),
-                           accuracy_level=accuracy_level)
-            ]  # fmt: skip
         return [
-            emit_entry(program, name, folder / f"{name}.onnx", data, serves=(name,), accuracy_level=accuracy_level)
-            for name in entries
+            emit_entry(program, name, folder / file, data, serves=serves, accuracy_level=accuracy_level, is_fast=fast)
+            for name, file, serves, fast in plan
         ]
 
 

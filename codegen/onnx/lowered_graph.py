@@ -21,6 +21,7 @@ from jettison.codegen.onnx.cached_attention import (
     rotated_operands,
 )
 from jettison.codegen.onnx.external_data import DTYPES, ComputedConstant, TransposedConstant
+from jettison.codegen.onnx.fast_prefill import Int8Weight, int8_linear, weight_operands
 from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
 from jettison.codegen.onnx.residual_norm import norm_of_sum, sum_and_norm
 from jettison.codegen.onnx.rotary_table import angle_table
@@ -43,6 +44,7 @@ class LoweredGraph(nn.Module):
         program: Holds the constants.
         entry: One of its graphs.
         accuracy_level: Of `MatMulNBits`; see `emit_entry`.
+        is_fast: Whether the linears of a prompt compute in 8-bit integers; see `fast_prefill`.
 
     Attributes:
         folded: Names of the initializers that the exporter may fold, by buffer name.
@@ -50,9 +52,10 @@ class LoweredGraph(nn.Module):
         layouts: Shape of each initializer and the constant it is filled from, by name.
     """
 
-    def __init__(self, program: Program, entry: fx.GraphModule, accuracy_level: int) -> None:
+    def __init__(self, program: Program, entry: fx.GraphModule, accuracy_level: int, is_fast: bool = False) -> None:
         super().__init__()
-        self.program, self.entry, self.accuracy_level = program, entry, accuracy_level
+        self.program, self.entry, self.accuracy_level, self.is_fast = program, entry, accuracy_level, is_fast
+        self._int8: dict[fx.Node, Int8Weight] = {}
         self.layouts: dict[str, tuple[tuple[int, ...], Constant]] = {}
         self.folded: dict[str, str] = {}
         self.placed: list[str] = []
@@ -68,10 +71,22 @@ class LoweredGraph(nn.Module):
                 found = rotated_operands(node)
                 if found is not None:
                     self._plan_tables(found.cos, found.sin)
+            replaced = self._plan_int8(node)
             for operand in node.all_input_nodes:
                 name = constant_name(operand)
-                if name is not None:
+                if name is not None and operand not in replaced:
                     self._buffer(name, self._layout(node, operand))
+
+    def _plan_int8(self, node: fx.Node) -> list[fx.Node]:
+        """Register the weight of a fast linear; returns the operands that it stands for."""
+        names = weight_operands(node) if self.is_fast else None
+        if names is None:
+            return []
+        weight = self._int8[node] = Int8Weight(node, self.program)
+        for part in (weight.codes, weight.scales):
+            if part.name not in self.layouts:
+                self._register(part.name, part.shape, part)
+        return [arguments(node)[name] for name in names]
 
     def _plan_tables(self, cos: fx.Node, sin: fx.Node) -> None:
         key = (cos, sin)
@@ -184,6 +199,9 @@ class LoweredGraph(nn.Module):
             weight = self._operand(norm.args[2], norm, environment)
             environment[node], environment[norm] = sum_and_norm(residual, update, weight, arguments(norm)["eps"])
             return
+        if node in self._int8:
+            environment[node] = self._int8_linear(node, environment)
+            return
         args = fx.map_arg(node.args, lambda n: self._operand(n, node, environment))
         kwargs = fx.map_arg(node.kwargs, lambda n: self._operand(n, node, environment))
         if is_call(node, aten.linear.default):
@@ -194,6 +212,14 @@ class LoweredGraph(nn.Module):
             if is_call(node, ops.write_slots):
                 _require_positions(node)
             environment[node] = LOWERINGS.get(node.target, node.target)(*args, **kwargs)
+
+    def _int8_linear(self, node: fx.Node, environment: dict[fx.Node, Any]) -> Tensor:
+        weight, operands = self._int8[node], arguments(node)
+        x, bias = (
+            None if each is None else self._operand(each, node, environment)
+            for each in (node.args[0], operands["bias"])
+        )
+        return int8_linear(x, self._tensors[weight.codes.name], self._tensors[weight.scales.name], bias)
 
     def _linear(self, node: fx.Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if constant_name(node.args[1]) is not None and self._layout(node, node.args[1]) == "transposed":

@@ -24,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "decoder without cache-kv gets cache-kv{policy=full}",
     )  # fmt: skip
     parser.add_argument("--target", choices=("onnx", "torch"), default="onnx", help="what runs it (default: onnx)")
+    parser.add_argument(
+        "--prefill", choices=("exact", "fast"), default="exact",
+        help="fast runs prompts in 8-bit integers, from a second copy of the weights (default: exact)",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write; must not exist")
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is at --out")
     parser.add_argument("--dry-run", action="store_true", help="run the passes and report, but write nothing")
@@ -66,8 +70,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     import jettison
 
     model = jettison.optimize(
-        args.model, args.passes, target=args.target, strict=args.strict, check=args.check, max_kl=args.max_kl,
-        calibration=args.calibration, context=args.context, seed=args.seed,
+        args.model, args.passes, target=args.target, prefill=args.prefill, strict=args.strict, check=args.check,
+        max_kl=args.max_kl, calibration=args.calibration, context=args.context, seed=args.seed,
     )  # fmt: skip
     if not args.dry_run:
         model.save_pretrained(args.out, overwrite=args.overwrite)
@@ -91,6 +95,8 @@ def print_report(report: Report, terminal: Terminal) -> None:
     terminal.line(
         f"weights    {size_text(report.source_bytes)} -> {size_text(report.weight_bytes)}, {ratio:.2f} times less"
     )
+    if report.prefill == "fast":
+        terminal.line(f"prefill    fast: an 8-bit copy of the weights beside them, {size_text(report.prefill_bytes)}")
     terminal.line(f"states     {size_text(report.state_bytes)} for one sequence of {report.context:,} tokens")
     terminal.line(f"time       {report.seconds:.1f} s for capture and passes")
 
