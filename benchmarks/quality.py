@@ -26,6 +26,8 @@ PIPELINES = (
     "quantize-weights{bits=4,group=128},cache-kv{policy=full}",
     "cache-kv{policy=window{size=256}}",
 )
+# Also with prompts in 8-bit integers.
+FAST_PREFILL = "quantize-weights{bits=4,group=32},cache-kv{policy=full}"
 
 
 def main() -> None:
@@ -43,11 +45,13 @@ def main() -> None:
     reference = EagerReference(arguments.model)
     rows = []
     for target in arguments.targets.split(","):
-        for pipeline in PIPELINES:
-            model = jettison.optimize(arguments.model, pipeline, target=target)
+        fast = [(FAST_PREFILL, "fast")] if target == "onnx" else []
+        for pipeline, form in [*((pipeline, "exact") for pipeline in PIPELINES), *fast]:
+            model = jettison.optimize(arguments.model, pipeline, target=target, prefill=form)
             for context, prefill in ((None, None), (512, 256)):
                 result = evaluate(model, text=text, reference=reference, context=context, prefill=prefill)
-                row = {"target": target, "pipeline": model.report.pipeline, "context": context, "prefill": prefill}
+                row = {"target": target, "pipeline": model.report.pipeline, "prefill_form": form, "context": context,
+                       "prefill": prefill}  # fmt: skip
                 rows.append({**row, **result.as_dict()})
                 print(rows[-1], flush=True)
     figures = {"model": Path(arguments.model).name, "text": Path(arguments.text).name, "rows": rows}
