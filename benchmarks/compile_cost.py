@@ -2,8 +2,9 @@
 
     python benchmarks/compile_cost.py [--layers 4 8 16] [--passes TEXT]
 
-The largest number of layers is that of the model; the smaller ones show how the time grows. The model has random bf16 weights (the cost does not depend on their values) and is made in a temporary folder. The
-command runs in a process of its own; RssAnon is sampled every 20 ms. Writes benchmarks/results/compile_cost.json.
+The largest number of layers is that of the model; the smaller ones show how the time grows. The weights are random bf16
+(the cost does not depend on their values), in a temporary folder. The command runs in a process of its own; RssAnon is
+sampled every 20 ms. Writes benchmarks/results/compile_cost.json.
 """
 
 from __future__ import annotations
