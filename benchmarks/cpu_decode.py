@@ -117,12 +117,10 @@ def artifacts(arguments: argparse.Namespace, scratch: Path) -> dict[str, Path]:
     if not arguments.model:
         make_model(model, 16)
     made = {"model": model}
-    for name, target in (
-        ("jettison", "onnx"),
-        *((("jettison fast prefill", "onnx{prefill=fast}"),) if arguments.fast else ()),
-    ):
-        made[name] = scratch / name.replace(" ", "-")
-        command = ["optimize", str(model), "--passes", PIPELINE, "--target", target, "--out", str(made[name])]
+    for form in ("exact", "fast") if arguments.fast else ("exact",):
+        name = "jettison" if form == "exact" else "jettison prefill=fast"
+        made[name] = scratch / form
+        command = ["optimize", str(model), "--passes", PIPELINE, "--prefill", form, "--out", str(made[name])]
         subprocess.run([sys.executable, "-m", "jettison", *command], check=True, stdout=subprocess.DEVNULL)
     return made
 
