@@ -103,17 +103,7 @@ def optimize(
         UnsupportedError: `strict`, and a pass could not fire somewhere.
         BudgetExceeded: A pass exceeded `max_kl`.
     """
-    if target not in TARGETS:
-        raise OptionError(f"[optimize] target={target!r}: needed one of {', '.join(TARGETS)}.")
-    if prefill not in PREFILLS or (prefill == "fast" and target != "onnx"):
-        raise OptionError(
-            f"[optimize] prefill={prefill!r} with target={target!r}: needed one of {', '.join(PREFILLS)}; fast "
-            "needs the ONNX target."
-        )
-    if target == "onnx" and dtype != "float32":
-        raise OptionError(
-            f"[optimize] dtype={dtype!r} with target='onnx': CPU graphs compute in float32. Leave it out."
-        )
+    _check_target(target, prefill, dtype)
     chosen = parse_passes(passes) if isinstance(passes, str) else list(passes)
     started = time.perf_counter()
     if calibration is not None:
@@ -149,6 +139,20 @@ def optimize(
         prefill_bytes=fast_bytes(program) if prefill == "fast" else 0,
     )  # fmt: skip
     return _wrap(source, program, report, before, seed, allow_spinning)
+
+
+def _check_target(target: str, prefill: str, dtype: str) -> None:
+    if target not in TARGETS:
+        raise OptionError(f"[optimize] target={target!r}: needed one of {', '.join(TARGETS)}.")
+    if prefill not in PREFILLS or (prefill == "fast" and target != "onnx"):
+        raise OptionError(
+            f"[optimize] prefill={prefill!r} with target={target!r}: needed one of {', '.join(PREFILLS)}; fast "
+            "needs the ONNX target."
+        )
+    if target == "onnx" and dtype != "float32":
+        raise OptionError(
+            f"[optimize] dtype={dtype!r} with target='onnx': CPU graphs compute in float32. Leave it out."
+        )
 
 
 def _calibration_windows(calibration: str | Path, source: ModelSource, program: Program) -> list[list[int]]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
 from jettison.runtime.packed_linear import PackedWeight
-from jettison.runtime.packed_parts import PackedParts, parts_read
+from jettison.runtime.packed_parts import JointWeight, PackedParts, parts_read
 from jettison.runtime.state_operators import attend_slots, slot_range, windowed_attention_, write_range_
 
 aten = torch.ops.aten
@@ -38,22 +38,21 @@ class LoweredEntry:
 
     Attributes:
         call: Takes the constants, then the states, then the inputs; returns what the graph returns.
-        constants: Names of the constants it takes; the name of codes stands for a packed weight.
+        constants: Names of the constants it takes; that of a `JointWeight` stands for the packed weight.
     """
 
     call: Callable[..., tuple[Tensor, ...]]
     constants: tuple[str, ...]
 
 
-def lower_entry(entry: fx.GraphModule, packed: Sequence[tuple[PackedParts, ...]]) -> LoweredEntry:
+def lower_entry(entry: fx.GraphModule, packed: Sequence[JointWeight]) -> LoweredEntry:
     """Generate the code of an entry.
 
     Args:
         entry: Its graph; not changed.
-        packed: Weights that are given as one `PackedWeight` under the name of the first codes; several in a tuple are
-            read by linears of the same x, and their rows follow each other.
+        packed: Weights that are given as one `PackedWeight` each, under their name.
     """
-    lowering = _Lowering({parts: joint for joint in packed for parts in joint})
+    lowering = _Lowering({parts: joint for joint in packed for parts in joint.parts})
     for node in entry.graph.nodes:
         lowering.add(node)
     return LoweredEntry(fx.GraphModule(nn.Module(), lowering.graph).forward, tuple(lowering.constants))
@@ -62,7 +61,7 @@ def lower_entry(entry: fx.GraphModule, packed: Sequence[tuple[PackedParts, ...]]
 class _Lowering:
     """A graph being copied; each node is replaced or copied in order."""
 
-    def __init__(self, packed: Mapping[PackedParts, tuple[PackedParts, ...]]) -> None:
+    def __init__(self, packed: Mapping[PackedParts, JointWeight]) -> None:
         self.graph = fx.Graph()
         self.constants: list[str] = []
         self._packed = packed
@@ -81,9 +80,10 @@ class _Lowering:
     def _add_constant(self, node: fx.Node) -> None:
         name = node.meta["constant"]
         reads = [parts_read(user) for user in node.users]
-        is_weight = any(parts in self._packed and self._packed[parts][0].codes == name for parts in reads)
-        if not is_weight and reads and all(parts in self._packed for parts in reads):
-            return  # Another part of a packed weight.
+        packed = [parts for parts in reads if parts is not None and parts in self._packed]
+        is_weight = any(self._packed[parts].name == name for parts in packed)
+        if not is_weight and reads and len(packed) == len(reads) and all(parts.has_part(name) for parts in packed):
+            return
         self.constants.append(name)
         self._new[node] = self._copied(node)
         if is_weight:
@@ -96,7 +96,7 @@ class _Lowering:
 
     def _replacement(self, node: fx.Node) -> fx.Node | None:
         parts = parts_read(node)
-        if parts in self._packed:
+        if parts is not None and parts in self._packed:
             return self._packed_read(node, parts)
         if is_call(node, ops.write_slots) and _is_own_state(node.args[0]):
             state, values, slots = self._translated(node.args)
@@ -114,14 +114,15 @@ class _Lowering:
     def _packed_read(self, node: fx.Node, parts: PackedParts) -> fx.Node:
         """A linear or an embedding that reads a packed weight, alone or jointly with its neighbours."""
         joint = self._packed[parts]
-        weight = self._weights[joint[0].codes]
+        weight = self._weights[joint.name]
         if is_call(node, ops.quantized_embedding):
             return self._call(run_lookup, weight, *self._translated([arguments(node)["indices"]]))
         x, bias = self._translated([arguments(node)[name] for name in ("x", "bias")])
-        if len(joint) == 1:
+        if len(joint.parts) == 1:
             return self._call(run_linear, weight, x, bias)
-        start = sum(other.rows for other in joint[: joint.index(parts)])
-        return self._call(take_rows, self._once(run_linear, weight, x, None), start, parts.rows, bias)
+        index = joint.parts.index(parts)
+        start, rows = sum(joint.rows[:index]), joint.rows[index]
+        return self._call(take_rows, self._once(run_linear, weight, x, None), start, rows, bias)
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> fx.Node:
         """A call whose result several nodes read."""

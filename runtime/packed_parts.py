@@ -1,8 +1,8 @@
-"""Which quantised weights of a program its linears can read from one packed copy, and which of them jointly."""
+"""Which quantised weights of a program its linears can read in the layout of a kernel, and which of them as one."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -22,7 +22,6 @@ class PackedParts:
         zeros: Per group, or None.
         bits: Per code.
         group: Columns that share a scale.
-        rows: N.
         columns: K, without padding.
     """
 
@@ -31,8 +30,31 @@ class PackedParts:
     zeros: str | None
     bits: int
     group: int
-    rows: int
     columns: int
+
+    def has_part(self, name: str) -> bool:
+        """Whether a constant is one of the parts."""
+        return name in (self.codes, self.scales, self.zeros)
+
+
+@dataclass(frozen=True)
+class JointWeight:
+    """Weights that a kernel reads as one, row after row.
+
+    Attributes:
+        parts: One weight, or those of several linears that in every entry read the same x.
+        rows: N of each.
+        is_table: Whether an embedding looks up rows, too.
+    """
+
+    parts: tuple[PackedParts, ...]
+    rows: tuple[int, ...]
+    is_table: bool
+
+    @property
+    def name(self) -> str:
+        """The name that stands for it: that of the first codes."""
+        return self.parts[0].codes
 
 
 def parts_read(node: fx.Node) -> PackedParts | None:
@@ -44,20 +66,39 @@ def parts_read(node: fx.Node) -> PackedParts | None:
     if codes is None or scales is None or (zeros is None and read["zeros"] is not None):
         return None
     columns = read["in_features"] if is_call(node, ops.quantized_linear) else read["embedding_dim"]
-    rows = read["codes"].meta["val"].shape[0]
-    return PackedParts(codes, scales, zeros, read["bits"], read["group"], rows, columns)
+    return PackedParts(codes, scales, zeros, read["bits"], read["group"], columns)
 
 
-def packed_weights(program: Program) -> dict[tuple[PackedParts, ...], bool]:
-    """Weights that some linear reads in packed form and that no operator reads otherwise.
+def joint_weights(program: Program) -> list[JointWeight]:
+    """Weights that some linear reads in packed form and that no operator reads otherwise, each once.
 
     Args:
-        program: What to look at.
-
-    Returns:
-        Weights that linears of the same x read, in every entry, or one weight alone; and whether an embedding looks up
-        rows of it too.
+        program: Its metadata are not needed.
     """
+    readers = _readers(program)
+    # Every set of neighbours that a weight is read with; a weight that an entry reads twice has two.
+    groups: dict[PackedParts, list[tuple[PackedParts, ...]]] = {}
+    for entry in program.entries.values():
+        for group in _read_together(entry, readers):
+            for parts in group:
+                groups.setdefault(parts, []).append(group)
+    joint = {
+        group if all(len(set(group)) == len(group) and set(groups[parts]) == {group} for parts in group) else (alone,)
+        for alone, found in groups.items()
+        for group in found
+    }
+    return [
+        JointWeight(
+            group,
+            tuple(program.constants[parts.codes].shape[0] for parts in group),
+            any(is_call(reader, ops.quantized_embedding) for parts in group for reader in readers[parts]),
+        )
+        for group in sorted(joint, key=lambda group: group[0].codes)
+    ]
+
+
+def _readers(program: Program) -> dict[PackedParts, list[fx.Node]]:
+    """Linears and embeddings that read each weight, for those weights that can be held packed."""
     readers: dict[PackedParts, list[fx.Node]] = {}
     refused: set[str] = set()
     for entry in program.entries.values():
@@ -68,10 +109,24 @@ def packed_weights(program: Program) -> dict[tuple[PackedParts, ...], bool]:
                     refused.add(constant_name(placeholder) or "")
                 elif constant_name(placeholder) == parts.codes:
                     readers.setdefault(parts, []).append(user)
-    forms = Counter(parts.codes for parts in readers)
-    found: dict[tuple[PackedParts, ...], bool] = {}
-    for parts, nodes in readers.items():
-        if parts.codes not in refused and forms[parts.codes] == 1:
-            found[parts] = nodes
-    ...
-    return found
+    forms = [parts.codes for parts in readers]
+    return {
+        parts: nodes
+        for parts, nodes in readers.items()
+        if parts.codes not in refused
+        and forms.count(parts.codes) == 1
+        and any(is_call(node, ops.quantized_linear) for node in nodes)
+    }
+
+
+def _read_together(entry: fx.GraphModule, usable: Mapping[PackedParts, object]) -> list[tuple[PackedParts, ...]]:
+    """Weights of linears that read the same x and have the same layout; an embedding reads its table alone."""
+    by_input: dict[object, list[PackedParts]] = {}
+    for node in entry.graph.nodes:
+        parts = parts_read(node)
+        if parts is None or parts not in usable:
+            continue
+        is_linear = is_call(node, ops.quantized_linear)
+        layout = (parts.bits, parts.group, parts.zeros is None)
+        by_input.setdefault((arguments(node)["x"], layout) if is_linear else node, []).append(parts)
+    return [tuple(group) for group in by_input.values()]

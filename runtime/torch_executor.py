@@ -11,10 +11,12 @@ from torch import Tensor
 from jettison.ir.errors import OptionError
 from jettison.ir.program import Program, input_placeholders, state_placeholders
 from jettison.runtime.executor import EntrySignature
-from jettison.runtime.lowered_entry import PackedParts, lower_entry, packed_parts
+from jettison.runtime.lowered_entry import lower_entry
 from jettison.runtime.packed_linear import PackedWeight, pack_weight
+from jettison.runtime.packed_parts import JointWeight, joint_weights
 
 KERNELS = ("packed", "reference")
+SMALL_BYTES = 1 << 20
 
 
 class TorchExecutor:
@@ -36,12 +38,14 @@ class TorchExecutor:
         self.info = program.info
         self.states = dict(program.states)
         self._values: dict[str, Tensor | PackedWeight] = {}
-        packed = packed_parts(program) if kernels == "packed" else {}
-        in_kernels = {parts for parts, is_table in packed.items() if self._pack(program, parts, is_table)}
-        lowered = {name: lower_entry(entry, in_kernels) for name, entry in program.entries.items()}
+        wanted = joint_weights(program) if kernels == "packed" else []
+        packed = [joint for joint in wanted if self._pack(program, joint)]
+        lowered = {name: lower_entry(entry, packed) for name, entry in program.entries.items()}
         for constant in {name: None for entry in lowered.values() for name in entry.constants}:
             if constant not in self._values:
-                self._values[constant] = program.constants[constant].value()
+                value = program.constants[constant].value()
+                # One small tensor mapped from a file would keep all of it mapped, packed weights' codes included.
+                self._values[constant] = value.clone() if packed and value.nbytes < SMALL_BYTES else value
         self._calls = {name: entry.call for name, entry in lowered.items()}
         self._constants = {
             name: [self._values[constant] for constant in entry.constants] for name, entry in lowered.items()
@@ -52,14 +56,22 @@ class TorchExecutor:
         }
         self.weight_bytes = sum(value.nbytes for value in self._values.values())
 
-    def _pack(self, program: Program, parts: PackedParts, is_table: bool) -> bool:
+    def _pack(self, program: Program, joint: JointWeight) -> bool:
         """Hold a weight as its kernel reads it, if there is one."""
-        codes, scales = (program.constants[name].value() for name in (parts.codes, parts.scales))
-        zeros = None if parts.zeros is None else program.constants[parts.zeros].value()
+
+        def stacked(names: list[str]) -> Tensor:
+            values = [program.constants[name].value() for name in names]
+            return values[0] if len(values) == 1 else torch.cat(values)
+
+        first = joint.parts[0]
+        zeros = [parts.zeros for parts in joint.parts if parts.zeros is not None]
         with torch.no_grad():
-            weight = pack_weight(codes, scales, zeros, parts.bits, parts.group, parts.columns, is_table=is_table)
+            weight = pack_weight(
+                stacked([parts.codes for parts in joint.parts]), stacked([parts.scales for parts in joint.parts]),
+                stacked(zeros) if zeros else None, first.bits, first.group, first.columns, is_table=joint.is_table,
+            )  # fmt: skip
         if weight is not None:
-            self._values[parts.codes] = weight
+            self._values[joint.name] = weight
         return weight is not None
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jettison.ir import ops
 from jettison.ir.capture import capture_module
@@ -18,14 +14,17 @@ from jettison.ir.errors import OptionError
 from jettison.ir.interpret import run_entry
 from jettison.ir.match import is_call
 from jettison.ir.ops.windowed_attention import resident_tokens
-from jettison.ir.program import Program, state_placeholders
+from jettison.ir.program import Program, constant_placeholders, state_placeholders
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.policies import Full, Policy, Window
 from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.runtime import torch_executor
 from jettison.runtime.executor import allocate_states
-from jettison.runtime.torch_executor import TorchExecutor, attend_slots, windowed_attention_
+from jettison.runtime.torch_executor import TorchExecutor
 from tests.models.tiny_models import VOCAB_SIZE, WINDOW, randomize
+from tests.runtime.allocations import Allocations
+from tests.runtime.test_packed_linear import needs_int4, needs_int8
 
 CONTEXT, WIDTH, HEADS, KV_HEADS, DIM = 256, 16, 4, 2, 6
 LAYERS = 2
@@ -78,33 +77,6 @@ def call(rows: int, steps: int, before: list[int], seed: int = 0) -> dict[str, T
         "attention_mask": (torch.arange(int(total.max()))[None] < total).long(),
         "logits_positions": columns.repeat(rows, 1),
     }
-
-
-class Allocations(TorchDispatchMode):
-    """Sizes of the storages that operators make, in elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.operator = 0, ""
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {value.untyped_storage()._cdata for value in _tensors((args, kwargs))}
-        returned = func(*args, **(kwargs or {}))
-        for value in _tensors(returned):
-            if value.untyped_storage()._cdata not in given and value.untyped_storage().nbytes() > self.largest:
-                self.largest, self.operator = value.untyped_storage().nbytes(), str(func)
-        return returned
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def resident(tokens: int, states: dict[str, Tensor]) -> int:
@@ -187,16 +159,108 @@ def test_weights_are_held_once(program: Program) -> None:
     assert {value.data_ptr() for value in prefill} == {value.data_ptr() for value in decode}
 
 
-def test_quantised_weights_stay_packed() -> None:
+def quantised(bits: int, group: int = 32, symmetric: bool = False, skip: str | None = None) -> Program:
     program = capture_module(randomize(Decoder()).eval(), context=CONTEXT)
     prepare(program)
-    apply(program, [QuantizeWeights(bits=4, group=32), CacheKV()])
-    executor = TorchExecutor(program)
+    apply(program, [QuantizeWeights(bits=bits, group=group, symmetric=symmetric, skip=skip), CacheKV()])
+    return program
+
+
+# Of logits after two layers, whose 4-bit linears round to bf16; with 8 bits the kernels compute in fp32.
+PACKED_TOLERANCE = {4: 2e-2, 8: 1e-5}
+
+
+def assert_runs_like_the_program(executor: TorchExecutor, program: Program, tolerance: float) -> None:
+    """A prompt of 70 tokens, which decodes weights by the block, a short one, and single tokens."""
+    states, expected = (allocate_states(program.states, 2, CONTEXT) for _ in range(2))
+    before = [0, 0]
+    for entry, steps in (("prefill", 70), ("prefill", 3), ("decode", 1), ("decode", 1)):
+        inputs = call(2, steps, before, seed=before[0])
+        returned = run_entry(program, entry, {**inputs, **expected})
+        expected = dict(zip(expected, returned[1:], strict=True))
+        logits = executor.run(entry, inputs, states)["logits"]
+        assert_close(logits, returned[0], tolerance=tolerance, reason="kernels of packed weights", what=entry)
+        before = [length + steps for length in before]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("group", "symmetric"), [(32, False), (64, True), (128, False)])
+def test_quantised_program(bits: int, group: int, symmetric: bool) -> None:
+    program = quantised(bits, group, symmetric)
+    assert_runs_like_the_program(TorchExecutor(program), program, PACKED_TOLERANCE[bits])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_reference_kernels_compute_what_the_program_defines(bits: int) -> None:
+    program = quantised(bits)
+    executor = TorchExecutor(program, kernels="reference")
     assert executor.weight_bytes == program.weight_bytes()
     assert {value.dtype for name, value in executor._values.items() if name.endswith("codes")} == {torch.uint8}
-    inputs, states = call(1, 9, [0]), allocate_states(program.states, 1, 64)
-    expected = run_entry(program, "prefill", {**inputs, **states})[0]
-    assert_close(executor.run("prefill", inputs, states)["logits"], expected)
+    assert_runs_like_the_program(executor, program, 1e-5)
+
+
+def test_without_a_kernel_the_operator_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_executor, "pack_weight", lambda *args, **kwargs: None)
+    program = quantised(4)
+    executor = TorchExecutor(program)
+    assert executor.weight_bytes == program.weight_bytes()
+    assert_runs_like_the_program(executor, program, 1e-5)
+
+
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=needs_int4), pytest.param(8, marks=needs_int8)])
+def test_packed_weights_replace_their_parts(bits: int) -> None:
+    program = quantised(bits)
+    executor = TorchExecutor(program)
+    biases = {f"{module}.bias" for module in ("outs.0", "outs.1", *(f"layers.{i}.{j}" for i in "01" for j in "012"))}
+    # Queries, keys and values of a layer as one; the tied table alone.
+    weights = {"layers.0.0", "layers.1.0", "outs.0", "outs.1", "embed"}
+    tensors = {name for name, value in executor._values.items() if isinstance(value, Tensor)}
+    assert biases <= tensors
+    assert not any(name.endswith((".codes", ".scales", ".zeros")) for name in tensors)
+    assert set(executor._values) - tensors == {f"{module}.weight.codes" for module in weights}
+    assert executor._values["layers.0.0.weight.codes"].rows == (HEADS + 2 * KV_HEADS) * DIM
+    assert executor.weight_bytes == sum(value.nbytes for value in executor._values.values())
+    for one, other in zip(executor._constants["prefill"], executor._constants["decode"], strict=True):
+        assert one is other
+
+
+@needs_int4
+@needs_int8
+def test_linears_of_different_layout_stay_apart() -> None:
+    """Keys and values in 4 bits, queries in 8, the head as it is."""
+    program = capture_module(randomize(Decoder()).eval(), context=CONTEXT)
+    prepare(program)
+    passes = [QuantizeWeights(bits=8, skip=r"layers\..\.[12]|embed|outs"), QuantizeWeights(bits=4, skip="embed")]
+    apply(program, [*passes, CacheKV()])
+    executor = TorchExecutor(program)
+    held = {name: type(value).__name__ for name, value in executor._values.items() if not isinstance(value, Tensor)}
+    assert held == {
+        f"{name}.weight.codes": kind
+        for name, kind in [
+            ("layers.0.0", "Int8Weight"), ("layers.0.1", "Int4Weight"), ("layers.1.0", "Int8Weight"),
+            ("layers.1.1", "Int4Weight"), ("outs.0", "Int4Weight"), ("outs.1", "Int4Weight"),
+        ]
+    }  # fmt: skip
+    assert_runs_like_the_program(executor, program, PACKED_TOLERANCE[4])
+
+
+def test_a_weight_that_something_else_reads_stays_as_it_is() -> None:
+    program = quantised(4)
+    for entry in program.entries.values():
+        codes = constant_placeholders(entry)["outs.0.weight.codes"]
+        output = next(node for node in entry.graph.nodes if node.op == "output")
+        with entry.graph.inserting_before(output):
+            total = entry.graph.call_function(torch.ops.aten.sum.default, (codes,))
+            scaled = entry.graph.call_function(torch.ops.aten.mul.Tensor, (output.args[0][0], total))
+        output.args = ((scaled, *output.args[0][1:]),)
+    executor = TorchExecutor(program)
+    assert executor._values["outs.0.weight.codes"].dtype == torch.uint8
+    assert_runs_like_the_program(executor, program, PACKED_TOLERANCE[4])
+
+
+def test_unknown_kernels() -> None:
+    with pytest.raises(OptionError, match="kernels='fast': needed one of packed, reference"):
+        TorchExecutor(quantised(4), kernels="fast")
 
 
 def test_bfloat16_program_keeps_its_cache_in_bfloat16() -> None:
@@ -230,54 +294,3 @@ def test_a_state_that_another_node_reads_is_not_overwritten() -> None:
 def test_unknown_entry(program: Program) -> None:
     with pytest.raises(OptionError, match="no entry 'forward': this program has prefill, decode"):
         TorchExecutor(program).run("forward", {}, {})
-
-
-# --- the in-place forms against the operators that define them ------------------------------------------------------
-
-
-def heads(rows: int, count: int, steps: int, seed: int) -> Tensor:
-    return torch.randn(rows, count, steps, 8, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("window", [0, 1, 7])
-@pytest.mark.parametrize(("softcap", "with_sinks"), [(0.0, False), (2.0, False), (0.0, True)])
-@pytest.mark.parametrize(
-    "positions", [[[0]], [[40], [40]], [[40], [3]], [[0, 1, 2, 3]], [[9, 10, 11], [50, 51, 52]]], ids=str
-)
-def test_attend_slots(positions: list[list[int]], softcap: float, with_sinks: bool, window: int) -> None:
-    rows, steps = len(positions), len(positions[0])
-    query, key, value = heads(rows, 4, steps, 0), heads(rows, 2, 64, 1), heads(rows, 2, 64, 2)
-    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
-    arguments = (torch.tensor(positions), None, None, sinks, 0.3, True, window, softcap)
-    assert_close(attend_slots(query, key, value, *arguments), ops.attention(query, key, value, *arguments))
-
-
-@pytest.mark.parametrize(("softcap", "with_sinks"), [(0.0, False), (2.0, False), (0.0, True)])
-@pytest.mark.parametrize(
-    ("before", "new", "steps"),
-    [
-        ([0], [1], 1), ([0], [9], 9), ([23], [1], 1), ([24], [1], 1), ([25], [3], 3), ([22], [5], 5), ([100], [40], 40),
-        ([7, 24], [1, 1], 1), ([24, 24], [1, 1], 1), ([0, 0], [5, 2], 5), ([3, 30], [2, 2], 2),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_windowed_attention_in_place(
-    before: list[int], new: list[int], steps: int, softcap: float, with_sinks: bool
-) -> None:
-    """A window of 16 in 24 slots: before the first move, at it, behind it, and rows that differ."""
-    rows, window, capacity = len(before), 16, 24
-    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
-    past = heads(rows, 2, capacity, 3), heads(rows, 2, capacity, 4)
-    new_tokens, total = torch.tensor(new), torch.tensor(before) + torch.tensor(new)
-    tensors = heads(rows, 4, steps, 0), heads(rows, 2, steps, 1), heads(rows, 2, steps, 2)
-    options = (new_tokens, total, sinks, 0.3, window, softcap)
-    expected = ops.windowed_attention(*tensors, *past, *options)
-    own = tuple(state.clone() for state in past)
-    out, key, value = windowed_attention_(*tensors, *own, *options)
-    assert key is own[0]
-    assert value is own[1]
-    for row, count in enumerate(new):
-        assert_close(out[row, :, :count], expected[0][row, :, :count])
-    for row, count in enumerate(resident_tokens(total, capacity, window).tolist()):
-        assert torch.equal(key[row, :, :count], expected[1][row, :, :count])
-        assert torch.equal(value[row, :, :count], expected[2][row, :, :count])

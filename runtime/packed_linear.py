@@ -1,0 +1,340 @@
+"""Weights of linears in the layouts that PyTorch's CPU kernels read, so that a decode step reads codes, not fp32.
+
+| bits | kernel for few rows                               | arithmetic                                       |
+|------|---------------------------------------------------|--------------------------------------------------|
+| 4    | `aten::_weight_int4pack_mm_for_cpu`               | x, scales and result bf16, sums fp32             |
+| 8    | `quantized::embedding_bag_byte_rowwise_offsets`   | fp32 throughout                                  |
+
+For many rows either decodes a block of the weight at a time and multiplies: the kernels decode per row, or per four.
+
+Measured on two Zen 4 cores, weights per second and core for one row of x (benchmarks/results/torch_kernels.json): int4
+20 G, int8 20 G. What was not taken, in the same file: the int4 kernel with fp32 or fp16 operands (scalar code, 0.7 G),
+`torch.compile` of `(code * x).sum()` in five layouts (12 G at most, and it needs a C++ compiler at run time),
+`_dyn_quant_matmul_4bit` (KleidiAI; scalar on x86, 0.7 G), `_weight_int8pack_mm` and `onednn::qlinear_pointwise` (one
+scale per row: our groups do not fit), decoding all and one fp32 product (2 G).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+import sys
+import threading
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jettison.ir.ops.quantized_linear import unpack_codes
+
+aten = torch.ops.aten
+
+# From this many rows of x on, decoding blocks and multiplying them is faster; the kernels' time grows with the rows.
+INT4_MANY_ROWS = {torch.bfloat16: 64, torch.float32: 256}  # by the dtype of the product
+INT8_MANY_ROWS = 16
+# Weights decoded at a time for many rows: 4 MiB, as two halves in bf16 or one in fp32. Of 2**17 ... 2**22 the fastest.
+BLOCK_WEIGHTS = 1 << 21
+INT4_GROUPS = (32, 64, 128, 256)
+# Rows of the weight that the int4 kernel interleaves: a block is `[K, 32]` bytes, row j in the low and row j + 32 in
+# the high bits of byte j with AVX-512, and half of that with AVX2.
+_WIDEST_INTERLEAVE = 64
+# Rows of the weight in a strip of the int8 layout; of 256 ... 8192 the fastest, and few weights have fewer rows.
+_STRIP = 512
+# Bytes of the sums per group that the int8 kernel makes before they are scaled.
+_SUMS_BYTES = 4 << 20
+
+
+class PackedWeight(Protocol):
+    """A weight `[N, K]` that only its kernels read.
+
+    Attributes:
+        nbytes: Bytes held.
+    """
+
+    nbytes: int
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ w.T + bias`: `[..., K]` f32 to `[..., N]` f32."""
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Rows of the weight, exactly as the packed constants define them: `[...]` i64 to `[..., K]` f32.
+
+        Raises:
+            IndexError: An index is not in `[0, N)`, as the operator raises it.
+        """
+
+
+def pack_weight(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, in_features: int, *, is_table: bool
+) -> PackedWeight | None:
+    """Copy a weight into the layout of its kernel, a few rows at a time.
+
+    Args:
+        codes: As in `jettison::quantized_linear`, like the next five.
+        scales: Per group.
+        zeros: Per group, or None.
+        bits: Per code.
+        group: Columns that share a scale.
+        in_features: K.
+        is_table: Whether an embedding looks rows up too.
+
+    Returns:
+        The weight, or None if no kernel of this build of PyTorch on this processor reads it.
+    """
+    if scales.dtype != torch.float32:
+        return None
+    if bits == 4 and group in INT4_GROUPS and _has_int4_kernel():
+        return Int4Weight(codes, scales, zeros, group, in_features, is_table=is_table)
+    if bits == 8 and _has_int8_kernel():
+        return Int8Weight(codes, scales, zeros, group, in_features)
+    return None
+
+
+@functools.cache
+def _has_int4_kernel() -> bool:
+    # Vector code only for x86, and not in builds by Microsoft's compiler; elsewhere a loop over single weights.
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and sys.platform != "win32"
+
+
+@functools.cache
+def _has_int8_kernel() -> bool:
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return is_x86 and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+@functools.cache
+def _product_dtype() -> torch.dtype:
+    """What decoded int4 weights are multiplied in: bf16 where the processor has instructions for it."""
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+@functools.cache
+def _int4_interleave() -> int:
+    """Rows that the int4 kernel interleaves on this processor."""
+    second_column = torch.tensor([[0, 1]] * _WIDEST_INTERLEAVE, dtype=torch.int32)
+    packed = aten._convert_weight_to_int4pack_for_cpu(second_column, 2).flatten()
+    return 2 * int(packed.nonzero()[0])
+
+
+_SCRATCH = threading.local()
+
+
+def _scratch(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Memory of this thread to decode into, valid until the next call; holds what was there.
+
+    The allocator would return blocks of this size to the system and fault their pages in again for each, which costs as
+    much as decoding.
+    """
+    elements = math.prod(shape)
+    held = getattr(_SCRATCH, "held", None)
+    if held is None or held.nbytes < elements * dtype.itemsize:
+        held = _SCRATCH.held = torch.empty(elements * dtype.itemsize, dtype=torch.uint8)
+    return held[: elements * dtype.itemsize].view(dtype).view(shape)
+
+
+def _checked_rows(indices: Tensor, rows: int) -> Tensor:
+    """Indices in one dimension; the layouts have padding, which would answer for rows that are not there."""
+    flat = indices.reshape(-1)
+    if bool(((flat < 0) | (flat >= rows)).any()):
+        raise IndexError(f"index out of range: the table has {rows} rows")
+    return flat
+
+
+class Int4Weight:
+    """A 4-bit weight as `aten::_weight_int4pack_mm_for_cpu` reads it: `w = (code - 8) * scale + offset`.
+
+    The kernel takes x, scales and offsets in bf16 and rounds its fp32 sums to bf16 (with other dtypes it is thirty
+    times slower). Each rounding is by up to 2**-8; together they move a result by 3e-3 of its typical size. Rounding x
+    to 8-bit integers, as the ONNX target does, moves it by 6e-3.
+
+    Args:
+        codes: `[N, k_blocks, group / 2]` u8.
+        scales: `[N, k_blocks]` f32.
+        zeros: `[N, ceil(k_blocks / 2)]` u8, or None.
+        group: 32, 64, 128 or 256.
+        in_features: K.
+        is_table: Whether `lookup` is called; then scales and zero points are kept as they are, too.
+    """
+
+    def __init__(
+        self, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, in_features: int, *, is_table: bool
+    ) -> None:
+        rows, blocks = scales.shape
+        self.rows, self.columns, self.group = rows, in_features, group
+        padded_rows = -(-rows // _WIDEST_INTERLEAVE) * _WIDEST_INTERLEAVE
+        self._padding = blocks * group - in_features
+        self._codes = torch.empty(padded_rows, blocks * group // 2, dtype=torch.uint8)
+        self._scales_offsets = torch.zeros(blocks, padded_rows, 2, dtype=torch.bfloat16)
+        step = max(1, (1 << 22) // (blocks * group) // _WIDEST_INTERLEAVE) * _WIDEST_INTERLEAVE
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            part = unpack_codes(codes[start:stop], 4).reshape(stop - start, -1)
+            part = F.pad(part, (0, 0, 0, -len(part) % _WIDEST_INTERLEAVE)).to(torch.int32)
+            self._codes[start : start + len(part)] = aten._convert_weight_to_int4pack_for_cpu(part, 2)
+        self._scales_offsets[:, :rows, 0] = scales.T
+        if zeros is not None:
+            # (code - zero) * scale = (code - 8) * scale + (8 - zero) * scale; the second scale is the rounded one, so
+            # that a code equal to its zero point stays next to nothing.
+            middle = 8.0 - unpack_codes(zeros, 4)[:, :blocks].T.to(torch.float32)
+            self._scales_offsets[:, :rows, 1] = middle * self._scales_offsets[:, :rows, 0].to(torch.float32)
+        # Copies: what is given may be mapped from a file, which then can go.
+        self._table = (scales.clone(), None if zeros is None else zeros.clone()) if is_table else None
+        held = [self._codes, self._scales_offsets, *(self._table or ())]
+        self.nbytes = sum(part.numel() * part.element_size() for part in held if part is not None)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `PackedWeight`; the rounding of the class applies to any number of rows."""
+        flat = x.reshape(-1, self.columns)
+        if self._padding:
+            flat = F.pad(flat, (0, self._padding))
+        if len(flat) >= INT4_MANY_ROWS[_product_dtype()]:
+            out = self._multiply_decoded(flat)
+        else:
+            out = aten._weight_int4pack_mm_for_cpu(
+                flat.to(torch.bfloat16), self._codes, self.group, self._scales_offsets
+            ).to(x.dtype)
+        if out.shape[1] != self.rows:
+            out = out[:, : self.rows].contiguous()
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], self.rows)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """See `PackedWeight`."""
+        assert self._table is not None, "packed without is_table"
+        scales, zeros = self._table
+        flat, half = _checked_rows(indices, self.rows), _int4_interleave() // 2
+        lane = flat % (2 * half)
+        blocks = self._codes.view(-1, 2 * self._codes.shape[1], half)
+        found = blocks[flat // (2 * half), :, lane % half]
+        codes = (found >> (lane // half * 4).to(torch.uint8)[:, None]) & 15
+        zero = 8.0
+        if zeros is not None:
+            zero = unpack_codes(zeros[flat], 4)[:, : scales.shape[1], None].to(torch.float32)
+        values = (codes.unflatten(1, (-1, self.group)) - zero) * scales[flat][:, :, None]
+        return values.flatten(1)[:, : self.columns].reshape(*indices.shape, self.columns)
+
+    def _multiply_decoded(self, x: Tensor) -> Tensor:
+        """`[M, K]` to `[M, N]` with padding, decoding `BLOCK_WEIGHTS` at a time."""
+        half = _int4_interleave() // 2
+        columns = self._codes.shape[1] * 2
+        blocks = self._codes.view(-1, columns, half)
+        pairs = self._scales_offsets.view(-1, 1, len(blocks), 2, half, 2)
+        x = x.to(_product_dtype())
+        out = x.new_empty(len(x), len(blocks), 2, half, dtype=torch.float32)
+        at_once = max(1, BLOCK_WEIGHTS // (2 * half * columns))
+        for first in range(0, len(blocks), at_once):
+            part = slice(first, min(first + at_once, len(blocks)))
+            shape = columns, part.stop - first, half
+            wide, codes = _scratch(torch.int16, 2, *shape)
+            wide.copy_(blocks[part].transpose(0, 1))
+            for index, take in enumerate((torch.bitwise_and, torch.bitwise_right_shift)):
+                take(wide, (15, 4)[index], out=codes)
+                # 0x4300 is 128.0 in bf16, whose last bit is worth 1: or-ing a code into it adds the code.
+                weight = codes.bitwise_or_(0x4300).view(torch.bfloat16).sub_(136)
+                grouped = weight.view(-1, self.group, *shape[1:])
+                scale, offset = pairs[:, :, part, index].unbind(-1)
+                torch.addcmul(offset.contiguous(), grouped, scale.contiguous(), out=grouped)
+                product = x @ weight.view(columns, -1).to(x.dtype)
+                out[:, part, index] = product.view(len(x), -1, half)
+        return out.view(len(x), -1)
+
+
+class Int8Weight:
+    """An 8-bit weight as a table whose rows are added up: `out[n] = sum over k of x[k] * codes[k, n]`.
+
+    Rows of the weight are cut into strips of 512; a row of the table is one column of a strip, and a bag is a group of
+    columns. The kernel adds -128 to each code by itself. Zero points are one more row of each bag, weighted with minus
+    the sum of its x, so that a bag is `sum of x * (code - zero)` and only its scale is left to apply.
+
+    Args:
+        codes: `[N, k_blocks, group]` u8.
+        scales: `[N, k_blocks]` f32.
+        zeros: `[N, k_blocks]` u8, or None.
+        group: Columns that share a scale.
+        in_features: K.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, in_features: int) -> None:
+        rows, blocks = scales.shape
+        self.rows, self.columns, self.group = rows, in_features, group
+        self._padding = blocks * group - in_features
+        self._has_zeros = zeros is not None
+        width = min(_STRIP, rows)
+        strips, bag = -(-rows // width), group + self._has_zeros
+        # A row of the table ends with the scale and the bias that the kernel applies to it: 1 and -128.
+        self._table = torch.zeros(strips, blocks, bag, width + 8, dtype=torch.uint8)
+        self._table[..., width:] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+        self._scales = torch.zeros(strips, blocks, 1, width)
+        for strip in range(strips):
+            part = slice(strip * width, min((strip + 1) * width, rows))
+            filled = slice(0, part.stop - part.start)
+            self._table[strip, :, :group, filled] = codes[part].permute(1, 2, 0)
+            if zeros is not None:
+                self._table[strip, :, group, filled] = zeros[part].T
+            self._scales[strip, :, 0, filled] = scales[part].T
+        self.nbytes = self._table.nbytes + self._scales.nbytes
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `PackedWeight`; fp32 up to the order of the sum."""
+        flat = x.reshape(-1, self.columns).to(torch.float32)
+        if self._padding:
+            flat = F.pad(flat, (0, self._padding))
+        out = self._multiply_decoded(flat) if len(flat) >= INT8_MANY_ROWS else self._sum_bags(flat)
+        if out.shape[1] != self.rows:
+            out = out[:, : self.rows].contiguous()
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], self.rows).to(x.dtype)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """See `PackedWeight`."""
+        flat = _checked_rows(indices, self.rows)
+        width = self._scales.shape[-1]
+        strip, lane = flat // width, flat % width
+        codes = self._table[strip, :, :, lane].to(torch.float32)
+        zero = codes[:, :, self.group :] if self._has_zeros else 128.0
+        values = (codes[:, :, : self.group] - zero) * self._scales[strip, :, :, lane]
+        return values.flatten(1)[:, : self.columns].reshape(*indices.shape, self.columns)
+
+    def _sum_bags(self, x: Tensor) -> Tensor:
+        """`[M, K]` to `[M, N]` with padding."""
+        strips, blocks, bag, _ = self._table.shape
+        width, steps = self._scales.shape[-1], len(x)
+        grouped = x.view(steps, blocks, self.group)
+        if self._has_zeros:
+            grouped = torch.cat([grouped, -grouped.sum(-1, keepdim=True)], -1)
+        grouped = grouped.transpose(0, 1)
+        out = x.new_empty(strips, steps, width)
+        at_once = max(1, _SUMS_BYTES // (4 * blocks * steps * width))
+        for first in range(0, strips, at_once):
+            table = self._table[first : first + at_once]
+            rows = torch.arange(table.shape[0] * blocks * bag, dtype=torch.int32).view(-1, blocks, 1, bag)
+            sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+                table.view(-1, width + 8),
+                rows.expand(-1, -1, steps, -1).reshape(-1),
+                torch.arange(0, rows.numel() * steps, bag, dtype=torch.int32),
+                per_sample_weights=grouped.expand(len(table), -1, -1, -1).reshape(-1),
+            )
+            scaled = sums.view(len(table), blocks, steps, width).mul_(self._scales[first : first + at_once])
+            torch.sum(scaled, 1, out=out[first : first + at_once])
+        return out.transpose(0, 1).reshape(steps, -1)
+
+    def _multiply_decoded(self, x: Tensor) -> Tensor:
+        """`[M, K]` to `[M, N]` with padding, decoding some groups of a strip at a time."""
+        strips, blocks, _, _ = self._table.shape
+        width = self._scales.shape[-1]
+        out = x.new_zeros(len(x), strips, width)
+        at_once = max(1, BLOCK_WEIGHTS // 2 // (width * self.group))
+        for strip in range(strips):
+            for first in range(0, blocks, at_once):
+                codes = self._table[strip, first : first + at_once, :, :width]
+                weight = _scratch(torch.float32, len(codes), self.group, width).copy_(codes[:, : self.group])
+                weight -= codes[:, self.group :].to(torch.float32) if self._has_zeros else 128.0
+                weight *= self._scales[strip, first : first + at_once]
+                columns = slice(first * self.group, (first + len(codes)) * self.group)
+                out[:, strip].addmm_(x[:, columns], weight.flatten(0, 1))
+        return out.view(len(x), -1)
