@@ -13,6 +13,7 @@ from tests.cli.running import INT4, MODEL
 
 KEYS = {
     "model", "source", "pipeline", "target", "passes", "not_recognised", "source_bytes", "weight_bytes", "state_bytes",
+    "prefill", "prefill_bytes",
     "context", "seconds", "artifact", "dry_run",
 }  # fmt: skip
 # What design.md promises; a record may say more.
@@ -144,3 +145,16 @@ def test_nowhere_to_write_is_a_usage_error(run):
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "much"])
 def test_max_kl_must_be_a_divergence(run, value):
     run("optimize", MODEL, "--dry-run", f"--max-kl={value}").fails(2, "--max-kl", "at least 0")
+
+
+def test_fast_prefill_says_what_it_adds(run, small_model, tmp_path):
+    arguments = ("optimize", small_model, "--passes", "quantize-weights{bits=4,group=32}", "--prefill", "fast")
+    plain = run(*arguments[:-2], "--dry-run", "--json").json
+    fast = run(*arguments, "--dry-run", "--json").json
+    assert (plain["prefill"], plain["prefill_bytes"]) == ("exact", 0)
+    assert fast["prefill"] == "fast"
+    assert fast["weight_bytes"] == plain["weight_bytes"]
+    result = run(*arguments, "--out", tmp_path / "out")
+    assert "fast: an 8-bit copy of the weights" in result.out
+    assert (tmp_path / "out" / "prefill.fast.onnx").is_file()
+    run(*arguments, "--target", "torch", "--dry-run").fails(2, "fast needs the ONNX target")
