@@ -162,13 +162,16 @@ def main() -> None:
         }
         for each in contenders[: len(own)]:
             each.close()
+        profile = [sys.executable, str(PEERS.parent / "operator_profile.py"), str(made["jettison"]), "--prompts"]
+        shown = subprocess.run([*profile, *map(str, arguments.prompts)], check=True, stdout=subprocess.PIPE)
         by_threads = {}
         for threads in [0, *arguments.threads]:
             each = Contender(*own[0], threads)
             by_threads[str(threads or "default")] = rounds([each], 1, 128, arguments.new, 3)[each.name]
             each.close()
     figures = {"pipeline": PIPELINE, "threads_of_peers": cores, "contenders": about, "batch_1_by_prompt": by_prompt,
-               "prompt_128_by_batch": by_batch, "prompt_128_by_threads": by_threads}  # fmt: skip
+               "prompt_128_by_batch": by_batch, "prompt_128_by_threads": by_threads,
+               "jettison_by_operator": json.loads(shown.stdout)}  # fmt: skip
     print(write("cpu_decode", figures, before))
 
 

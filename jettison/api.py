@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -24,9 +25,13 @@ from jettison.passes.options import build, lookup, to_spec
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.policies import POLICIES, Policy
 from jettison.report import Report
+from jettison.runtime.onnx_executor import multiplies_int8
 from jettison.runtime.tokenizer import Tokenizer, load_tokenizer
 from jettison.sample_text import load_text, load_windows
 from jettison.source import ModelSource, open_source
+
+if TYPE_CHECKING:
+    from jettison.drift import DriftCheck
 
 TARGETS = ("onnx", "torch")
 PREFILLS = ("exact", "fast")
@@ -119,11 +124,13 @@ def optimize(
     chosen = with_cache(chosen, program)
     program.pipeline = pipeline_text(chosen)
     callbacks: list[AfterPass] = [after_each] if after_each is not None else []
+    drift: DriftCheck | None = None
     if check or max_kl is not None:
         from jettison.drift import DriftCheck
 
         windows = None if calibration is None else _calibration_windows(calibration, source, program)
-        callbacks.insert(0, DriftCheck(program, max_kl=max_kl, seed=seed, windows=windows))
+        drift = DriftCheck(program, max_kl=max_kl, seed=seed, windows=windows)
+        callbacks.insert(0, drift)
 
     def call_all(pass_: Pass, record: PassRecord, current: Program) -> None:
         for callback in callbacks:
@@ -138,7 +145,10 @@ def optimize(
         seconds=time.perf_counter() - started, prefill=prefill,
         prefill_bytes=fast_bytes(program) if prefill == "fast" else 0,
     )  # fmt: skip
-    return _wrap(source, program, report, before, seed, allow_spinning)
+    optimized = _wrap(source, program, report, before, seed, allow_spinning)
+    if drift is not None and prefill == "fast" and program.info.kind == "decoder" and multiplies_int8():
+        report.prefill_kl = drift.of_prompts(optimized.session)
+    return optimized
 
 
 def _check_target(target: str, prefill: str, dtype: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.formats.int_groups import IntGroups
 from jettison.runtime.sampling import Sampler
+from jettison.runtime.session import Session
 
 TOKENS = 384
 # Short rows hide what a cache policy that forgets does to long ones, but every token of a row is a step that reads all
@@ -132,6 +133,18 @@ class DriftCheck:
         if self.max_kl is not None and found.kl is not None and not found.kl <= self.max_kl:
             raise self._exceeded(pass_, found.kl, program)
         self._previous, self._before = outputs, program.copy()
+
+    def of_prompts(self, session: Callable[[int, int], Session]) -> float:
+        """KL(captured || session) where every token goes through `prefill`, in nats per token.
+
+        Args:
+            session: Opens one for a number of rows and of tokens.
+        """
+        rows, length = self.input_ids.shape
+        logits = session(rows, length).score(self.input_ids.tolist())
+        kl = deviation(self._captured[:1], (logits,), is_decoder=True).kl
+        assert kl is not None, "of a decoder"
+        return kl
 
     def _run(self, program: Program) -> tuple[Tensor, ...]:
         """Outputs `[B, S, ...]` of every token; a program with a cache decodes the second half of each row."""

@@ -31,6 +31,8 @@ class Report:
         seconds: Wall time of capture and of the passes.
         prefill: `exact` or `fast`; see `optimize`.
         prefill_bytes: Bytes of the 8-bit copy that the fast form reads, beside `weight_bytes`.
+        prefill_kl: KL(captured || artifact) in nats per token of prompts that run through the fast form; None without
+            a check, or where this CPU does not run it.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Report:
     seconds: float = 0.0
     prefill: str = "exact"
     prefill_bytes: int = 0
+    prefill_kl: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values; the keys are stable."""
@@ -63,6 +66,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "prefill": self.prefill,
             "prefill_bytes": self.prefill_bytes,
+            "prefill_kl": self.prefill_kl,
         }
 
     @classmethod
@@ -99,10 +103,12 @@ class Report:
             f"tokens {self.state_bytes:,} bytes; {self.seconds:.1f} s"
         )
         if self.prefill == "fast":
-            console.print(
-                f"prefill=fast reads an 8-bit copy of the weights, {self.prefill_bytes:,} bytes more; it rounds "
-                "activations, which `jettison eval` measures"
+            cost = (
+                "rounds activations, which --check measures"
+                if self.prefill_kl is None
+                else f"its prompts are {self.prefill_kl:.2e} nats per token from the captured model"
             )
+            console.print(f"prefill=fast reads an 8-bit copy of the weights, {self.prefill_bytes:,} bytes more; {cost}")
         for record in self.passes:
             for miss in record.misses:
                 console.print(

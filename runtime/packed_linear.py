@@ -243,6 +243,13 @@ class Int4Weight:
         return out.view(len(x), -1)
 
 
+@functools.lru_cache(maxsize=16)
+def _bags(blocks: int, steps: int, bag: int) -> tuple[Tensor, Tensor]:
+    """Rows of the table in each bag, and where bags begin: each block once for every row of x."""
+    rows = torch.arange(blocks * bag, dtype=torch.int32).view(blocks, 1, bag).expand(-1, steps, -1)
+    return rows.reshape(-1), torch.arange(0, blocks * steps * bag, bag, dtype=torch.int32)
+
+
 class Int8Weight:
     """An 8-bit weight as a table whose rows are added up: `out[n] = sum over k of x[k] * codes[k, n]`.
 
@@ -302,25 +309,23 @@ class Int8Weight:
 
     def _sum_bags(self, x: Tensor) -> Tensor:
         """`[M, K]` to `[M, N]` with padding."""
-        strips, blocks, bag, _ = self._table.shape
+        strips, blocks, bag, row_bytes = self._table.shape
         width, steps = self._scales.shape[-1], len(x)
         grouped = x.view(steps, blocks, self.group)
         if self._has_zeros:
             grouped = torch.cat([grouped, -grouped.sum(-1, keepdim=True)], -1)
         grouped = grouped.transpose(0, 1)
-        out = x.new_empty(strips, steps, width)
         at_once = max(1, _SUMS_BYTES // (4 * blocks * steps * width))
+        done = []
         for first in range(0, strips, at_once):
-            table = self._table[first : first + at_once]
-            rows = torch.arange(table.shape[0] * blocks * bag, dtype=torch.int32).view(-1, blocks, 1, bag)
+            scales = self._scales[first : first + at_once]
             sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-                table.view(-1, width + 8),
-                rows.expand(-1, -1, steps, -1).reshape(-1),
-                torch.arange(0, rows.numel() * steps, bag, dtype=torch.int32),
-                per_sample_weights=grouped.expand(len(table), -1, -1, -1).reshape(-1),
+                self._table[first : first + at_once].view(-1, row_bytes),
+                *_bags(len(scales) * blocks, steps, bag),
+                per_sample_weights=grouped.expand(len(scales), -1, -1, -1).reshape(-1),
             )
-            scaled = sums.view(len(table), blocks, steps, width).mul_(self._scales[first : first + at_once])
-            torch.sum(scaled, 1, out=out[first : first + at_once])
+            done.append(sums.view(-1, blocks, steps, width).mul_(scales).sum(1))
+        out = done[0] if len(done) == 1 else torch.cat(done)
         return out.transpose(0, 1).reshape(steps, -1)
 
     def _multiply_decoded(self, x: Tensor) -> Tensor:

@@ -15,6 +15,12 @@ from jettison.cli.parser import add_artifact
 if TYPE_CHECKING:
     from jettison.runtime.artifact import Artifact
 
+# By weight format, of the slowest first; benchmarks/results/torch_decode.json, two Zen 4 cores.
+_TORCH_LIMITS = {
+    "int4": "limited by arithmetic: PyTorch's int4 kernel decodes weights to fp32, 1.6 times the time of target onnx",
+    "int8": "limited by arithmetic: PyTorch's int8 kernel decodes weights to fp32, 1.6 times the time of target onnx",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -44,6 +50,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         f"states     {size_text(document['state_bytes_per_token'])} per token and "
         f"{size_text(document['state_bytes_fixed'])} per sequence"
     )
+    if document["decode_limit"] is not None:
+        terminal.line(f"decode     {document['decode_limit']}")
     return 0
 
 
@@ -82,7 +90,18 @@ def _document(artifact: Artifact) -> dict[str, Any]:
         "weight_bytes": manifest["weight_bytes"],
         "state_bytes_per_token": _per_token(states),
         "state_bytes_fixed": state_bytes(states, 1, 0),
+        "decode_limit": _decode_limit(manifest["target"], {weight.format for weight in graph.weights}),
     }
+
+
+def _decode_limit(target: str, formats: set[str]) -> str | None:
+    """What makes a decode step of this artifact slower than it could be on the other target."""
+    if target != "torch":
+        return None
+    for prefix, limit in _TORCH_LIMITS.items():
+        if any(text.startswith(prefix) for text in formats):
+            return limit
+    return None
 
 
 def _layer(

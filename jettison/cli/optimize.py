@@ -96,7 +96,9 @@ def print_report(report: Report, terminal: Terminal) -> None:
         f"weights    {size_text(report.source_bytes)} -> {size_text(report.weight_bytes)}, {ratio:.2f} times less"
     )
     if report.prefill == "fast":
-        terminal.line(f"prefill    fast: an 8-bit copy of the weights beside them, {size_text(report.prefill_bytes)}")
+        kl = "" if report.prefill_kl is None else f"; KL of its prompts {report.prefill_kl:.2e} nats per token"
+        added = size_text(report.prefill_bytes)
+        terminal.line(f"prefill    fast: an 8-bit copy of the weights beside them, {added}{kl}")
     terminal.line(f"states     {size_text(report.state_bytes)} for one sequence of {report.context:,} tokens")
     terminal.line(f"time       {report.seconds:.1f} s for capture and passes")
 

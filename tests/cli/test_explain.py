@@ -8,7 +8,7 @@ import pytest
 
 KEYS = {
     "artifact", "pipeline", "passes", "not_recognised", "layers", "weight_bytes", "state_bytes_per_token",
-    "state_bytes_fixed",
+    "state_bytes_fixed", "decode_limit",
 }  # fmt: skip
 LAYER_KEYS = {"layer", "weights", "weight_bytes", "kv_policy", "state_bytes_per_token", "state_bytes_fixed"}
 
@@ -39,6 +39,14 @@ def test_layers_of_an_onnx_artifact_add_up(run, onnx_artifact):
     assert (first["kv_policy"], first["state_bytes_fixed"]) == ("full", 0)
     assert first["state_bytes_per_token"] == 2 * 4 * 32 * 4
     assert document["state_bytes_per_token"] == 6 * first["state_bytes_per_token"]
+
+
+def test_what_limits_decode_of_a_torch_artifact(run, torch_artifact, onnx_artifact):
+    limit = explained(run, torch_artifact)["decode_limit"]
+    assert limit.startswith("limited by arithmetic: PyTorch's int8 kernel")
+    assert f"decode     {limit}\n" in run("explain", torch_artifact).out
+    assert explained(run, onnx_artifact)["decode_limit"] is None
+    assert "decode  " not in run("explain", onnx_artifact).out
 
 
 def test_layers_of_a_torch_artifact_add_up(run, torch_artifact):

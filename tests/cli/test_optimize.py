@@ -9,11 +9,12 @@ import json
 
 import pytest
 
+from jettison.runtime.onnx_executor import multiplies_int8
 from tests.cli.running import INT4, MODEL
 
 KEYS = {
     "model", "source", "pipeline", "target", "passes", "not_recognised", "source_bytes", "weight_bytes", "state_bytes",
-    "prefill", "prefill_bytes",
+    "prefill", "prefill_bytes", "prefill_kl",
     "context", "seconds", "artifact", "dry_run",
 }  # fmt: skip
 # What design.md promises; a record may say more.
@@ -158,3 +159,16 @@ def test_fast_prefill_says_what_it_adds(run, small_model, tmp_path):
     assert "fast: an 8-bit copy of the weights" in result.out
     assert (tmp_path / "out" / "prefill.fast.onnx").is_file()
     run(*arguments, "--target", "torch", "--dry-run").fails(2, "fast needs the ONNX target")
+
+
+def test_fast_prefill_says_what_it_costs(run, small_model):
+    arguments = ("optimize", small_model, "--passes", "quantize-weights{bits=4,group=32}", "--prefill", "fast")
+    checked = run(*arguments, "--check", "--dry-run", "--json").json
+    assert run(*arguments, "--dry-run", "--json").json["prefill_kl"] is None
+    if not multiplies_int8():
+        assert checked["prefill_kl"] is None
+        return
+    # More than what rounding the weights costs by itself, and of its order.
+    weights = checked["passes"][-1]["kl"]
+    assert weights < checked["prefill_kl"] < 20 * weights
+    assert "nats per token" in run(*arguments, "--check", "--dry-run").out
