@@ -7,6 +7,7 @@ is one meaning of the word: the largest error, measured in fp64, over the larges
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.interpret import run_entry
-from jettison.ir.program import Program, input_placeholders, state_placeholders
+from jettison.ir.program import Program, State, input_placeholders, state_placeholders
 
 # Largest error over the largest reference magnitude that counts as rounding, by the dtype under test.
 DEFAULT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -203,16 +204,49 @@ def run_program(
     capacity = min(-(-length // _SLOT_GRANULE) * _SLOT_GRANULE, max(length, program.info.context))
     batch = input_ids.shape[0]
     states = {
-        name: torch.zeros(state.sizes(batch, capacity), dtype=state.dtype) for name, state in program.states.items()
+        name: torch.zeros(state.sizes(batch, _slots(program, state, capacity)), dtype=state.dtype)
+        for name, state in program.states.items()
     }
     first = length if prefill is None else prefill
-    outputs, states = _call(program, "prefill", input_ids[:, :first], 0, states, inputs)
+    held = dict.fromkeys(program.retentions, first)
+    outputs, states = _call(program, "prefill", input_ids[:, :first], 0, states, inputs, held)
+    states = _drop(program, states, held, first, is_prompt=True)
     calls = [outputs]
     for position in range(first, length):
         token = input_ids[:, position : position + 1]
-        outputs, states = _call(program, "decode", token, position, states, None)
+        states = _drop(program, states, held, position, is_prompt=False)
+        held = {name: count + 1 for name, count in held.items()}
+        outputs, states = _call(program, "decode", token, position, states, None, held)
         calls.append(outputs)
     return tuple(torch.cat(pieces, 1) for pieces in zip(*calls, strict=True))
+
+
+def _slots(program: Program, state: State, capacity: int) -> int:
+    """Slots for a whole sequence, and one more than the budget where tokens are dropped."""
+    budgets = [program.retentions[size].budget + 1 for size in state.shape if size in program.retentions]
+    return max(capacity, *budgets) if budgets else capacity
+
+
+def _drop(
+    program: Program, states: dict[str, Tensor], held: dict[str, int], seen: int, *, is_prompt: bool
+) -> dict[str, Tensor]:
+    """Drop tokens where a session would; updates `held`."""
+    states = dict(states)
+    for name, kept in program.retentions.items():
+        most = kept.budget + (0 if is_prompt else kept.every or seen)
+        if held[name] > kept.budget and held[name] >= most:
+            batch = next(iter(states.values())).shape[0]
+            inputs = {
+                kept.mask: torch.ones(batch, held[name], dtype=torch.int64),
+                "token_count": torch.full((batch,), seen),
+            }
+            taken = list(state_placeholders(program.entries[name]))
+            for layer in kept.layers:
+                own = [kept.name_in(layer, each) for each in taken]
+                given = {each: states[actual] for each, actual in zip(taken, own, strict=True)}
+                states |= dict(zip(own, run_entry(program, name, {**given, **inputs}), strict=True))
+            held[name] = kept.budget
+    return states
 
 
 def _call(
@@ -222,6 +256,7 @@ def _call(
     start: int,
     states: Mapping[str, Tensor],
     given: Mapping[str, Tensor] | None,
+    held: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """One call of an entry at positions `start, start + 1, ...`: its outputs, and the new states by name."""
     batch, length = input_ids.shape
@@ -233,13 +268,16 @@ def _call(
         "token_type_ids": torch.zeros_like(input_ids),
         "logits_positions": columns,
     }
+    usual |= {
+        program.retentions[name].mask: torch.ones(batch, count, dtype=torch.int64) for name, count in held.items()
+    }
     available = {**usual, **(given or {})}
     wanted = input_placeholders(program.entries[entry])
     unknown = [name for name in wanted if name not in available]
     if unknown:
         raise ValueError(f"entry {entry} takes {', '.join(unknown)}: give it in `inputs`")
-    values = run_entry(program, entry, {**states, **{name: available[name] for name in wanted}})
     names = list(state_placeholders(program.entries[entry]))
+    values = run_entry(program, entry, {**states, **{name: available[name] for name in wanted}})
     count = len(program.outputs)
     return tuple(values[:count]), {**states, **dict(zip(names, values[count:], strict=True))}
 

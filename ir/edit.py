@@ -35,15 +35,22 @@ def placeholder_name(name: str) -> str:
 
 
 class Edit:
-    """Changes to one entry of a program, in place."""
+    """Changes to one entry of a program, in place.
 
-    def __init__(self, program: Program, entry: str, made_by: str) -> None:
+    Args:
+        program: Its program.
+        entry: Its name.
+        made_by: The pass that makes the nodes.
+        like: Another entry, whose sizes this one shares; for an entry that is empty yet.
+    """
+
+    def __init__(self, program: Program, entry: str, made_by: str, *, like: str | None = None) -> None:
         self.program = program
         self.entry_name = entry
         self.entry = program.entries[entry]
         self.graph = self.entry.graph
         self.made_by = made_by
-        self._fake_mode = fake_mode_of(self.entry)
+        self._fake_mode = fake_mode_of(program.entries[like or entry])
         self._anchor: fx.Node | None = None
 
     @contextmanager

@@ -18,7 +18,8 @@ class State:
 
     Attributes:
         name: Unique in its program, e.g. `past_key_values.0.key`.
-        shape: Sizes; `"batch"` and `"capacity"` are chosen when a session starts.
+        shape: Sizes; `"batch"` and `"capacity"` are chosen when a session starts, and so are the slots of a
+            `Retention`, which have its name.
         dtype: Element type. The initial value is zeros, which means "empty".
     """
 
@@ -27,9 +28,38 @@ class State:
     dtype: torch.dtype
 
     def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
-        """Concrete sizes for a session of `batch` rows and `capacity` slots."""
-        known = {"batch": batch, "capacity": capacity}
-        return tuple(known[size] if isinstance(size, str) else size for size in self.shape)
+        """Concrete sizes for `batch` rows and `capacity` slots."""
+        return tuple(size if isinstance(size, int) else batch if size == "batch" else capacity for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Some states that keep only some of the tokens, and the entry that drops the others.
+
+    Attributes:
+        name: Of the entry, `evict` or `evict_N`; also the size of the states' slots. It takes the states of one layer,
+            `mask` and `token_count [B] i64`, the tokens a row has seen; it returns the states and no output.
+        mask: Input of every entry: `[B, T] i64`, ones for the tokens that a row holds in these states, this call
+            included. Its rows must be of one length in the entry `name`.
+        budget: Tokens that a row holds after the entry has run.
+        every: Tokens that may come on top before it runs again; None if it runs after prompts only.
+        layers: Layers whose states these are. The entry names the states of the first one, and runs once for each.
+    """
+
+    name: str
+    mask: str
+    budget: int
+    every: int | None
+    layers: tuple[int, ...]
+
+    def name_in(self, layer: int, state: str) -> str:
+        """The name of a state that the entry takes, in another layer."""
+        return state.replace(f".{self.layers[0]}.", f".{layer}.", 1)
+
+    def slots(self, capacity: int, prompt: int = 0) -> int:
+        """Slots for a sequence that grows to `capacity` tokens, of which `prompt` come at once."""
+        after = capacity - prompt if self.every is None else self.every
+        return min(capacity, self.budget + after)
 
 
 @dataclass(frozen=True)
@@ -89,6 +119,7 @@ class Program:
         constants: By name; shared by all entries.
         packed: Weights held in a compressed format, by the name of the dense weight they replace.
         states: By name.
+        retentions: By name.
         info: Facts about the model.
         outputs: Names of the model's outputs, e.g. `("logits",)`.
         history: One record per pass, in order.
@@ -103,13 +134,18 @@ class Program:
     states: dict[str, State] = field(default_factory=dict)
     history: list[PassRecord] = field(default_factory=list)
     pipeline: str = ""
+    retentions: dict[str, Retention] = field(default_factory=dict)
+
+    def outputs_of(self, entry: str) -> tuple[str, ...]:
+        """Names of what an entry returns before its states."""
+        return () if entry in self.retentions else self.outputs
 
     def copy(self) -> Program:
         """A program whose graphs can be edited without touching this one; constants are shared."""
         entries = {name: copy_graph(entry) for name, entry in self.entries.items()}
         return Program(
             entries, dict(self.constants), self.info, self.outputs, dict(self.packed), dict(self.states),
-            list(self.history), self.pipeline,
+            list(self.history), self.pipeline, dict(self.retentions),
         )  # fmt: skip
 
     def used_constants(self) -> dict[str, Constant]:
@@ -122,10 +158,14 @@ class Program:
         return sum(constant.stored_bytes for constant in self.used_constants().values())
 
     def state_bytes(self, batch: int, capacity: int) -> int:
-        """Bytes of all states of a session."""
+        """Bytes of all states of a session whose rows are `capacity` tokens, all of a prompt where that matters."""
         total = 0
         for state in self.states.values():
-            total += torch.Size(state.sizes(batch, capacity)).numel() * state.dtype.itemsize
+            slots = min(
+                (self.retentions[size].slots(capacity, capacity) for size in state.shape if size in self.retentions),
+                default=capacity,
+            )
+            total += torch.Size(state.sizes(batch, slots)).numel() * state.dtype.itemsize
         return total
 
     def __str__(self) -> str:

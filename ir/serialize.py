@@ -36,7 +36,16 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from jettison.ir import ops as _register_ops  # noqa: F401
 from jettison.ir.constants import Constant, Packed
 from jettison.ir.errors import ArtifactError, UnsupportedError, VerifyError
-from jettison.ir.program import ModelInfo, PassRecord, Program, State, constant_placeholders, output_node, placeholders
+from jettison.ir.program import (
+    ModelInfo,
+    PassRecord,
+    Program,
+    Retention,
+    State,
+    constant_placeholders,
+    output_node,
+    placeholders,
+)
 from jettison.ir.safetensors_file import read_constants, write_constants
 from jettison.ir.stored_operators import FUNCTION_NAMES, find_target, misfit, refused_operator
 from jettison.ir.verify import verify
@@ -121,7 +130,7 @@ def save_program(
         "format": FORMAT, "version": FORMAT_VERSION, "info": program.info, "outputs": program.outputs,
         "pipeline": program.pipeline, "symbols": {},
         "constants": {name: _StoredConstant(c.dtype, c.stored_dtype, c.shape) for name, c in constants.items()},
-        "packed": program.packed, "states": program.states,
+        "packed": program.packed, "states": program.states, "retentions": program.retentions,
         "history": [dataclasses.replace(record, seconds=0.0) for record in program.history],
         "entries": {name: _encode_entry(name, entry, symbols) for name, entry in program.entries.items()},
     }  # fmt: skip
@@ -130,9 +139,14 @@ def save_program(
     write_constants(weights_path, constants, on_bytes)
 
 
+_ITEMS_ON_LINES = (
+    "symbols", "constants", "packed", "states", "retentions", "history", "nodes", "entries", "entry",
+)  # fmt: skip
+
+
 def _lines(value: Any, key: str, indent: str) -> str:
     """JSON with one constant, state, input or node on a line."""
-    if not value or key not in ("symbols", "constants", "packed", "states", "history", "nodes", "entries", "entry"):
+    if not value or key not in _ITEMS_ON_LINES:
         return json.dumps(value, allow_nan=False)
     inner = indent + " "
     if isinstance(value, list):
@@ -343,7 +357,8 @@ class _Reader:
 
     def program(self, weights: dict[str, Tensor], weights_path: Path) -> Program:
         """The program, without metadata."""
-        keys = ("info", "outputs", "pipeline", "symbols", "constants", "packed", "states", "history", "entries")
+        keys = ("info", "outputs", "pipeline", "symbols", "constants", "packed", "states", "retentions", "history",
+                "entries")  # fmt: skip
         document = self.table(self.document, "the file", ("format", "version", *keys))
         self.table(document["symbols"], "symbols")
         info = self.record(ModelInfo, document["info"], "info")
@@ -358,8 +373,9 @@ class _Reader:
                 found = f"{stored.dtype} {list(stored.shape)} in {weights_path}"
                 self.refuse(where, found, f"{wanted.stored} {list(wanted.shape)}, as the program says")
             constants[name] = Constant(name, stored, wanted.dtype)
-        states, packed = self.records(State, "states", ("batch", "capacity")), self.records(Packed, "packed")
-        strange = [name for name, state in states.items() if state.name != name]
+        retentions, packed = self.records(Retention, "retentions"), self.records(Packed, "packed")
+        states = self.records(State, "states", ("batch", "capacity", *retentions))
+        strange = [name for name, each in (*states.items(), *retentions.items()) if each.name != name]
         strange += [part for each in packed.values() for part in each.parts.values() if part not in constants]
         if strange:
             self.refuse("states and packed", f"the name {strange[0]!r}", "a name that the program defines")
@@ -367,7 +383,7 @@ class _Reader:
         history = [self.record(PassRecord, each, "history") for each in passes]
         outputs = self.items(document["outputs"], str, "outputs")
         pipeline = self._field(str, document["pipeline"], "pipeline", ())
-        program = Program({}, constants, info, tuple(outputs), packed, states, history, pipeline)
+        program = Program({}, constants, info, tuple(outputs), packed, states, history, pipeline, retentions)
         for name, value in self.table(document["entries"], "entries").items():
             if not re.fullmatch(r"[a-z][a-z0-9_]{,50}", name):
                 self.refuse("entries", f"the name {name!r}", "a name of small letters")
@@ -380,7 +396,7 @@ class _Reader:
         values = self._placeholders(graph, name, value, program)
         for number, call in enumerate(self.items(value["nodes"], dict, f"{name}: nodes")):
             values[f"%{number}"] = self._call(graph, call, values, f"{name}: node %{number}")
-        needed = len(program.outputs) + len(value["states"])
+        needed = len(program.outputs_of(name)) + len(value["states"])
         returns = self.argument(value["returns"], values, f"{name}: returns")
         if not isinstance(returns, list) or len(returns) != needed or not all(isinstance(r, fx.Node) for r in returns):
             self.refuse(name, f"it returns {short(value['returns'])}", f"{needed} values: outputs, then new states")

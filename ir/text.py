@@ -129,6 +129,9 @@ def program_text(program: Program, *, by_identity: bool = False) -> str:
         lines.append(f"packed @{name}: {packed.format}[{','.join(map(str, packed.shape))}]")
     for name, state in program.states.items():
         lines.append(f"state %{name}: {dtype_text(state.dtype)}[{','.join(map(str, state.shape))}]")
+    for name, kept in program.retentions.items():
+        layers = ",".join(map(str, kept.layers))
+        lines.append(f"retention {name}: {kept.mask} budget={kept.budget} every={kept.every} layers={layers}")
     namer = _Namer()
     for name, entry in program.entries.items():
         lines += _entry_lines(name, entry, namer)

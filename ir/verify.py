@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from jettison.ir.errors import VerifyError
-from jettison.ir.program import Program, output_node, placeholders
+from jettison.ir.program import Program, input_placeholders, output_node, placeholders, state_placeholders
 from jettison.ir.text import window_text
 
 Failure = tuple[str, fx.Node, str]
@@ -77,13 +77,14 @@ def _states_returned(program: Program) -> Failure | None:
         for node in taken:
             if node.meta["state"] not in program.states:
                 return name, node, f"names the state {node.meta['state']}, which the program does not have"
-        if len(returned) != len(program.outputs) + len(taken):
+        outputs = len(program.outputs_of(name))
+        if len(returned) != outputs + len(taken):
             return (
                 name,
                 output_node(entry),
-                (f"returns {len(returned)} values, needed {len(program.outputs)} outputs and {len(taken)} states"),
+                (f"returns {len(returned)} values, needed {outputs} outputs and {len(taken)} states"),
             )
-        for node, value in zip(taken, returned[len(program.outputs) :], strict=True):
+        for node, value in zip(taken, returned[outputs:], strict=True):
             old, new = node.meta["val"], value.meta["val"]
             if old.dtype != new.dtype or old.dim() != new.dim():
                 return name, value, f"returned for state {node.meta['state']} with another dtype or rank"
@@ -99,6 +100,17 @@ def _placeholder_order(program: Program) -> Failure | None:
     return None
 
 
+def _retentions_have_entries(program: Program) -> Failure | None:
+    for name, entry in program.entries.items():
+        sizes = {size for state in state_placeholders(entry) for size in program.states[state].shape}
+        for kept in program.retentions.values():
+            if kept.name in sizes and kept.mask not in input_placeholders(entry):
+                return name, output_node(entry), f"takes states of {kept.name} without its input {kept.mask}"
+            if kept.name not in program.entries:
+                return name, output_node(entry), f"has no entry {kept.name} beside it, which its states need"
+    return None
+
+
 INVARIANTS: tuple[tuple[str, Predicate], ...] = (
     ("graphs hold only calls of functions", _only_calls),
     ("values are defined before use", _defined_before_use),
@@ -107,6 +119,7 @@ INVARIANTS: tuple[tuple[str, Predicate], ...] = (
     ("placeholders come in order", _placeholder_order),
     ("constants exist with the type the graph sees", _constants_known),
     ("every state taken is returned", _states_returned),
+    ("states that drop tokens have the entry that does it", _retentions_have_entries),
 )
 
 

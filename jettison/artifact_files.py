@@ -12,7 +12,7 @@ import torch
 
 from jettison.codegen.onnx.emit import EmittedGraph, emit_program, weight_bytes
 from jettison.ir.errors import ArtifactError
-from jettison.ir.program import ModelInfo, Program, State
+from jettison.ir.program import ModelInfo, Program, Retention, State
 from jettison.ir.progress import track
 from jettison.ir.serialize import load_program, save_program
 from jettison.ir.text import dtype_text
@@ -97,6 +97,7 @@ def _manifest(contents: ArtifactContents) -> dict[str, Any]:
             {"name": state.name, "shape": list(state.shape), "dtype": dtype_text(state.dtype)}
             for state in program.states.values()
         ],
+        "retentions": [asdict(kept) for kept in program.retentions.values()],
         "requires": {},
     }
 
@@ -111,7 +112,7 @@ def _write_onnx(contents: ArtifactContents, writer: ArtifactWriter, manifest: di
     manifest["graphs"] = [_graph_dict(graph) for graph in emitted]
     manifest["requires"] = {"onnxruntime": max((g.minimum_ort for g in emitted), key=_version)}
     manifest["weight_bytes"] = total
-    if len(emitted[0].entries) == 2:
+    if len(emitted[0].entries) == 2 and not program.retentions:
         from jettison.codegen.onnx.genai_config import genai_config
         from jettison.codegen.onnx.scoring_graph import write_scoring_graph
 
@@ -170,6 +171,7 @@ def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool
     return OnnxExecutor(
         graphs, ModelInfo(**manifest["model"]), states, manifest["weight_bytes"], threads=threads,
         allow_spinning=allow_spinning, prepared=find_prepared(artifact),
+        retentions=[Retention(**{**each, "layers": tuple(each["layers"])}) for each in manifest.get("retentions", [])],
     )  # fmt: skip
 
 

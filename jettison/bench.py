@@ -174,7 +174,8 @@ def bytes_read_per_token(model: OptimizedModel, session: Session, prompt_tokens:
     Weights are those that the `decode` graph reads, in the dtype it computes in: all of each constant, packed parts
     included, but of a table that is only looked up just the rows looked up. A step reads them once for all its rows, so
     each token bears its share. Of the states, ONNX Runtime reads the slots that are filled (on average over the decode
-    steps), the torch executor all of them, and either reads all slots of a state of fixed size.
+    steps), the torch executor all of them, and either reads all slots of a state of fixed size, and of caches that drop
+    tokens the slots that were filled in the end.
 
     Args:
         model: The model.
@@ -184,10 +185,11 @@ def bytes_read_per_token(model: OptimizedModel, session: Session, prompt_tokens:
     """
     filled = min(1.0, (prompt_tokens + (new_tokens + 1) / 2) / session.capacity)
     state_bytes = 0.0
+    held = {kept.retention.name: sum(kept.held) / len(kept.held) / kept.slots for kept in session.kept}
     for name, state in model.executor.states.items():
         row_bytes = session.states[name].untyped_storage().nbytes() / session.batch
-        is_partly_read = "capacity" in state.shape and model.report.target == "onnx"
-        state_bytes += row_bytes * (filled if is_partly_read else 1.0)
+        shares = {"capacity": filled if model.report.target == "onnx" else 1.0, **held}
+        state_bytes += row_bytes * min((shares[size] for size in state.shape if size in shares), default=1.0)
     return round(weight_bytes_per_step(model.graph, session.batch) / session.batch + state_bytes)
 
 

@@ -350,12 +350,12 @@ class _Scoring:
         """Run a window through `prefill`, a chunk at a time so that no more logits than those are held."""
         expected = self.reference_logits(window)
         session = self.model.session(1, self.length)
-        self.state_bytes = session.state_bytes
         for start in range(0, self.length - 1, session.prefill_chunk):
             stop = min(start + session.prefill_chunk, self.length - 1)
             logits = session.score([window[start:stop]])[0]
             self.add(logits, window[start + 1 : stop + 1], None if expected is None else expected[start:stop])
             advance(stop - start)
+        self.state_bytes = session.state_bytes  # of caches that drop tokens not known before
 
     def score_by_decoding(self, group: list[list[int]], advance: Callable[[float], None]) -> None:
         """Run the first tokens of some windows through `prefill` and the rest through `decode`."""
@@ -367,7 +367,6 @@ class _Scoring:
                     expected = found.new_empty((found.shape[0], len(group), found.shape[1]))
                 expected[:, row] = found
         session = self.model.session(len(group), self.length)
-        self.state_bytes = session.state_bytes // len(group)
         # Steps are scored many at a time: one step's few rows are too little work to spread over threads.
         most = max(1, _rows_per_chunk(self.model.info.vocab_size) // len(group))
         steps = [session.prefill([window[: self.first] for window in group])]
@@ -382,6 +381,7 @@ class _Scoring:
             if not is_last:
                 steps.append(session.decode([window[position] for window in group]))
             advance(len(group))
+        self.state_bytes = session.state_bytes // len(group)
 
     def add(self, logits: Tensor, targets: list[int], expected: Tensor | None) -> None:
         """Add some scored tokens.

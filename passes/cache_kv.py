@@ -21,11 +21,11 @@ Saves: per generated token, the T - 1 earlier tokens are read from the cache ins
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError, UnsupportedError
@@ -41,9 +41,11 @@ from jettison.ir.program import (
     state_placeholders,
 )
 from jettison.passes.base import Pass, describe_node
-from jettison.passes.options import option
+from jettison.passes.options import ByRange, option
 from jettison.passes.policies import Full, Policy
-from jettison.passes.policies.base import AttentionSite, Step
+from jettison.passes.policies.base import AttentionSite
+from jettison.passes.policies.cache import Cache
+from jettison.passes.policies.evicting import EvictingPolicy
 
 aten = torch.ops.aten
 
@@ -54,11 +56,12 @@ class CacheKV(Pass):
 
     name: ClassVar[str] = "cache-kv"
     policy: Policy = option(Full(), doc="what is kept of keys and values", flat=True)
+    layers: ByRange[Policy] = option(ByRange(), doc="policies of single layers, by their number from 0")
 
     @property
     def is_exact(self) -> bool:  # type: ignore[override]
-        """As exact as the policy."""
-        return self.policy.is_exact
+        """As exact as the policies."""
+        return self.policy.is_exact and all(policy.is_exact for policy in self.layers.values())
 
     def requires(self, program: Program) -> None:
         """A decoder that has no cache yet."""
@@ -103,33 +106,44 @@ class CacheKV(Pass):
             )
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
-        """Rewrite every attention, then copy the graph for the second entry."""
+        """Rewrite every attention, copy the graph for the second entry, and make those that drop tokens."""
         edit = Edit(program, "forward", self.name)
         sites = [node for node in edit.graph.nodes if is_call(node, attention)]
         misses: list[MissRecord] = []
-        capacities: dict[Any, Any] = {}
+        caches: dict[Any, Cache] = {}
         produced: dict[str, fx.Node] = {}
         for layer, node in enumerate(sites):
             site = _site(layer, node, program.info.context)
-            policy = self.policy
+            policy = self.layers.at(layer) or self.policy
             reason = policy.applies_to(site)
             if reason is not None:
                 misses.append(MissRecord(node.meta.get("where") or f"attention {layer}", f"kept full: {reason}"))
                 policy = Full()
-            produced.update(_insert(edit, node, site, policy, capacities))
+            drops = policy if isinstance(policy, EvictingPolicy) else None
+            kind = None if drops is None else (drops, replace(site, layer=0))
+            if kind not in caches:
+                caches[kind] = Cache.open(edit, drops, len(caches.keys() - {None}))
+            produced.update(caches[kind].insert(edit, node, site, policy))
         logits = list(output_node(edit.entry).args[0])[: len(program.outputs)]
         edit.set_outputs([*logits, *(produced[name] for name in state_placeholders(edit.entry))])
         edit.eliminate_dead_code()
         entry = program.entries.pop("forward")
         program.entries = {"prefill": entry, "decode": copy_graph(entry), **program.entries}
+        for cache in caches.values():
+            cache.add_dropping(program, self.name)
         return len(sites), misses
 
     def ensures(self, program: Program) -> str | None:
-        """Both entries take and return every state."""
-        for entry in ("prefill", "decode"):
-            if set(state_placeholders(program.entries[entry])) != set(program.states):
-                return f"{entry} does not take every state"
-        return None
+        """Both entries take the same states, and no state is taken by none."""
+        prefill, decode = (set(state_placeholders(program.entries[entry])) for entry in ("prefill", "decode"))
+        dropping = {
+            kept.name_in(layer, state)
+            for kept in program.retentions.values()
+            for state in state_placeholders(program.entries[kept.name])
+            for layer in kept.layers
+        }
+        is_whole = prefill == decode and prefill | dropping == set(program.states)
+        return None if is_whole else "an entry does not take every state"
 
 
 def _not_cacheable(node: fx.Node) -> str | None:
@@ -148,47 +162,8 @@ def _not_cacheable(node: fx.Node) -> str | None:
 def _site(layer: int, node: fx.Node, context: int) -> AttentionSite:
     operands = arguments(node)
     key, value = operands["key"].meta["val"], operands["value"].meta["val"]
+    heads = operands["query"].meta["val"].shape[1]
     return AttentionSite(
-        layer, key.shape[1], key.shape[3], value.shape[3], operands["scale"], operands["window"],
+        layer, heads, key.shape[1], key.shape[3], value.shape[3], operands["scale"], operands["window"],
         operands["softcap"], context, key.dtype,
     )  # fmt: skip
-
-
-def _insert(
-    edit: Edit, node: fx.Node, site: AttentionSite, policy: Policy, capacities: dict[Any, Any]
-) -> dict[str, fx.Node]:
-    """Replace one attention by a policy's step; returns the new value of each state by name."""
-    operands = arguments(node)
-    inputs = input_placeholders(edit.entry)
-    states = policy.states(site)
-    batch = operands["query"].meta["val"].shape[0]
-    nodes = {}
-    for short, state in states.items():
-        sizes = [_size(size, batch, capacities) for size in state.shape]
-        fake = edit.dynamic_tensor(sizes, state.dtype, hint=64)
-        # Every state with "capacity" slots has the same number of them.
-        for size, got in zip(state.shape, fake.shape, strict=True):
-            if size == "capacity":
-                capacities.setdefault("capacity", got)
-        nodes[short] = edit.state(state, fake)
-    tensors = {"query": operands["query"], "key": operands["key"], "value": operands["value"]}
-    tensors["positions"] = inputs["position_ids"]
-    if operands["sinks"] is not None:
-        tensors["sinks"] = operands["sinks"]
-    with edit.before(node):
-        tensors["total_tokens"] = edit.call(aten.sum.dim_IntList, inputs["attention_mask"], [1])
-
-        def traced(*values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            named = dict(zip(tensors, values[: len(tensors)], strict=True))
-            current = dict(zip(nodes, values[len(tensors) :], strict=True))
-            return policy.step(Step(site=site, sinks=named.pop("sinks", None), states=current, **named))
-
-        out, new = edit.inline(traced, *tensors.values(), *nodes.values())
-    edit.replace(node, out)
-    return {states[short].name: new[short] for short in states}
-
-
-def _size(size: int | str, batch: Any, capacities: dict[Any, Any]) -> Any:
-    if size == "batch":
-        return batch
-    return capacities.get("capacity") if size == "capacity" else size

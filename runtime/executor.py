@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from jettison.ir.program import ModelInfo, State
+from jettison.ir.program import ModelInfo, Retention, State
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Executor(Protocol):
         info: Facts about the model.
         entries: Signature of each entry.
         states: Declaration of each state.
+        retentions: Of the states that drop tokens.
         weight_bytes: Bytes of the weights as this target holds them.
     """
 
     info: ModelInfo
     entries: dict[str, EntrySignature]
     states: dict[str, State]
+    retentions: dict[str, Retention]
     weight_bytes: int
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +50,7 @@ class Executor(Protocol):
         Args:
             entry: Its name.
             inputs: Every run-time input, contiguous.
-            states: Every state, contiguous; updated in place.
+            states: Every state that the entry takes, contiguous; updated in place.
 
         Returns:
             Outputs by name.

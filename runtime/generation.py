@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numbers
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -41,17 +41,16 @@ class Session(Protocol):
         """Tokens that each row holds."""
         ...
 
-    @property
-    def states(self) -> Mapping[str, torch.Tensor]:
-        """What is kept of them, the rows first; with `lengths`, all there is to know of a row."""
-        ...
-
     def prefill(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Run the prompts; `[B, V] f32`: logits after the last token of each row (rows may differ in length)."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append one token to each row; `[B, V] f32`."""
+        ...
+
+    def repeated(self, times: int) -> Session:
+        """A session in which every row stands so many times, each to be continued in a way of its own."""
         ...
 
 
@@ -258,7 +257,7 @@ class _Batch:
         for row, prompt in enumerate(self.prompts):
             _check_prompt(row, prompt, session)
         budget = min(wanted, session.context - self.longest)
-        return self._run(session, lambda: open_session(len(self.rows), capacity), budget)
+        return self._run(session, budget)
 
     def _wanted_tokens(self) -> int:
         options = self.options
@@ -273,11 +272,11 @@ class _Batch:
             )
         return options.max_length - self.longest
 
-    def _run(self, session: Session, open_wide: Callable[[], Session], budget: int) -> _Events:
+    def _run(self, session: Session, budget: int) -> _Events:
         """Yield the tokens of each step; times leave out what the reader does meanwhile."""
         rows, sampler = self.rows, self._sampler(session.vocab_size)
         start = time.perf_counter()
-        session, logits = self._prefill(session, open_wide)
+        session, logits = self._prefill(session)
         events = self._accept(sampler, logits, budget)
         prefill_seconds, decode_seconds, steps = time.perf_counter() - start, 0.0, 0
         yield from events
@@ -301,16 +300,12 @@ class _Batch:
             top_p=options.top_p, min_p=options.min_p, seed=options.seed, penalty=penalty,
         )  # fmt: skip
 
-    def _prefill(self, session: Session, open_wide: Callable[[], Session]) -> tuple[Session, torch.Tensor]:
+    def _prefill(self, session: Session) -> tuple[Session, torch.Tensor]:
         """Run each prompt once; a session with a row for every sequence, and the logits `[B, V] f32` of its rows."""
         logits, times = session.prefill(self.prompts), self.options.num_return_sequences
         if times == 1:
             return session, logits
-        wide = open_wide()
-        for name, state in wide.states.items():
-            state.unflatten(0, (-1, times)).copy_(session.states[name][:, None])
-        wide.lengths[:] = [length for length in session.lengths for _ in range(times)]
-        return wide, logits.repeat_interleave(times, 0)
+        return session.repeated(times), logits.repeat_interleave(times, 0)
 
     def _accept(self, sampler: Sampler, logits: torch.Tensor, budget: int) -> list[_Event]:
         """Choose a token for every row that goes on; finished rows draw nothing."""

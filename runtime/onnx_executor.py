@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
-from jettison.ir.program import ModelInfo, State
+from jettison.ir.program import ModelInfo, Retention, State
 from jettison.runtime.executor import EntrySignature
 
 _NUMPY_DTYPES = {
@@ -59,6 +59,7 @@ class OnnxExecutor:
         threads: Threads within an operator, at least 1; default ONNX Runtime's own choice.
         allow_spinning: Whether idle worker threads spin. Faster steps, but they slow torch code in this process.
         prepared: Graphs with packed weights to load in place of those, by file name; see `runtime/prepared.py`.
+        retentions: Of the states that drop tokens.
 
     Raises:
         ArtifactError: A file cannot be loaded.
@@ -76,12 +77,14 @@ class OnnxExecutor:
         threads: int | None = None,
         allow_spinning: bool = True,
         prepared: Mapping[str, Path] | None = None,
+        retentions: Sequence[Retention] = (),
     ) -> None:
         import onnxruntime
 
         if threads is not None and threads < 1:
             raise OptionError(f"[onnx] threads={threads}: needed at least 1, or None for the runtime's own choice.")
         self.info, self.states, self.weight_bytes = info, dict(states), weight_bytes
+        self.retentions = {each.name: each for each in retentions}
         self.threads = threads
         self.entries: dict[str, EntrySignature] = {}
         self._sessions: dict[str, tuple[onnxruntime.InferenceSession, OnnxGraph]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError
 from jettison.runtime.executor import Executor, allocate_states
+from jettison.runtime.kept_states import KeptStates
 
 SLOT_GRANULE = 64
 # Tokens of a prompt that run through `prefill` at a time; bounds the memory of long prompts.
@@ -57,7 +58,10 @@ class Session:
         self.capacity = min(-(-capacity // SLOT_GRANULE) * SLOT_GRANULE, self.context)
         self.prefill_chunk = prefill_chunk
         self.lengths = [0] * batch
-        self.states = allocate_states(executor.states, batch, self.capacity)
+        kept = set(executor.retentions)
+        whole = {name: state for name, state in executor.states.items() if kept.isdisjoint(state.shape)}
+        self.states = allocate_states(whole, batch, self.capacity)
+        self.kept = [KeptStates(each, executor.states, self.states, batch) for each in executor.retentions.values()]
 
     @property
     def state_bytes(self) -> int:
@@ -79,6 +83,7 @@ class Session:
         self._check_tokens(rows)
         if self._can_run_together(rows):
             return self._run("prefill", _as_tensor(rows), 0, [LAST_TOKEN])[:, 0]
+        self._make_room([len(row) for row in rows], is_prompt=True)
         return torch.cat([self._prefill_row(index, row)[:, -1] for index, row in enumerate(rows)])
 
     def score(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -102,6 +107,7 @@ class Session:
         if self._can_run_together(rows):
             tokens = _as_tensor(rows)
             return self._run("prefill", tokens, 0, list(range(tokens.shape[1])))
+        self._make_room([len(row) for row in rows], is_prompt=True)
         return torch.cat([self._prefill_row(index, row, every=True) for index, row in enumerate(rows)])
 
     def decode(self, tokens: Sequence[int]) -> Tensor:
@@ -118,23 +124,80 @@ class Session:
         """
         rows = [[token] for token in tokens]
         self._check_tokens(rows)
+        if self.kept:
+            self._make_room([1] * self.batch, is_prompt=False)
+            for row in range(self.batch):
+                self._drop(row, self._row_states(row), is_full=True)
         return self._run("decode", _as_tensor(rows), 0, [LAST_TOKEN])[:, 0]
 
     def _can_run_together(self, rows: Sequence[Sequence[int]]) -> bool:
         length = len(rows[0])
         same = all(len(row) == length for row in rows)
         # `GroupQueryAttention` takes several tokens behind a past for one row at a time only.
-        return same and length <= self.prefill_chunk and (self.batch == 1 or not any(self.lengths))
+        is_whole = self.batch == 1 or not any(self.lengths)
+        return same and length <= self.prefill_chunk and is_whole and not self.kept
+
+    def _make_room(self, new: Sequence[int], *, is_prompt: bool) -> None:
+        """Slots for the tokens that rows will keep, now that it is known how many come at once."""
+        for kept in self.kept:
+            retention, needed = kept.retention, []
+            for held, length, count in zip(kept.held, self.lengths, new, strict=True):
+                left = self.capacity - length - count
+                if retention.every is not None:
+                    needed.append(min(held + count + left, retention.budget + retention.every))
+                elif is_prompt:
+                    needed.append(min(held + count, retention.budget) + left)
+                else:
+                    needed.append(held + count + left)
+            kept.reserve(max(needed))
 
     def _prefill_row(self, index: int, row: Sequence[int], every: bool = False) -> Tensor:
+        states = self._row_states(index)
+        staged = [(kept, dict(states)) for kept in self.kept if kept.held[index] + len(row) > kept.slots]
+        for kept, own in staged:
+            retention = kept.retention
+            at_once = len(row) if retention.every is None else min(len(row), self.prefill_chunk)
+            states |= kept.allocate(1, max(kept.held[index], retention.budget) + at_once)
+            kept.copy_row(index, own, states)
         pieces = []
         for start in range(0, len(row), self.prefill_chunk):
             chunk = _as_tensor([row[start : start + self.prefill_chunk]])
             wanted = list(range(chunk.shape[1])) if every else [LAST_TOKEN]
-            pieces.append(self._run("prefill", chunk, index, wanted))
+            pieces.append(self._run("prefill", chunk, index, wanted, states))
+            self._drop(index, states, is_last=start + chunk.shape[1] == len(row))
+        for kept, own in staged:
+            kept.copy_row(index, states, own)
         return torch.cat(pieces, 1) if every else pieces[-1]
 
-    def _run(self, entry: str, tokens: Tensor, first_row: int, wanted: list[int]) -> Tensor:
+    def _drop(self, row: int, states: Mapping[str, Tensor], *, is_full: bool = False, is_last: bool = False) -> None:
+        """Drop tokens of a row where it holds too many.
+
+        Args:
+            row: Which row.
+            states: Of this row.
+            is_full: Between steps: only where there is no room for another token.
+            is_last: After the last tokens of a prompt.
+        """
+        for kept in self.kept:
+            retention, held = kept.retention, kept.held[row]
+            if is_full:
+                has_too_many = retention.every is not None and held == retention.budget + retention.every
+            else:
+                has_too_many = held > retention.budget and (is_last or retention.every is not None)
+            if has_too_many:
+                kept.drop(self.executor, row, self.lengths[row], states)
+
+    def _row_states(self, row: int) -> dict[str, Tensor]:
+        return {name: state[row : row + 1] for name, state in self.states.items()}
+
+    def _run(
+        self,
+        entry: str,
+        tokens: Tensor,
+        first_row: int,
+        wanted: list[int],
+        states: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         rows, steps = tokens.shape
         last_row = first_row + rows
         before = torch.tensor(self.lengths[first_row:last_row], dtype=torch.int64)
@@ -147,12 +210,12 @@ class Session:
             "input_ids": tokens, "position_ids": positions, "attention_mask": mask,
             "logits_positions": logits_positions,
         }  # fmt: skip
-        states = self.states
-        if rows != self.batch:
-            states = {name: state[first_row:last_row] for name, state in states.items()}
-        logits = self.executor.run(entry, inputs, states)["logits"]
+        inputs |= {kept.retention.mask: kept.mask(first_row, rows, steps) for kept in self.kept}
+        logits = self.executor.run(entry, inputs, self.states if states is None else states)["logits"]
         for row in range(first_row, last_row):
             self.lengths[row] += steps
+            for kept in self.kept:
+                kept.held[row] += steps
         return logits
 
     def _check_tokens(self, rows: Sequence[Sequence[int]]) -> None:
@@ -174,6 +237,17 @@ class Session:
                     f"{self.capacity}. Open the session with a larger capacity (at most {self.context})."
                 )
 
+    def repeated(self, times: int) -> Session:
+        """A session in which every row stands `times` times, to be continued in as many ways."""
+        wide = Session(self.executor, self.batch * times, self.capacity, prefill_chunk=self.prefill_chunk)
+        wide.lengths = [length for length in self.lengths for _ in range(times)]
+        for kept, own in zip(wide.kept, self.kept, strict=True):
+            kept.reserve(own.slots)
+            kept.held = [held for held in own.held for _ in range(times)]
+        for name, state in wide.states.items():
+            state.unflatten(0, (-1, times)).copy_(self.states[name][:, None])
+        return wide
+
     def save(self, path: str | Path) -> None:
         """Write states and positions to a safetensors file, from which `restore` continues identically.
 
@@ -190,7 +264,9 @@ class Session:
 
         path = Path(path)
         name = self.executor.info.name
-        metadata = {"lengths": json.dumps(self.lengths), "capacity": str(self.capacity), "model": name}
+        held = {kept.retention.name: kept.held for kept in self.kept}
+        metadata = {"lengths": json.dumps(self.lengths), "capacity": str(self.capacity), "model": name,
+                    "held": json.dumps(held)}  # fmt: skip
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             save_file(self.states, str(aside), metadata)
@@ -218,33 +294,57 @@ class Session:
                 found = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"[session] {path}: not a saved session: {str(error).splitlines()[0]}") from error
-        wanted = {name: (tuple(state.shape), state.dtype) for name, state in self.states.items()}
-        given = {name: (tuple(state.shape), state.dtype) for name, state in found.items()}
-        lengths = self._saved_lengths(metadata)
+        lengths = _counts(metadata.get("lengths", ""), self.batch, self.capacity)
+        held = self._saved_held(metadata.get("held", "{}"))
+        slots = [kept.slots_of(found) for kept in self.kept]
         model = self.executor.info.name
-        if wanted != given or lengths is None or metadata.get("model") != model:
+        sizes = {kept.retention.name: count for kept, count in zip(self.kept, slots, strict=True)}
+        wanted = {}
+        for name, state in self.executor.states.items():
+            own = next((sizes[size] for size in state.shape if size in sizes), self.capacity)
+            wanted[name] = (state.sizes(self.batch, own), state.dtype)
+        given = {name: (tuple(state.shape), state.dtype) for name, state in found.items()}
+        is_same = wanted == given and metadata.get("capacity") == str(self.capacity) and metadata.get("model") == model
+        fits = held is not None and all(max(held[name]) <= count for name, count in sizes.items())
+        if not is_same or lengths is None or held is None or not fits:
             raise ArtifactError(
                 f"[session] {path}: holds states of another program, batch or capacity (found {len(given)} states for "
                 f"{metadata.get('model', 'an unknown model')} with capacity {metadata.get('capacity', '?')}, needed "
                 f"{len(wanted)} for {model} with capacity {self.capacity}). Open the session with the same artifact, "
                 "batch and capacity as when it was saved."
             )
+        for kept, count in zip(self.kept, slots, strict=True):
+            kept.resize(count)
+            kept.held = held[kept.retention.name]
         for name, state in found.items():
             self.states[name].copy_(state)
         self.lengths = lengths
 
-    def _saved_lengths(self, metadata: dict[str, str]) -> list[int] | None:
-        """Tokens of each row as a file states them, or None if that cannot be true of this session."""
+    def _saved_held(self, text: str) -> dict[str, list[int]] | None:
+        """Tokens that each row holds, by retention, or None if that cannot be true of this session."""
         try:
-            lengths = json.loads(metadata.get("lengths", ""))
+            held = json.loads(text)
         except ValueError:
             return None
-        is_sound = (
-            isinstance(lengths, list)
-            and len(lengths) == self.batch
-            and all(type(length) is int and 0 <= length <= self.capacity for length in lengths)
-        )
-        return lengths if is_sound and metadata.get("capacity") == str(self.capacity) else None
+        names = {kept.retention.name for kept in self.kept}
+        if not isinstance(held, dict) or set(held) != names:
+            return None
+        counts = {name: _counts(json.dumps(rows), self.batch, self.capacity) for name, rows in held.items()}
+        return None if None in counts.values() else counts  # type: ignore[return-value]
+
+
+def _counts(text: str, rows: int, most: int) -> list[int] | None:
+    """A count for each row as a file states them, or None if they are none."""
+    try:
+        counts = json.loads(text)
+    except ValueError:
+        return None
+    is_sound = (
+        isinstance(counts, list)
+        and len(counts) == rows
+        and all(type(count) is int and 0 <= count <= most for count in counts)
+    )
+    return counts if is_sound else None
 
 
 def _as_tensor(rows: Sequence[Sequence[int]]) -> Tensor:

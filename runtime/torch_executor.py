@@ -36,7 +36,7 @@ class TorchExecutor:
         if kernels not in KERNELS:
             raise OptionError(f"[torch] kernels={kernels!r}: needed one of {', '.join(KERNELS)}.")
         self.info = program.info
-        self.states = dict(program.states)
+        self.states, self.retentions = dict(program.states), dict(program.retentions)
         self._values: dict[str, Tensor | PackedWeight] = {}
         wanted = joint_weights(program) if kernels == "packed" else []
         packed = [joint for joint in wanted if self._pack(program, joint)]
@@ -51,7 +51,9 @@ class TorchExecutor:
             name: [self._values[constant] for constant in entry.constants] for name, entry in lowered.items()
         }
         self.entries = {
-            name: EntrySignature(tuple(input_placeholders(entry)), tuple(state_placeholders(entry)), program.outputs)
+            name: EntrySignature(
+                tuple(input_placeholders(entry)), tuple(state_placeholders(entry)), program.outputs_of(name)
+            )
             for name, entry in program.entries.items()
         }
         self.weight_bytes = sum(value.nbytes for value in self._values.values())

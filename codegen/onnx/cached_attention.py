@@ -16,11 +16,12 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from jettison.ir.match import arguments, is_call
-from jettison.ir.ops import attention, rotary_embedding, windowed_attention, write_slots
+from jettison.ir.ops import attention, rotary_embedding, scored_attention, windowed_attention, write_slots
 
 aten = torch.ops.aten
 # What onnxruntime 1.31 asks for on a CPU: D of any call, D of a call that rotates, and width of the angle tables.
 HEAD_DIM_MULTIPLE, ROTATED_HEAD_DIM_MULTIPLE, ANGLES_MULTIPLE = 8, 16, 8
+_PROBABILITIES = 2  # of `qk_output`: what the operator returns beside the usual
 
 
 @dataclass
@@ -30,17 +31,19 @@ class RowLengths:
     Attributes:
         last_index: `[B] i32`, tokens of each row so far, this call included, minus one.
         total: `i32` scalar, the longest row.
+        mask: `[B, T] i64`, what they were read from.
     """
 
     last_index: Tensor
     total: Tensor
+    mask: Tensor
 
     @classmethod
     def of_mask(cls, attention_mask: Tensor) -> RowLengths:
         """From `attention_mask [B, T] i64` whose rows are ones followed by zeros."""
         last_index = attention_mask.sum(1).to(torch.int32) - 1
         size = symbolic("::Shape", (attention_mask,), {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,))
-        return cls(last_index, size.squeeze(0).to(torch.int32))
+        return cls(last_index, size.squeeze(0).to(torch.int32), attention_mask)
 
 
 def is_cached(node: fx.Node) -> bool:
@@ -60,7 +63,7 @@ def is_cached(node: fx.Node) -> bool:
 
 def is_fused(node: Any) -> bool:
     """Whether a node is an attention that one `GroupQueryAttention` computes."""
-    if is_call(node, attention) and is_cached(node):
+    if is_call(node, attention, scored_attention) and is_cached(node):
         key, value = node.args[1].args[0], node.args[2].args[0]
     elif is_call(node, windowed_attention):
         key, value = node.args[3], node.args[4]
@@ -72,7 +75,7 @@ def is_fused(node: Any) -> bool:
 
 def fused_readers(node: fx.Node) -> list[fx.Node]:
     """Fused attentions among the readers of a slot write."""
-    return [user for user in node.users if is_call(user, attention) and is_fused(user)]
+    return [user for user in node.users if is_call(user, attention, scored_attention) and is_fused(user)]
 
 
 def heads_last(node: fx.Node, environment: dict[fx.Node, Any]) -> Tensor:
@@ -176,7 +179,8 @@ def group_query_attention(
     window: int,
     softcap: float,
     is_windowed_cache: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    is_scored: bool = False,
+) -> tuple[Tensor, ...]:
     """One `GroupQueryAttention`.
 
     Args:
@@ -194,9 +198,10 @@ def group_query_attention(
         window: 0 for none.
         softcap: 0 for none.
         is_windowed_cache: The cache holds the window only and the operator evicts.
+        is_scored: Whether to return the probabilities too.
 
     Returns:
-        `[B, S, H * D]`, and the new past key and value.
+        `[B, S, H * D]`, the new past key and value, and if asked for `[B, H, S, T]`, T the tokens of the longest row.
     """
     attributes: dict[str, Any] = {
         "num_heads": heads, "kv_num_heads": past_key.shape[1], "scale": scale, "do_rotary": int(rotation is not None),
@@ -213,14 +218,15 @@ def group_query_attention(
     operands = [query, key, value, past_key, past_value, lengths.last_index, lengths.total, *tables, None, sinks]
     while operands[-1] is None:
         operands.pop()
+    dtypes = [query.dtype, past_key.dtype, past_value.dtype]
+    shapes = [(*query.shape[:2], heads * past_key.shape[3]), past_key.shape, past_value.shape]
+    if is_scored:
+        attributes["qk_output"] = _PROBABILITIES
+        dtypes.append(query.dtype)
+        shapes.append((query.shape[0], heads, query.shape[1], lengths.mask.shape[1]))
     return tuple(
         symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            operands,
-            attributes,
-            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
-            shapes=((*query.shape[:2], heads * past_key.shape[3]), past_key.shape, past_value.shape),
-            version=1,
+            "com.microsoft::GroupQueryAttention", operands, attributes, dtypes=dtypes, shapes=shapes, version=1
         )
     )
 

@@ -35,7 +35,10 @@ AXES: dict[str, tuple[str | int, ...]] = {
     "attention_mask": ("batch_size", "total_sequence_length"),
     # One row to the exporter, which must not take the size of the batch from an input that may be left out.
     "logits_positions": (1, "logits_sequence_length"),
+    "token_count": ("batch_size",),
 }
+# Sizes that the exporter shows itself; any may be given at run time.
+_EXAMPLE_SIZES = {"batch_size": 2, "logits_sequence_length": 3, "past_sequence_length": 16}
 
 
 @dataclass
@@ -80,11 +83,13 @@ def _quiet_exporter() -> Any:
 def _examples(entry: fx.GraphModule, program: Program) -> tuple[list[str], list[Tensor], list[dict[int, Any]]]:
     """Names, example tensors and dynamic axes of the inputs and states, in the order of the graph."""
     context = program.info.context
-    sizes = {"batch_size": 2, "sequence_length": min(5, context), "total_sequence_length": min(7, context),
-             "logits_sequence_length": 3, "past_sequence_length": 16}  # fmt: skip
+    sizes = {**_EXAMPLE_SIZES, "sequence_length": min(5, context), "total_sequence_length": min(7, context)}
+    for kept in program.retentions.values():
+        sizes |= {f"{kept.mask}_length": 9, f"{kept.name}_slots": kept.budget + 16}
     # A table of positions has as many rows as the context, and the exporter wants to hear that no call asks for more.
     most = {"sequence_length": context, "total_sequence_length": context}
-    dims = {name: torch.export.Dim(name, max=most.get(name)) for name in sizes}
+    fewest = {f"{kept.name}_slots": kept.budget + 1 for kept in program.retentions.values()}
+    dims = {name: torch.export.Dim(name, min=fewest.get(name), max=most.get(name)) for name in sizes}
     # An entry without a cache has a mask as long as its tokens.
     is_cached_entry = bool(state_placeholders(entry))
     names, tensors, axes = [], [], []
@@ -93,12 +98,12 @@ def _examples(entry: fx.GraphModule, program: Program) -> tuple[list[str], list[
             continue
         if "state" in node.meta:
             state = program.states[node.meta["state"]]
-            labels = [
-                "batch_size" if s == "batch" else "past_sequence_length" if s == "capacity" else s for s in state.shape
-            ]
+            known = {"batch": "batch_size", "capacity": "past_sequence_length"}
+            labels = [s if isinstance(s, int) else known.get(s, f"{s}_slots") for s in state.shape]
             names.append(state.name)
         else:
-            labels = _labels(node)
+            masks = [kept.mask for kept in program.retentions.values()]
+            labels = ["batch_size", f"{node.name}_length"] if node.name in masks else _labels(node)
             if node.name == "attention_mask" and not is_cached_entry:
                 labels[1] = "sequence_length"
             names.append(node.name)
@@ -155,7 +160,7 @@ def emit_entry(
     lowered = LoweredGraph(program, entry, accuracy_level, is_fast).eval()
     names, tensors, axes = _examples(entry, program)
     states = list(state_placeholders(entry))
-    outputs = [*program.outputs, *(_present_name(state) for state in states)]
+    outputs = [*program.outputs_of(entry_name), *(_present_name(state) for state in states)]
     model = _export(lowered, entry_name, names, tensors, axes, outputs)
     _place_constants(model, lowered, data)
     _name_axes(model, axes)
@@ -305,6 +310,8 @@ def emit_program(
 ) -> list[EmittedGraph]:
     """Write a program as `model.onnx`, or as `prefill.onnx` and `decode.onnx`, over one `model.onnx.data`.
 
+    Entries that drop tokens have graphs of their own, `evict.onnx`.
+
     Entries with the same text share one graph that is general in the number of tokens.
 
     Args:
@@ -318,12 +325,13 @@ def emit_program(
         One description per file.
     """
     program = pack_projections(program)
-    entries = list(program.entries)
-    is_one_graph = len(entries) == 1 or (len(entries) == 2 and _same_graph(*program.entries.values()))
+    entries = [name for name in program.entries if name not in program.retentions]
+    is_one_graph = len(entries) == 1 or (len(entries) == 2 and _same_graph(*map(program.entries.get, entries)))
     if is_one_graph:
         plan = [(entries[0], "model.onnx", tuple(entries), False)]
     else:
         plan = [(name, f"{name}.onnx", (name,), False) for name in entries]
+    plan += [(name, f"{name}.onnx", (name,), False) for name in program.retentions]
     if prefill == "fast" and "prefill" in entries:
         plan.append(("prefill", "prefill.fast.onnx", ("prefill",), True))
     with ExternalDataWriter(folder / "model.onnx.data", on_bytes) as data:

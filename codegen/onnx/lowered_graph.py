@@ -25,6 +25,7 @@ from jettison.codegen.onnx.fast_prefill import Int8Weight, int8_linear, weight_o
 from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
 from jettison.codegen.onnx.residual_norm import norm_of_sum, sum_and_norm
 from jettison.codegen.onnx.rotary_table import angle_table
+from jettison.codegen.onnx.written_attention import received
 from jettison.ir import ops
 from jettison.ir.constants import Constant
 from jettison.ir.errors import UnsupportedError
@@ -67,7 +68,7 @@ class LoweredGraph(nn.Module):
     def _plan(self) -> None:
         """Register a buffer for every constant in every layout that some node wants, and for rotation tables."""
         for node in self.entry.graph.nodes:
-            if is_call(node, ops.attention) and is_fused(node):
+            if is_call(node, ops.attention, ops.scored_attention) and is_fused(node):
                 found = rotated_operands(node)
                 if found is not None:
                     self._plan_tables(found.cos, found.sin)
@@ -169,7 +170,7 @@ class LoweredGraph(nn.Module):
         if "logits_positions" in named:
             node = named["logits_positions"]
             environment[node] = _for_every_row(environment[node], environment[named["input_ids"]])
-        self._lengths: RowLengths | None = None
+        self._lengths: dict[fx.Node, RowLengths] = {}
         for node in self.entry.graph.nodes:
             if node.op == "call_function":
                 self._lower(node, environment)
@@ -188,7 +189,8 @@ class LoweredGraph(nn.Module):
         if node in environment:  # an operator before it computed it too
             return
         if is_fused(node):
-            attend = self._cached_attention if is_call(node, ops.attention) else self._windowed_attention
+            is_windowed = is_call(node, ops.windowed_attention)
+            attend = self._windowed_attention if is_windowed else self._cached_attention
             attend(node, environment)
             return
         if self._is_redeemed_later(node):
@@ -243,15 +245,21 @@ class LoweredGraph(nn.Module):
                 for attention in (fused_readers(user) if is_call(user, ops.write_slots) else [user])
             ]
             return bool(readers) and all(
-                is_call(reader, ops.attention) and is_fused(reader) and self._rotation(reader) is not None
+                is_call(reader, ops.attention, ops.scored_attention)
+                and is_fused(reader)
+                and self._rotation(reader) is not None
                 for reader in readers
             )
         return False
 
-    def _row_lengths(self, environment: dict[fx.Node, Any]) -> RowLengths:
-        if self._lengths is None:
-            self._lengths = RowLengths.of_mask(environment[input_placeholders(self.entry)["attention_mask"]])
-        return self._lengths
+    def _row_lengths(self, slots: fx.Node | None, environment: dict[fx.Node, Any]) -> RowLengths:
+        """Tokens that the rows of a cache hold, by where those of this call go; None for windows."""
+        mask = input_placeholders(self.entry)["attention_mask"]
+        if slots is not None and is_call(slots, ops.next_slots):
+            mask = slots.args[0]
+        if mask not in self._lengths:
+            self._lengths[mask] = RowLengths.of_mask(environment[mask])
+        return self._lengths[mask]
 
     def _cached_attention(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
         operands = arguments(node)
@@ -260,21 +268,28 @@ class LoweredGraph(nn.Module):
         query, key = (operands["query"], key_write.args[1]) if rotation is None else rotation[:2]
         heads = query.meta["val"].shape[1]
         sinks = operands["sinks"]
-        out, new_key, new_value = group_query_attention(
+        is_scored = is_call(node, ops.scored_attention)
+        lengths = self._row_lengths(operands["query_positions"], environment)
+        out, new_key, new_value, *probabilities = group_query_attention(
             *_operands_of_heads(query, key, value_write.args[1], environment),
             environment[key_write.args[0]],
             environment[value_write.args[0]],
-            self._row_lengths(environment),
+            lengths,
             heads=heads,
-            position_ids=environment[operands["query_positions"]],
+            position_ids=environment[input_placeholders(self.entry)["position_ids"]],
             rotation=None if rotation is None else rotation[2],
             sinks=None if sinks is None else self._operand(sinks, node, environment),
             scale=operands["scale"],
             window=operands["window"],
             softcap=operands["softcap"],
+            is_scored=is_scored,
         )
-        environment[node] = out.unflatten(2, (heads, -1)).transpose(1, 2)
-        environment.update(dict.fromkeys(flat_readers(node), out))
+        by_head, attended = out.unflatten(2, (heads, -1)).transpose(1, 2), node
+        environment[node] = by_head
+        if is_scored:
+            environment[node] = (by_head, received(probabilities[0], lengths.mask, new_key))
+            attended = next(part for part in node.users if part.args[1] == 0)
+        environment.update(dict.fromkeys(flat_readers(attended), out))
         environment[key_write], environment[value_write] = new_key, new_value
 
     def _windowed_attention(self, node: fx.Node, environment: dict[fx.Node, Any]) -> None:
@@ -285,7 +300,7 @@ class LoweredGraph(nn.Module):
             *_operands_of_heads(operands["query"], operands["key"], operands["value"], environment),
             environment[operands["past_key"]],
             environment[operands["past_value"]],
-            self._row_lengths(environment),
+            self._row_lengths(None, environment),
             heads=heads,
             position_ids=None,
             rotation=None,
@@ -320,9 +335,10 @@ def _for_every_row(logits_positions: Tensor, input_ids: Tensor) -> Tensor:
 
 
 def _require_positions(node: fx.Node) -> None:
-    """`ScatterND` cannot drop a value, as a negative slot would; positions are never negative."""
+    """`ScatterND` cannot drop a value, as a negative slot would; positions and ends of rows are never negative."""
     slots = node.args[2]
-    if slots.op != "placeholder" or slots.name != "position_ids":
+    is_input = slots.op == "placeholder" and slots.name == "position_ids"
+    if not is_input and not is_call(slots, ops.next_slots) and slots.meta["val"].dim() != 3:
         raise UnsupportedError(
             f"[onnx] {node.meta.get('where') or node.name}: writes the cache at slots that are computed, and ONNX has "
             'no operator that leaves some of them out. Use target="torch".'

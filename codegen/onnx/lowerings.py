@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.onnx.ops import rotary_embedding as onnx_rotary_embedding
 from torch.onnx.ops import symbolic
 
-from jettison.codegen.onnx.written_attention import attention, windowed_attention, write_slots
+from jettison.codegen.onnx.written_attention import (
+    attention,
+    next_slots,
+    scored_attention,
+    windowed_attention,
+    write_slots,
+)
 from jettison.ir import ops
 from jettison.ir.ops.gated_activation import ACTIVATIONS
 
@@ -81,9 +87,11 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.attention: attention,
     ops.gated_activation: gated_activation,
+    ops.next_slots: next_slots,
     ops.quantized_embedding: quantized_embedding,
     ops.quantized_linear: quantized_linear,
     ops.rotary_embedding: rotary_embedding,
+    ops.scored_attention: scored_attention,
     ops.windowed_attention: windowed_attention,
     ops.write_slots: write_slots,
 }

@@ -16,7 +16,7 @@ from jettison.ir.ops.windowed_attention import resident_tokens
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, sinks: Tensor | None, scale: float, softcap: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """What `jettison.ir.ops.attention.attend` computes, without repeating keys for the heads that share them.
 
     Args:
@@ -29,7 +29,7 @@ def attend(
         softcap: 0 for none.
 
     Returns:
-        `[B, H, S, Dv]`; a query that sees nothing gets zeros.
+        `[B, H, S, Dv]`; a query that sees nothing gets zeros. And its weights, `[B, Hkv, H / Hkv, S, T]`.
     """
     kv_heads, keys = key.shape[1], key.shape[2]
     # [B, Hkv, H / Hkv, S, D] against [B, Hkv, 1, D, T]: the product broadcasts. Splitting an axis asks nothing of the
@@ -46,7 +46,7 @@ def attend(
         column = sinks.to(scores.dtype).reshape(1, kv_heads, -1, 1, 1).expand(*sizes, 1)
         weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     weights = weights.masked_fill(~visible.any(-1)[:, None, None, :, None], 0.0)
-    return _matmul(weights, value.unsqueeze(2), (*sizes, value.shape[3])).flatten(1, 2)
+    return _matmul(weights, value.unsqueeze(2), (*sizes, value.shape[3])).flatten(1, 2), weights
 
 
 def _matmul(left: Tensor, right: Tensor, shape: tuple[int | torch.SymInt, ...]) -> Tensor:
@@ -58,10 +58,42 @@ def attention(
     key_valid: Tensor | None, sinks: Tensor | None, scale: float, causal: bool, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """`jettison::attention` over an explicit mask."""
+    return scored_attention(
+        query, key, value, query_positions, key_positions, key_valid, sinks, scale, causal, window, softcap
+    )[0]
+
+
+def scored_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_positions: Tensor | None, key_positions: Tensor | None,
+    key_valid: Tensor | None, sinks: Tensor | None, scale: float, causal: bool, window: int, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`jettison::scored_attention` likewise."""
     query_positions = torch.arange(query.shape[2])[None] if query_positions is None else query_positions
     key_positions = torch.arange(key.shape[2])[None] if key_positions is None else key_positions
     visible = visible_keys(query_positions, key_positions, key_valid, causal, window)
-    return attend(query, key, value, visible, sinks, scale, softcap)
+    out, weights = attend(query, key, value, visible, sinks, scale, softcap)
+    return out, weights.sum((2, 3))
+
+
+def received(probabilities: Tensor, mask: Tensor, key: Tensor) -> Tensor:
+    """What each slot received: the second result of `jettison::scored_attention`.
+
+    Args:
+        probabilities: `[B, H, S, T]`, T at most C; the operator leaves what is behind a row's tokens as it was.
+        mask: `[B, T] i64`, ones for a row's tokens.
+        key: `[B, Hkv, C, D]`.
+
+    Returns:
+        `[B, Hkv, C] f32`.
+    """
+    batch, kv_heads, slots, _ = key.shape
+    sums = probabilities.unflatten(1, (kv_heads, -1)).sum((2, 3)).masked_fill(mask[:, None] == 0, 0.0)
+    # Behind the tokens that there are, slots have received nothing. By hand: the exporter would want to know whether
+    # there are any.
+    count = symbolic("::Shape", (key,), {"start": 2, "end": 3}, dtype=torch.int64, shape=(1,))
+    known = symbolic("::Shape", (sums,), {"start": 2, "end": 3}, dtype=torch.int64, shape=(1,))
+    pads = torch.cat([torch.zeros(5, dtype=torch.int64), count - known])
+    return symbolic("::Pad", (sums, pads), {}, dtype=sums.dtype, shape=(batch, kv_heads, slots))
 
 
 def write_slots(state: Tensor, values: Tensor, slots: Tensor) -> Tensor:
@@ -70,12 +102,15 @@ def write_slots(state: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     Args:
         state: `[B, Hkv, C, D]`.
         values: `[B, Hkv, S, D]`.
-        slots: `[B, S] i64`.
+        slots: `[B, S] i64`; or `[B, Hkv, S] i64`, which becomes `ScatterElements`.
 
     Returns:
         The new state.
     """
     batch, kv_heads, rows, _ = values.shape
+    if slots.dim() == 3:
+        operands = (state, slots.unsqueeze(3).expand(values.shape), values.to(state.dtype))
+        return symbolic("::ScatterElements", operands, {"axis": 2}, dtype=state.dtype, shape=tuple(state.shape))
     shape = (batch, kv_heads, rows)
     row_index = torch.arange(batch)[:, None, None].expand(shape)
     head_index = torch.arange(kv_heads)[None, :, None].expand(shape)
@@ -83,6 +118,12 @@ def write_slots(state: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     return symbolic(
         "::ScatterND", (state, where, values.to(state.dtype)), {}, dtype=state.dtype, shape=tuple(state.shape)
     )
+
+
+def next_slots(mask: Tensor, input_ids: Tensor) -> Tensor:
+    """`jettison::next_slots`, for caches that no fused operator writes."""
+    steps = input_ids.shape[1]
+    return mask.sum(1, keepdim=True) - steps + torch.arange(steps)[None]
 
 
 def windowed_attention(
@@ -103,7 +144,7 @@ def windowed_attention(
     keys, values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
     positions = torch.cat([past_positions, new_positions], 1)
     visible = visible_keys(before[:, None] + columns, positions, None, True, window)
-    out = attend(query, keys, values, visible, sinks, scale, softcap)
+    out, _ = attend(query, keys, values, visible, sinks, scale, softcap)
     wanted = total_tokens[:, None] - resident_tokens(total_tokens, capacity, window)[:, None] + slots
     source = torch.where(
         wanted < before[:, None], wanted - before[:, None] + resident, capacity + wanted - before[:, None]

@@ -2,18 +2,22 @@
 
 from jettison.ir.ops.attention import attention
 from jettison.ir.ops.gated_activation import gated_activation
+from jettison.ir.ops.next_slots import next_slots
 from jettison.ir.ops.quantized_embedding import quantized_embedding
 from jettison.ir.ops.quantized_linear import quantized_linear
 from jettison.ir.ops.rotary_embedding import rotary_embedding
+from jettison.ir.ops.scored_attention import scored_attention
 from jettison.ir.ops.windowed_attention import windowed_attention
 from jettison.ir.ops.write_slots import write_slots
 
 __all__ = [
     "attention",
     "gated_activation",
+    "next_slots",
     "quantized_embedding",
     "quantized_linear",
     "rotary_embedding",
+    "scored_attention",
     "windowed_attention",
     "write_slots",
 ]

@@ -14,12 +14,15 @@ def write_slots_(state: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     Args:
         state: `[B, Hkv, C, D]`, a buffer of C slots per row.
         values: `[B, Hkv, S, D]`, converted to the dtype of `state`.
-        slots: `[B, S] i64`, the slot of each value; a negative slot drops the value.
+        slots: `[B, S] i64`, the slot of each value; a negative slot drops the value. Or `[B, Hkv, S] i64`, where every
+            head has slots of its own, none negative.
 
     Returns:
         `state` itself.
     """
     values = values.to(state.dtype)
+    if slots.dim() == 3:
+        return state.scatter_(2, slots[..., None].expand_as(values), values)
     if bool((slots >= 0).all()):
         batch = torch.arange(state.shape[0], device=state.device)[:, None].expand_as(slots)
         state.transpose(1, 2)[batch, slots] = values.transpose(1, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jettison.cli.console import Terminal, size_text
-from jettison.cli.graph_text import state_bytes
+from jettison.cli.graph_text import slot_counts, state_bytes
 
 if TYPE_CHECKING:
     from jettison.runtime.artifact import Artifact
@@ -85,5 +85,5 @@ def _side(artifact: Artifact, side: str) -> dict[str, Any]:
         "name": str(artifact.folder),
         "pipeline": manifest["pipeline"],
         "weight_bytes": manifest["weight_bytes"],
-        "state_bytes": state_bytes(manifest["states"], 1, manifest["model"]["context"]),
+        "state_bytes": state_bytes(manifest["states"], slot_counts(manifest, manifest["model"]["context"])),
     }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jettison.cli.console import Terminal, size_text
-from jettison.cli.graph_text import Weight, layer_of, read_graph, state_bytes
+from jettison.cli.graph_text import Weight, layer_of, read_graph, slot_counts, state_bytes
 from jettison.cli.optimize import print_passes
 from jettison.cli.parser import add_artifact
 
@@ -78,6 +78,7 @@ def _document(artifact: Artifact) -> dict[str, Any]:
             [weight for weight in graph.weights if weight.layer == number],
             [state for state, layer in zip(states, state_layers, strict=True) if layer == number],
             policies,
+            manifest,
         )
         for number in numbers
     ]
@@ -88,8 +89,7 @@ def _document(artifact: Artifact) -> dict[str, Any]:
         "not_recognised": report["not_recognised"],
         "layers": layers,
         "weight_bytes": manifest["weight_bytes"],
-        "state_bytes_per_token": _per_token(states),
-        "state_bytes_fixed": state_bytes(states, 1, 0),
+        **_state_bytes(states, manifest),
         "decode_limit": _decode_limit(manifest["target"], {weight.format for weight in graph.weights}),
     }
 
@@ -109,6 +109,7 @@ def _layer(
     weights: Sequence[Weight],
     states: Sequence[dict[str, Any]],
     policies: _Policies,
+    manifest: dict[str, Any],
 ) -> dict[str, Any]:
     listed = [
         {
@@ -124,26 +125,34 @@ def _layer(
         "weights": listed,
         "weight_bytes": sum(weight["bytes"] for weight in listed),
         "kv_policy": policies.of(number) if states else None,
-        "state_bytes_per_token": _per_token(states),
-        "state_bytes_fixed": state_bytes(states, 1, 0),
+        **_state_bytes(states, manifest),
     }
 
 
-def _per_token(states: Sequence[dict[str, Any]]) -> int:
-    return state_bytes(states, 1, 1) - state_bytes(states, 1, 0)
+def _state_bytes(states: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> dict[str, int]:
+    """What every generated token adds, and what a sequence has whatever its length."""
+    fixed, grown = (state_bytes(states, slot_counts(manifest, tokens, tokens)) for tokens in (0, 1))
+    return {"state_bytes_per_token": grown - fixed, "state_bytes_fixed": fixed}
 
 
 class _Policies:
     """The KV-cache policy of each layer: that of the pipeline, except where it did not apply."""
 
     def __init__(self, pipeline: str, records: Sequence[dict[str, Any]]) -> None:
-        from jettison.passes.grammar import format_value, parse_pipeline
+        from jettison.passes.grammar import RangeMap, format_value, parse_pipeline
 
         options = [option for spec in parse_pipeline(pipeline) if spec.name == "cache-kv" for option in spec.options]
         named = [format_value(option.value) for option in options if option.key == "policy"]
         self._named = named[0] if named else "full"
+        exceptions = [option.value for option in options if option.key == "layers"]
+        self._by_layer = [entry for each in exceptions if isinstance(each, RangeMap) for entry in each.entries]
         misses = [miss for record in records if record["name"] == "cache-kv" for miss in record["misses"]]
         self._kept_full = {layer_of(miss["node"].replace(" ", ".")) for miss in misses}
 
     def of(self, layer: int | None) -> str:
-        return "full" if layer in self._kept_full else self._named
+        from jettison.passes.grammar import format_value
+
+        if layer in self._kept_full:
+            return "full"
+        own = [e for e in self._by_layer if layer is not None and e.range.first <= layer <= e.range.last]
+        return format_value(own[0].value) if own else self._named

@@ -66,9 +66,24 @@ def dtype_bytes(dtype: str) -> float:
     return int(bits) / 8 if bits else 1
 
 
-def state_bytes(states: Iterable[Mapping[str, Any]], batch: int, capacity: int) -> int:
-    """Bytes of the states that `jettison.json` declares, in a session of `batch` rows and `capacity` slots."""
-    sizes = {"batch": batch, "capacity": capacity}
+def slot_counts(manifest: Mapping[str, Any], capacity: int, new_tokens: int = 0) -> dict[str, int]:
+    """Sizes of states that a session chooses.
+
+    Args:
+        manifest: `jettison.json`.
+        capacity: Tokens of a sequence.
+        new_tokens: How many of them were generated, for states that drop tokens after a prompt only.
+    """
+    context = manifest["model"]["context"]
+    return {"capacity": capacity} | {
+        kept["name"]: min(context, kept["budget"] + (new_tokens if kept["every"] is None else kept["every"]))
+        for kept in manifest.get("retentions", [])
+    }
+
+
+def state_bytes(states: Iterable[Mapping[str, Any]], slots: Mapping[str, int]) -> int:
+    """Bytes of states of one sequence that `jettison.json` declares, with as many slots as `slot_counts` says."""
+    sizes = {"batch": 1, **slots}
     counts = ((s["dtype"], math.prod(sizes.get(size, size) for size in s["shape"])) for s in states)
     return int(sum(dtype_bytes(dtype) * count for dtype, count in counts))
 

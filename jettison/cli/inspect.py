@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from jettison.cli.console import Terminal, size_text
-from jettison.cli.graph_text import read_graph, state_bytes
+from jettison.cli.graph_text import read_graph, slot_counts, state_bytes
 from jettison.cli.parser import add_artifact
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _document(artifact: Artifact) -> dict[str, Any]:
         "bytes_by_class": dict(by_class),
         "weight_bytes": manifest["weight_bytes"],
         "file_bytes": by_class["weights"],
-        "state_bytes": state_bytes(manifest["states"], 1, manifest["model"]["context"]),
+        "state_bytes": state_bytes(manifest["states"], slot_counts(manifest, manifest["model"]["context"])),
     }
 
 

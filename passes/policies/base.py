@@ -7,7 +7,7 @@ runtime and is what the ONNX lowering and Triton kernels must match.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class AttentionSite:
 
     Attributes:
         layer: Index among the model's attentions.
+        heads: H.
         kv_heads: Hkv.
         key_dim: D of the keys.
         value_dim: D of the values.
@@ -35,6 +36,7 @@ class AttentionSite:
     """
 
     layer: int
+    heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
@@ -58,6 +60,8 @@ class Step:
         total_tokens: `[B] i64`, tokens of each row so far, this call included.
         sinks: `[H]` or None.
         states: Current value of each state of this policy at this layer, by short name.
+        slots: `[B, S] i64`, the slot of each token in a cache that grows at its end: behind the tokens that it holds.
+            Where nothing is dropped the slot of a token is its position, and so it is if this is left out.
     """
 
     site: AttentionSite
@@ -68,6 +72,10 @@ class Step:
     total_tokens: Tensor
     sinks: Tensor | None
     states: dict[str, Tensor] = field(default_factory=dict)
+    slots: Tensor = None
+
+    def __post_init__(self) -> None:
+        self.slots = self.positions if self.slots is None else self.slots
 
     @property
     def new_tokens(self) -> Tensor:
@@ -77,12 +85,18 @@ class Step:
         """
         return torch.clamp_max(self.total_tokens, self.query.shape[2])
 
-    def attend(self, key: Tensor, value: Tensor, key_positions: Tensor | None = None) -> Tensor:
-        """Causal attention of this call's queries over slots; positions default to the slot index."""
+    def attend(self, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of this call's queries over the slots up to their own."""
+        return torch.ops.jettison.attention(*self._operands(key, value))
+
+    def attend_scored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and what each slot received from all queries of its key head, `[B, Hkv, C] f32`."""
+        return torch.ops.jettison.scored_attention(*self._operands(key, value))
+
+    def _operands(self, key: Tensor, value: Tensor) -> tuple[Any, ...]:
         site = self.site
-        return torch.ops.jettison.attention(
-            self.query, key, value, self.positions, key_positions, None, self.sinks,
-            site.scale, True, site.window, site.softcap,
+        return (
+            self.query, key, value, self.slots, None, None, self.sinks, site.scale, True, site.window, site.softcap,
         )  # fmt: skip
 
 

@@ -32,6 +32,6 @@ class Full(Policy):
 
     def step(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Write at the positions, attend over all slots: those beyond a row's own position are never visible."""
-        key = torch.ops.jettison.write_slots(step.states["key"], step.key, step.positions)
-        value = torch.ops.jettison.write_slots(step.states["value"], step.value, step.positions)
+        key = torch.ops.jettison.write_slots(step.states["key"], step.key, step.slots)
+        value = torch.ops.jettison.write_slots(step.states["value"], step.value, step.slots)
         return step.attend(key, value), {"key": key, "value": value}

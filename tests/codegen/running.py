@@ -80,7 +80,8 @@ def open_graphs(program: Program, graphs: Sequence[EmittedGraph], **settings: An
         )
         for graph in graphs
     ]
-    settings = {"threads": 1, "allow_spinning": False, **settings}
+    retentions = [*program.retentions.values()]
+    settings = {"threads": 1, "allow_spinning": False, "retentions": retentions, **settings}
     return OnnxExecutor(described, program.info, program.states, 0, **settings)
 
 

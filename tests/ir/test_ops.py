@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -16,7 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jettison.ir.ops
 from jettison.ir.compare import assert_close
-from jettison.ir.ops import attention, gated_activation, rotary_embedding, windowed_attention, write_slots
+from jettison.ir.ops import (
+    attention,
+    gated_activation,
+    next_slots,
+    rotary_embedding,
+    scored_attention,
+    windowed_attention,
+    write_slots,
+)
 from jettison.ir.ops.attention import QUERY_ROWS
 from jettison.ir.ops.gated_activation import ACTIVATIONS
 from jettison.ir.ops.windowed_attention import resident_tokens
@@ -339,6 +348,42 @@ def test_gated_activation_multiplies_the_activated_gate(activation, dtype):
     assert_close(out, expected)
 
 
+FAKE_CASES = ("causal", "one_token", "values_of_another_width", "sinks", "slots", "bf16")
+
+
+# --- scored_attention, next_slots, slots of heads ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in FAKE_CASES if case != "bf16"])  # probabilities come in fp32
+@pytest.mark.parametrize("at_once", [1, 2, 1000])
+def test_scored_attention_is_attention_and_what_each_key_received(case, at_once, monkeypatch):
+    args = attention_args(case)
+    query, key, value = args[:3]
+    rows, heads, keys = query.shape[0], query.shape[1], key.shape[2]
+    module = sys.modules["jettison.ir.ops.scored_attention"]  # the package has an operator of this name
+    monkeypatch.setattr(module, "SCORE_BYTES", 4 * rows * heads * keys * at_once)
+    out, received = scored_attention(*args)
+    assert_close(out, attention(*args))
+    # With one-hot values, what attention returns is the probability of each key.
+    one_hot = torch.eye(keys, dtype=value.dtype).expand(rows, key.shape[1], keys, keys)
+    probabilities = attention(query, key, one_hot, *args[3:])
+    assert_close(received, probabilities.float().unflatten(1, (key.shape[1], -1)).sum((2, 3)))
+    assert received.dtype == torch.float32
+
+
+def test_next_slots_stand_behind_what_a_row_holds():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    assert next_slots(mask, torch.zeros(2, 2, dtype=torch.int64)).tolist() == [[3, 4], [1, 2]]
+
+
+def test_write_slots_of_every_head():
+    state, values = numbers(1, 2, 4, 3), numbers(1, 2, 2, 3, seed=2)
+    new = write_slots(state, values, torch.tensor([[[3, 0], [1, 2]]]))
+    assert torch.equal(new[0, 0, [3, 0]], values[0, 0])
+    assert torch.equal(new[0, 1, [1, 2]], values[0, 1])
+    assert torch.equal(new[0, 0, [1, 2]], state[0, 0, [1, 2]])
+
+
 # --- fake rules and export, for all ------------------------------------------------------------------------------
 
 
@@ -365,7 +410,6 @@ def rotary_args(batch: int, heads: int, steps: int, dim: int, pairs: int, interl
     return numbers(batch, heads, steps, dim, seed=1), angles.cos(), angles.sin(), interleaved
 
 
-FAKE_CASES = ("causal", "one_token", "values_of_another_width", "sinks", "slots", "bf16")
 OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
     "attention": (attention, [attention_args(case) for case in FAKE_CASES]),
     "gated_activation": (
@@ -382,10 +426,15 @@ OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
             for interleaved in (False, True)
         ],
     ),
+    "next_slots": (next_slots, [(torch.ones(2, 7, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))]),
+    "scored_attention": (scored_attention, [attention_args(case) for case in FAKE_CASES]),
     "windowed_attention": (windowed_attention, [windowed_args(), windowed_args(1, 1, 1, 2), windowed_args(2, 2, 9)]),
     "write_slots": (
         write_slots,
-        [(numbers(2, 3, 6, 4), numbers(2, 3, 3, 4, seed=2), torch.tensor(slots)) for slots in SLOTS.values()],
+        [
+            (numbers(2, 3, 6, 4), numbers(2, 3, 3, 4, seed=2), torch.tensor(slots))
+            for slots in (*SLOTS.values(), [[[0, 5, 2]] * 3, [[1, 0, 4]] * 3])
+        ],
     ),
 }  # fmt: skip
 LAYOUTS = {"contiguous": lambda x: x, "heads_last": heads_last, "channels_outermost": channels_outermost}

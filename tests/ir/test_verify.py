@@ -9,7 +9,7 @@ from torch import nn
 from jettison.ir.constants import Constant
 from jettison.ir.edit import Edit
 from jettison.ir.errors import VerifyError
-from jettison.ir.program import Program, State, output_node, placeholders
+from jettison.ir.program import Program, Retention, State, output_node, placeholders
 from jettison.ir.verify import INVARIANTS, verify
 from tests.helpers import export_body
 
@@ -84,6 +84,11 @@ def take_an_unknown_state(broken: Program) -> None:
     del broken.states["slots"]
 
 
+def drop_without_an_entry(broken: Program) -> None:
+    take_a_state(broken, "same")
+    broken.retentions["evict"] = Retention("evict", "slot_mask", 8, None, (0,))
+
+
 BREAKAGES = {
     "call_a_module": (call_a_module, "graphs hold only calls of functions"),
     "use_before_definition": (use_before_definition, "values are defined before use"),
@@ -98,6 +103,7 @@ BREAKAGES = {
     "state_of_another_dtype": (lambda p: take_a_state(p, "other_dtype"), "every state taken is returned"),
     "state_of_another_rank": (lambda p: take_a_state(p, "other_rank"), "every state taken is returned"),
     "unknown_state": (take_an_unknown_state, "every state taken is returned"),
+    "drop_without_an_entry": (drop_without_an_entry, "states that drop tokens have the entry that does it"),
 }
 
 

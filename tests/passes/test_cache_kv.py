@@ -13,8 +13,9 @@ from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.interpret import run_entry
 from jettison.ir.program import State
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.options import ByRange
 from jettison.passes.pipeline import canonicalize, prepare
-from jettison.passes.policies import Full, Window
+from jettison.passes.policies import H2O, Full, Sinks, SnapKV, Window
 from jettison.passes.select_logits import SelectLogits
 from tests.helpers import assert_golden, assert_same_numbers, export_tiny, run_pass
 
@@ -106,6 +107,57 @@ def test_golden_window(snapshot):
     after, record = assert_golden(snapshot, CacheKV(Window()), before, "window")
     assert record.rewrites == 1
     assert_same_numbers(before, after)
+
+
+@pytest.mark.parametrize("policy", [Sinks(budget=100), H2O(budget=100, evict="always")], ids=["sinks", "h2o"])
+def test_golden_dropping(snapshot, policy):
+    before = prepared()
+    after, record = assert_golden(snapshot, CacheKV(policy), before, policy.name)
+    assert record.rewrites == 1
+    # Nothing is dropped within the budget.
+    assert_same_numbers(before, after)
+
+
+def test_a_budget_that_drops_nothing_is_full():
+    after, record = run_pass(CacheKV(SnapKV(budget=512)), prepared(context=512))
+    full, _ = run_pass(CacheKV(), prepared(context=512))
+    assert str(after) == str(full)
+    assert [miss.reason for miss in record.misses] == [
+        "kept full: a budget of 512 tokens drops nothing within a context of 512"
+    ]
+
+
+def test_layers_have_policies_of_their_own():
+    before = prepared(windows=(0, 0, 0, 16))
+    policies = ByRange({0: Full(), (2, 3): Sinks(budget=50)})
+    after, record = run_pass(CacheKV(SnapKV(budget=40), policies), before)
+    layers = {name: kept.layers for name, kept in after.retentions.items()}
+    assert layers == {"evict": (1,), "evict_1": (2,)}
+    assert [(kept.mask, kept.budget) for kept in after.retentions.values()] == [("slot_mask", 40), ("slot_mask_1", 50)]
+    (miss,) = record.misses
+    assert "attends to a window of 16 tokens" in miss.reason
+    assert_same_numbers(before, after, ((1, 1), (2, 39)), prefill=4)
+    # Beyond the budgets something is lost.
+    ids = example_input_ids(before, 2, 120)
+    expected, dropped = run_program(before, ids)[0], run_program(after, ids, prefill=100)[0]
+    assert torch.equal(expected[:, :100], dropped[:, :100]) or (expected - dropped)[:, :100].abs().max() < 1e-4
+    assert (expected - dropped)[:, 100:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Sinks(budget=0), r"\[sinks\] budget=0: needed at least 1"),
+        (lambda: Sinks(budget=4), r"\[sinks\] first=4: needed 0 to 3"),
+        (lambda: Sinks(budget=9, every=0), r"\[sinks\] every=0: needed at least 1"),
+        (lambda: H2O(budget=9, recent=10), r"\[h2o\] recent=10: needed 0 to 9"),
+        (lambda: SnapKV(budget=32), r"\[snapkv\] window=32: needed 1 to 31"),
+        (lambda: SnapKV(budget=33, kernel=4), r"\[snapkv\] kernel=4: needed an odd number"),
+    ],
+)
+def test_bad_options_of_policies_that_drop(make, message):
+    with pytest.raises(OptionError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("prefill", [1, 5, 100], ids=["one", "some", "all"])

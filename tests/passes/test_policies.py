@@ -25,8 +25,8 @@ HEADS, KV_HEADS, DIM = 4, 2, 8
 
 
 def site(**options):
-    facts = {"layer": 0, "kv_heads": KV_HEADS, "key_dim": DIM, "value_dim": DIM, "scale": 0.5, "window": 0,
-             "softcap": 0.0, "context": 512, "dtype": torch.float32}  # fmt: skip
+    facts = {"layer": 0, "heads": HEADS, "kv_heads": KV_HEADS, "key_dim": DIM, "value_dim": DIM, "scale": 0.5,
+             "window": 0, "softcap": 0.0, "context": 512, "dtype": torch.float32}  # fmt: skip
     return AttentionSite(**{**facts, **options})
 
 
@@ -69,7 +69,7 @@ def run_steps(policy, at, parts, calls, capacity=64, sinks=None):
 
 
 def test_every_policy_file_is_registered_under_its_name():
-    names = {module.name for module in pkgutil.iter_modules(policies.__path__)} - {"base"}
+    names = {module.name for module in pkgutil.iter_modules(policies.__path__)} - {"base", "cache", "evicting"}
     assert {name.replace("-", "_") for name in POLICIES} == names
     for name, policy in POLICIES.items():
         module = importlib.import_module(f"jettison.passes.policies.{name.replace('-', '_')}")

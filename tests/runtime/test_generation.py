@@ -52,6 +52,13 @@ class PrefixSession:
         assert all(0 <= token < self.vocab_size for token in tokens), "an embedding would be read out of bounds"
         return self._append([[token] for token in tokens])
 
+    def repeated(self, times: int) -> PrefixSession:
+        wide = PrefixSession(self.logits_of, self.batch * times, self.capacity, self.vocab_size, self.context)
+        wide.lengths = [length for length in self.lengths for _ in range(times)]
+        wide.states["tokens"].copy_(self.states["tokens"].repeat_interleave(times, 0))
+        self.wide = wide
+        return wide
+
     def _append(self, rows: list[list[int]]) -> torch.Tensor:
         assert len(rows) == self.batch
         logits = []
@@ -391,9 +398,10 @@ def test_sequences_of_a_prompt_follow_each_other_and_equal_repeated_prompts():
     assert len(set(several.rows)) == 12, "each draws on its own"
     assert several.steps == repeated.steps
     # The model reads each prompt once.
-    assert opener.opened == [(4, 19), (12, 19)]
-    assert [session.prefilled for session in opener.sessions] == [ROWS, []]
-    assert [len(session.fed) for session in opener.sessions] == [0, several.steps]
+    assert opener.opened == [(4, 19)]
+    (session,) = opener.sessions
+    assert (session.prefilled, len(session.fed)) == (ROWS, 0)
+    assert (session.wide.prefilled, len(session.wide.fed)) == ([], several.steps)
 
 
 def test_on_token_counts_sequences_as_rows():

@@ -1,0 +1,138 @@
+"""What policies that drop tokens have in common: a cache that grows at its end, and a choice of what to drop.
+
+Attention needs to know which tokens a cache holds, not in which order. So the tokens of a call are written behind the
+others, as in `full`, by the same graph and the same kernels; positions stay the true ones, since keys are rotated
+before they are stored. Dropping is an entry of its own over the states of all layers, which the session calls when a
+cache holds more than it may: it moves the tokens to keep from the end into the slots of those to drop, every key head
+by itself, and the cache is as long as its budget again.
+
+Bytes per layer: B * Hkv * C * ((D + Dv) * itemsize + 4) and what a policy adds, where C is the budget plus `every`
+with `evict=always`, and the budget plus the tokens to generate with `evict=prefill`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from jettison.ir.errors import OptionError
+from jettison.ir.program import State
+from jettison.passes.options import option
+from jettison.passes.policies.base import AttentionSite, Policy, Step, key_value_states
+
+# Slots of the positions, each with one added: zero is empty, and what came after the last dropping is not noted.
+POSITIONS = "positions"
+
+
+@dataclass
+class Cached:
+    """What a layer's cache holds when some tokens must go, in C slots.
+
+    Attributes:
+        site: The attention.
+        states: States of the layer by short name, `[B, Hkv, C, ...]`.
+        held: `[B] i64`, slots of each row that hold a token: the first ones.
+        token_count: `[B] i64`, tokens that each row has seen; the last of them is always held.
+    """
+
+    site: AttentionSite
+    states: dict[str, Tensor] = field(repr=False)
+    held: Tensor
+    token_count: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """`[B, Hkv, C] i64`, from `token_count` on where a slot is empty.
+
+        Tokens that came after the last dropping are in order at the end.
+        """
+        noted = self.states[POSITIONS].to(torch.int64)
+        slots = torch.arange(noted.shape[2], device=noted.device)
+        return torch.where(noted > 0, noted - 1, ((self.token_count - self.held)[:, None] + slots)[:, None])
+
+    @property
+    def age(self) -> Tensor:
+        """`[B, Hkv, C] i64`, 1 for the newest token, below it where a slot is empty."""
+        return self.token_count[:, None, None] - self.positions
+
+
+@dataclass(frozen=True)
+class EvictingPolicy(Policy):
+    """A policy that keeps `budget` tokens; see the module docstring. Subclasses give `importance`."""
+
+    budget: int = option(doc="tokens kept per layer and key head", range="at least 1")
+    evict: Literal["prefill", "always"] = option("prefill", doc="drop after each prompt only, or also while generating")
+    every: int = option(
+        16, doc="with evict=always: tokens generated between two droppings, held on top", range="at least 1"
+    )
+
+    # States that hold one value per slot, beside keys, values and positions; dropping moves them too.
+    per_slot: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        self._require("budget", self.budget, 1)
+        self._require("every", self.every, 1)
+
+    def _require(self, name: str, number: int, least: int) -> None:
+        if number < least:
+            raise OptionError(f"[{self.name}] {name}={number}: needed at least {least}.")
+
+    @property
+    def dropped_every(self) -> int | None:
+        """Tokens between two droppings while generating; None for no dropping then."""
+        return self.every if self.evict == "always" else None
+
+    def applies_to(self, site: AttentionSite) -> str | None:
+        """Declines layers with a window: they forget by themselves, and slots do not show who is inside it."""
+        if site.window:
+            return (
+                f"the layer attends to a window of {site.window} tokens, which cache-kv{{policy=window}} keeps exactly"
+            )
+        if self.budget >= site.context:
+            return f"a budget of {self.budget} tokens drops nothing within a context of {site.context}"
+        return None
+
+    def states(self, site: AttentionSite) -> dict[str, State]:
+        """Keys, values, and positions as noted at the last dropping."""
+        states = key_value_states(site, "slots")
+        name = f"past_key_values.{site.layer}.{POSITIONS}"
+        return {**states, POSITIONS: State(name, ("batch", site.kv_heads, "slots"), torch.int32)}
+
+    def step(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """Append, attend to everything held, and note what `importance` needs to know."""
+        key = torch.ops.jettison.write_slots(step.states["key"], step.key, step.slots)
+        value = torch.ops.jettison.write_slots(step.states["value"], step.value, step.slots)
+        return step.attend(key, value), {"key": key, "value": value}
+
+    def importance(self, cached: Cached) -> Tensor:
+        """What each token is worth, `[B, Hkv, C]`: the least important ones are dropped; infinite means never.
+
+        Values of empty slots are not read.
+        """
+        raise NotImplementedError
+
+    def drop(self, cached: Cached) -> dict[str, Tensor]:
+        """Keep the `budget` most important tokens in the first slots; every state of the layer that changes.
+
+        Of the tokens to keep, those already in the first slots stay where they are. A row must hold at least as many.
+        """
+        budget, age = self.budget, cached.age
+        importance = self.importance(cached).masked_fill(age < 1, -torch.inf)
+        kept = importance.topk(budget, -1, sorted=False).indices.sort(-1).values
+        slots = torch.arange(age.shape[2], device=age.device)
+        is_kept = torch.zeros_like(age).scatter(-1, kept, 1)
+        # Kept slots first, then holes, each in order: beside `kept`, whose last ones lie behind the first slots.
+        targets = (slots - is_kept * age.shape[2]).narrow(-1, 0, budget).sort(-1).indices
+        new = {}
+        for short in ("key", "value"):
+            state = cached.states[short]
+            rows = state.gather(2, kept[..., None].expand(-1, -1, -1, state.shape[3]))
+            new[short] = torch.ops.jettison.write_slots(state, rows, targets)
+        per_slot = {short: cached.states[short] for short in self.per_slot}
+        per_slot[POSITIONS] = (cached.positions + 1).to(torch.int32)
+        for short, values in per_slot.items():
+            new[short] = torch.zeros_like(values).scatter(-1, targets, values.gather(-1, kept))
+        return new
