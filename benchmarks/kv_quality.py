@@ -38,7 +38,7 @@ POLICIES = (
     "h2o{{budget={budget},evict=always}}",
     "snapkv{{budget={budget},evict=always}}",
 )
-RECALL_ITEMS, RECALL_TOKENS = 16, 900
+RECALL_ITEMS, RECALL_TOKENS = 8, 900
 # Our name of a method by that of the press.
 PRESSES = {"StreamingLLM": "sinks", "ObservedAttention": "h2o", "SnapKV": "snapkv", "Knorm": None}
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True)
     parser.add_argument("--start", type=int, default=20_000, help="first character of the text")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--kvpress", metavar="PYTHON")
     parser.add_argument("--models", nargs="+", default=["tiny-llama", "tiny-opt"])
     arguments = parser.parse_args()
