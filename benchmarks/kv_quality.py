@@ -115,8 +115,10 @@ def plot(figures: dict[str, Any]) -> Path:
                 label = row["policy"].replace(f"budget={row['budget']}", "").replace("{}", "").replace("{,", "{")
                 lines.setdefault(label, []).append((row["state_bytes"] / 1e6, row["kl"]))
         for row in found.get("kvpress", {}).get("rows", []):
-            if row["kept_tokens"] < PREFILL:
-                lines.setdefault(f"kvpress {row['press']}", []).append((row["state_bytes"] / 1e6, row["kl"]))
+            kept = row["kept_tokens"]
+            if kept < PREFILL:  # their bytes are of what was kept; ours have room for the tokens behind it too
+                state_bytes = row["state_bytes"] * (kept + WINDOW - PREFILL) / kept
+                lines.setdefault(f"kvpress {row['press']}", []).append((state_bytes / 1e6, row["kl"]))
         for label, points in lines.items():
             style = "--" if label.startswith("kvpress") else "-"
             axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3, label=label)
