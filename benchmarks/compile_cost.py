@@ -23,14 +23,17 @@ from record import environment, write
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def make_model(folder: Path, layers: int) -> None:
-    """Write the folder: 16 layers are 1.24 B weights, 2.47 GB."""
+def make_model(folder: Path, layers: int, **sizes: int) -> None:
+    """Write a random bf16 model: 16 layers are 1.24 B weights, 2.47 GB, unless `sizes` say otherwise."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    usual = {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    }  # fmt: skip
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=0,
+        **{**usual, **sizes}, num_hidden_layers=layers, head_dim=64, tie_word_embeddings=True, bos_token_id=0,
         eos_token_id=0, rope_theta=500000.0, dtype="bfloat16",
     )  # fmt: skip
     with torch.device("meta"):

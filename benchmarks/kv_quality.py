@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from recall_task import QUESTION, make_recall
 from record import RESULTS, environment, write
 
@@ -140,7 +139,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny-llama", "tiny-opt"])
     arguments = parser.parse_args()
     before = environment()
-    torch.manual_seed(0)
     text = Path(arguments.text).read_text()[arguments.start :]
     figures = {name: measure(MODELS / name, text, arguments.windows, arguments.kvpress) for name in arguments.models}
     print(write("kv_quality", figures, before))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from compile_cost import make_model
 from cpu_decode import read_bandwidth
 from record import environment, write
 
@@ -37,6 +37,7 @@ class Shape:
 
     Attributes:
         about: In words.
+        layers: How many.
         sizes: Of its configuration.
         weights: The pass that quantises it.
         policies: What is measured beside `full`.
@@ -44,6 +45,7 @@ class Shape:
     """
 
     about: str
+    layers: int
     sizes: dict[str, int]
     weights: str
     policies: tuple[str, ...]
@@ -54,7 +56,8 @@ SNAPKV = f"snapkv{{budget={BUDGET}}}"
 SHAPES = {
     "half": Shape(
         "Qwen2.5-0.5B: 24 layers, 14 heads, 2 key heads of 64",
-        {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        24,
+        {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
          "num_key_value_heads": 2, "vocab_size": 151936},
         "quantize-weights{bits=4,group=128}",
         (SNAPKV,),
@@ -62,39 +65,21 @@ SHAPES = {
     ),
     "one": Shape(
         "Llama-3.2-1B: 16 layers, 32 heads, 8 key heads of 64",
-        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        16,
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
          "num_key_value_heads": 8, "vocab_size": 128256},
         "quantize-weights{bits=4,group=128}",
         (SNAPKV,),
     ),
     "heads": Shape(
         "multi-head: 24 layers, 32 heads of 64",
-        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 32,
+        24,
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32,
          "num_key_value_heads": 32, "vocab_size": 32000},
         "quantize-weights{bits=8,group=128}",
         (SNAPKV,),
     ),
 }  # fmt: skip
-
-
-def make_model(folder: Path, sizes: dict[str, int]) -> None:
-    """Write a random bf16 model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **sizes, head_dim=64, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(0, 0.02)
-        for name, buffer in model.named_buffers():
-            buffer.fill_(0.5) if "inv_freq" in name else buffer.zero_()
-    model.tie_weights()
-    model.save_pretrained(folder)
 
 
 def filled(model: OptimizedModel, tokens: int) -> Session:
@@ -133,7 +118,7 @@ def mean_ms(session: Session, steps: int) -> float:
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """Figures of one shape."""
     with tempfile.TemporaryDirectory(prefix="jettison-bench-") as folder:
-        make_model(Path(folder) / "model", shape.sizes)
+        make_model(Path(folder) / "model", shape.layers, max_position_embeddings=CONTEXT, **shape.sizes)
         models = {
             policy: jettison.optimize(Path(folder) / "model", f"{shape.weights},cache-kv{{policy={policy}}}")
             for policy in ("full", *shape.policies, *shape.flat)

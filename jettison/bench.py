@@ -186,7 +186,8 @@ def bytes_read_per_token(model: OptimizedModel, session: Session, prompt_tokens:
     filled = min(1.0, (prompt_tokens + (new_tokens + 1) / 2) / session.capacity)
     state_bytes = 0.0
     held = {kept.retention.name: sum(kept.held) / len(kept.held) / kept.slots for kept in session.kept}
-    for name, state in model.executor.states.items():
+    for name in model.executor.entries["decode"].states:
+        state = model.executor.states[name]
         row_bytes = session.states[name].untyped_storage().nbytes() / session.batch
         shares = {"capacity": filled if model.report.target == "onnx" else 1.0, **held}
         state_bytes += row_bytes * min((shares[size] for size in state.shape if size in shares), default=1.0)

@@ -85,6 +85,12 @@ class Step:
         """
         return torch.clamp_max(self.total_tokens, self.query.shape[2])
 
+    def append(self) -> tuple[Tensor, Tensor]:
+        """The `key` and `value` states with this call's tokens written at their slots."""
+        key = torch.ops.jettison.write_slots(self.states["key"], self.key, self.slots)
+        value = torch.ops.jettison.write_slots(self.states["value"], self.value, self.slots)
+        return key, value
+
     def attend(self, key: Tensor, value: Tensor) -> Tensor:
         """Attention of this call's queries over the slots up to their own."""
         return torch.ops.jettison.attention(*self._operands(key, value))

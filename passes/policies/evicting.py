@@ -2,9 +2,9 @@
 
 Attention needs to know which tokens a cache holds, not in which order. So the tokens of a call are written behind the
 others, as in `full`, by the same graph and the same kernels; positions stay the true ones, since keys are rotated
-before they are stored. Dropping is an entry of its own over the states of all layers, which the session calls when a
-cache holds more than it may: it moves the tokens to keep from the end into the slots of those to drop, every key head
-by itself, and the cache is as long as its budget again.
+before they are stored. Dropping is an entry of its own over the states of a layer, which the session calls for each
+when a cache holds more than it may: it moves the tokens to keep from the end into the slots of those to drop, every key
+head by itself, and the cache is as long as its budget again.
 
 Bytes per layer: B * Hkv * C * ((D + Dv) * itemsize + 4) and what a policy adds, where C is the budget plus `every`
 with `evict=always`, and the budget plus the tokens to generate with `evict=prefill`.
@@ -73,12 +73,9 @@ class EvictingPolicy(Policy):
     per_slot: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        self._require("budget", self.budget, 1)
-        self._require("every", self.every, 1)
-
-    def _require(self, name: str, number: int, least: int) -> None:
-        if number < least:
-            raise OptionError(f"[{self.name}] {name}={number}: needed at least {least}.")
+        for name, number in (("budget", self.budget), ("every", self.every)):
+            if number < 1:
+                raise OptionError(f"[{self.name}] {name}={number}: needed at least 1.")
 
     @property
     def dropped_every(self) -> int | None:
@@ -103,8 +100,7 @@ class EvictingPolicy(Policy):
 
     def step(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Append, attend to everything held, and note what `importance` needs to know."""
-        key = torch.ops.jettison.write_slots(step.states["key"], step.key, step.slots)
-        value = torch.ops.jettison.write_slots(step.states["value"], step.value, step.slots)
+        key, value = step.append()
         return step.attend(key, value), {"key": key, "value": value}
 
     def importance(self, cached: Cached) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from jettison.ir.program import State
@@ -32,6 +31,5 @@ class Full(Policy):
 
     def step(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Write at the positions, attend over all slots: those beyond a row's own position are never visible."""
-        key = torch.ops.jettison.write_slots(step.states["key"], step.key, step.slots)
-        value = torch.ops.jettison.write_slots(step.states["value"], step.value, step.slots)
+        key, value = step.append()
         return step.attend(key, value), {"key": key, "value": value}

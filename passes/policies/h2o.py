@@ -50,8 +50,7 @@ class H2O(EvictingPolicy):
 
     def step(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Append, attend, and add up what each slot received; an empty slot has received nothing."""
-        key = torch.ops.jettison.write_slots(step.states["key"], step.key, step.slots)
-        value = torch.ops.jettison.write_slots(step.states["value"], step.value, step.slots)
+        key, value = step.append()
         out, received = step.attend_scored(key, value)
         return out, {"key": key, "value": value, RECEIVED: step.states[RECEIVED] + received}
 

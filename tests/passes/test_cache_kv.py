@@ -140,7 +140,7 @@ def test_layers_have_policies_of_their_own():
     # Beyond the budgets something is lost.
     ids = example_input_ids(before, 2, 120)
     expected, dropped = run_program(before, ids)[0], run_program(after, ids, prefill=100)[0]
-    assert torch.equal(expected[:, :100], dropped[:, :100]) or (expected - dropped)[:, :100].abs().max() < 1e-4
+    assert (expected - dropped)[:, :100].abs().max() < 1e-4
     assert (expected - dropped)[:, 100:].abs().max() > 1e-3
 
 
