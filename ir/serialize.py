@@ -497,8 +497,10 @@ class _Reader:
         """A new symbol of its own."""
         symbol = self.record(_Symbol, self.document["symbols"][name], f"symbol {name}")
         largest = 2**62 if symbol.max is None else symbol.max
-        if not 2 <= symbol.min <= symbol.hint <= largest <= 2**62 or symbol.min == largest:
-            self.refuse(f"symbol {name}", str(symbol), "2 <= min <= hint <= max and min < max")
+        # A hint is an example: sizes multiplied with one another must stay within 64 bits.
+        is_ordered = 2 <= symbol.min <= symbol.hint <= largest <= 2**62 and symbol.min < largest
+        if not is_ordered or symbol.hint > 2**31:
+            self.refuse(f"symbol {name}", str(symbol), "2 <= min <= hint <= max, min < max and hint <= 2**31")
         bounds = ValueRanges(symbol.min, int_oo if symbol.max is None else symbol.max)
         limits = [symbolic_shapes.StrictMinMaxConstraint(vr=bounds, warn_only=False)]
         dynamic = [symbolic_shapes.DimDynamic.DYNAMIC]

@@ -456,6 +456,7 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "symbol range": (_set("symbols", "s1", {"min": 9, "max": 3, "hint": 5}), "2 <= min <= hint <= max"),
     "symbol of one value": (_set("symbols", "s1", {"min": 5, "max": 5, "hint": 5}), "min < max"),
     "symbol hint": (_set("symbols", "s1", "hint", 10**18), "2 <= min <= hint <= max"),
+    "hint beyond memory": (_set("symbols", "s0", {"min": 2, "max": None, "hint": 2**62}), "hint <= 2..31"),
     "symbol type": (_set("symbols", "s1", "min", "2"), "min: found '2'; needed int"),
     "unknown symbol": (_forward("inputs", "input_ids", "shape", ["s0", "s9"]), "the size 's9'"),
     "input that is code": (_add_input("x, y=print(1)"), "needed the name of a tensor"),
