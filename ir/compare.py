@@ -7,7 +7,6 @@ is one meaning of the word: the largest error, measured in fp64, over the larges
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.interpret import run_entry
-from jettison.ir.program import Program, State, input_placeholders, state_placeholders
+from jettison.ir.program import Program, Retention, Storage, input_placeholders, state_name, state_placeholders
 
 # Largest error over the largest reference magnitude that counts as rounding, by the dtype under test.
 DEFAULT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -202,51 +201,97 @@ def run_program(
         return _call(program, "forward", input_ids, 0, {}, inputs)[0]
     # As the sessions choose it: the tokens rounded up, so that there are empty slots, as there are in use.
     capacity = min(-(-length // _SLOT_GRANULE) * _SLOT_GRANULE, max(length, program.info.context))
-    batch = input_ids.shape[0]
-    states = {
-        name: torch.zeros(state.sizes(batch, _slots(program, state, capacity)), dtype=state.dtype)
-        for name, state in program.states.items()
-    }
     first = length if prefill is None else prefill
-    held = dict.fromkeys(program.retentions, first)
-    outputs, states = _call(program, "prefill", input_ids[:, :first], 0, states, inputs, held)
-    states = _drop(program, states, held, first, is_prompt=True)
+    cache = _Cache(program, input_ids.shape[0], capacity, first)
+    outputs = cache.call("prefill", input_ids[:, :first], 0, inputs)
+    cache.make_room(first, is_prompt=True)
     calls = [outputs]
     for position in range(first, length):
-        token = input_ids[:, position : position + 1]
-        states = _drop(program, states, held, position, is_prompt=False)
-        held = {name: count + 1 for name, count in held.items()}
-        outputs, states = _call(program, "decode", token, position, states, None, held)
-        calls.append(outputs)
+        cache.make_room(position, is_prompt=False)
+        calls.append(cache.call("decode", input_ids[:, position : position + 1], position, None))
     return tuple(torch.cat(pieces, 1) for pieces in zip(*calls, strict=True))
 
 
-def _slots(program: Program, state: State, capacity: int) -> int:
-    """Slots for a whole sequence, and one more than the budget where tokens are dropped."""
-    budgets = [program.retentions[size].budget + 1 for size in state.shape if size in program.retentions]
-    return max(capacity, *budgets) if budgets else capacity
+class _Cache:
+    """States of rows of equal length, whose tokens are dropped and stored where a session would.
 
+    Attributes:
+        states: By name.
+        held: Tokens that each row has in the slots of a retention.
+        filled: Slots that each row has filled of a storage.
+    """
 
-def _drop(
-    program: Program, states: dict[str, Tensor], held: dict[str, int], seen: int, *, is_prompt: bool
-) -> dict[str, Tensor]:
-    """Drop tokens where a session would; updates `held`."""
-    states = dict(states)
-    for name, kept in program.retentions.items():
-        most = kept.budget + (0 if is_prompt else kept.every or seen)
-        if held[name] > kept.budget and held[name] >= most:
-            batch = next(iter(states.values())).shape[0]
-            inputs = {
-                kept.mask: torch.ones(batch, held[name], dtype=torch.int64),
-                "token_count": torch.full((batch,), seen),
-            }
-            taken = list(state_placeholders(program.entries[name]))
-            for layer in kept.layers:
-                own = [kept.name_in(layer, each) for each in taken]
-                given = {each: states[actual] for each, actual in zip(taken, own, strict=True)}
-                states |= dict(zip(own, run_entry(program, name, {**given, **inputs}), strict=True))
-            held[name] = kept.budget
-    return states
+    def __init__(self, program: Program, batch: int, capacity: int, prompt: int) -> None:
+        self.program, self.batch = program, batch
+        counts = {"capacity": capacity}
+        for name, kept in program.retentions.items():
+            counts[name] = max(capacity, prompt, (kept.budget or 0) + 1)
+        for name, storage in program.storages.items():
+            counts[name] = max(1, storage.moving(capacity))
+        self.states = {
+            name: torch.zeros(
+                state.sizes(batch, next((counts[size] for size in state.shape if size in counts), capacity)),
+                dtype=state.dtype,
+            )
+            for name, state in program.states.items()
+        }
+        self.held = dict.fromkeys(program.retentions, 0)
+        self.filled = dict.fromkeys(program.storages, 0)
+
+    def call(self, entry: str, input_ids: Tensor, start: int, given: Mapping[str, Tensor] | None) -> tuple[Tensor, ...]:
+        """One call of an entry at positions `start, start + 1, ...`: its outputs."""
+        program, length = self.program, input_ids.shape[1]
+        self.held = {name: count + length for name, count in self.held.items()}
+        more = {program.retentions[name].mask: self._ones(count) for name, count in self.held.items()}
+        more |= {program.storages[name].count: torch.full((self.batch,), count) for name, count in self.filled.items()}
+        outputs, self.states = _call(program, entry, input_ids, start, self.states, {**more, **(given or {})})
+        return outputs
+
+    def make_room(self, seen: int, *, is_prompt: bool) -> None:
+        """Drop and store tokens, of which each row has seen so many."""
+        for name, kept in self.program.retentions.items():
+            if kept.budget is None:
+                continue
+            most = kept.budget + (0 if is_prompt else kept.every or seen)
+            if self.held[name] > kept.budget and self.held[name] >= most:
+                inputs = {kept.mask: self._ones(self.held[name]), "token_count": torch.full((self.batch,), seen)}
+                for layer in kept.layers:
+                    self._run(name, kept, layer, inputs)
+                self.held[name] = kept.budget
+        for storage in self.program.storages.values():
+            if is_prompt or self.held[storage.retention] >= storage.residual:
+                self._store(storage)
+
+    def _store(self, storage: Storage) -> None:
+        kept, held, filled = (
+            self.program.retentions[storage.retention], self.held[storage.retention], self.filled[storage.name]
+        )  # fmt: skip
+        count = storage.moving(held)
+        moved = count * storage.tokens
+        if not count:
+            return
+        slots = torch.arange(filled, filled + count).repeat(self.batch, 1)
+        for layer in kept.layers:
+            key, value = (
+                self.states[state_name(layer, short)][:, :, :moved].unflatten(2, (count, storage.tokens))
+                for short in ("key", "value")
+            )
+            self._run(storage.name, kept, layer, {"new_key": key, "new_value": value, "stored_slots": slots})
+        for name, state in self.program.states.items():
+            if kept.name in state.shape:
+                self.states[name] = self.states[name].roll(-moved, state.shape.index(kept.name))
+        self.held[kept.name], self.filled[storage.name] = held - moved, filled + count
+
+    def _run(self, entry: str, kept: Retention, layer: int, inputs: Mapping[str, Tensor]) -> None:
+        """Run an entry that rewrites the states of a layer."""
+        taken = list(state_placeholders(self.program.entries[entry]))
+        own = [kept.name_in(layer, each) for each in taken]
+        given = {each: self.states[actual] for each, actual in zip(taken, own, strict=True)}
+        new = run_entry(self.program, entry, {**given, **inputs})
+        self.states |= dict(zip(own, new, strict=True))
+
+    def _ones(self, count: int) -> Tensor:
+        return torch.ones(self.batch, count, dtype=torch.int64)
 
 
 def _call(
@@ -256,7 +301,6 @@ def _call(
     start: int,
     states: Mapping[str, Tensor],
     given: Mapping[str, Tensor] | None,
-    held: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """One call of an entry at positions `start, start + 1, ...`: its outputs, and the new states by name."""
     batch, length = input_ids.shape
@@ -267,9 +311,6 @@ def _call(
         "attention_mask": torch.ones(batch, start + length, dtype=torch.int64),
         "token_type_ids": torch.zeros_like(input_ids),
         "logits_positions": columns,
-    }
-    usual |= {
-        program.retentions[name].mask: torch.ones(batch, count, dtype=torch.int64) for name, count in held.items()
     }
     available = {**usual, **(given or {})}
     wanted = input_placeholders(program.entries[entry])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,11 @@ from torch import fx
 from jettison.ir.constants import Constant, Packed
 
 
+def state_name(layer: int, short: str) -> str:
+    """Name of a state of a layer: `past_key_values.0.key` for layer 0 and `key`."""
+    return f"past_key_values.{layer}.{short}"
+
+
 @dataclass(frozen=True)
 class State:
     """What persists between calls of a program's entries.
@@ -19,7 +24,7 @@ class State:
     Attributes:
         name: Unique in its program, e.g. `past_key_values.0.key`.
         shape: Sizes; `"batch"` and `"capacity"` are chosen when a session starts, and so are the slots of a
-            `Retention`, which have its name.
+            `Retention` or `Storage`, which have its name.
         dtype: Element type. The initial value is zeros, which means "empty".
     """
 
@@ -41,14 +46,15 @@ class Retention:
             `mask` and `token_count [B] i64`, the tokens a row has seen; it returns the states and no output.
         mask: Input of every entry: `[B, T] i64`, ones for the tokens that a row holds in these states, this call
             included. Its rows must be of one length in the entry `name`.
-        budget: Tokens that a row holds after the entry has run.
+        budget: Tokens that a row holds after the entry has run; None if nothing is dropped and there is no entry: the
+            tokens leave for a `Storage` then.
         every: Tokens that may come on top before it runs again; None if it runs after prompts only.
         layers: Layers whose states these are. The entry names the states of the first one, and runs once for each.
     """
 
     name: str
     mask: str
-    budget: int
+    budget: int | None
     every: int | None
     layers: tuple[int, ...]
 
@@ -58,8 +64,61 @@ class Retention:
 
     def slots(self, capacity: int, prompt: int = 0) -> int:
         """Slots for a sequence that grows to `capacity` tokens, of which `prompt` come at once."""
+        if self.budget is None:
+            return capacity
         after = capacity - prompt if self.every is None else self.every
         return min(capacity, self.budget + after)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """States that hold tokens in a compressed form, and the entries that compress and decompress them.
+
+    The oldest tokens of a `Retention` move there and leave their slots; they are attended to all the same.
+
+    Attributes:
+        name: Of the entry that compresses, `store` or `store_N`; also the size of the states' slots. It takes these
+            states of one layer, `new_key` and `new_value` `[B, Hkv, N, tokens, D]` and `stored_slots [B, N] i64`, where
+            they go; it returns the states and no output.
+        load: Of the entry that decompresses, `load` or `load_N`. It takes the same states and returns `key` and `value`
+            `[B, Hkv, C * tokens, D]`, and the states as they are.
+        retention: Name of the retention.
+        count: Input of every entry that attends: `[B] i64`, slots that a row has filled.
+        tokens: Tokens of a slot.
+        keep: Tokens that are not moved, the newest ones.
+        residual: Slots that the retention has between two calls: when all of them are taken, tokens move.
+    """
+
+    name: str
+    load: str
+    retention: str
+    count: str
+    tokens: int
+    keep: int
+    residual: int
+
+    def moving(self, held: int) -> int:
+        """How many slots are filled when a row holds so many tokens in full precision."""
+        return max(0, held - self.keep) // self.tokens
+
+
+def slot_counts(
+    retentions: Iterable[Retention], storages: Iterable[Storage], capacity: int, prompt: int
+) -> dict[str, int]:
+    """Sizes of states that a session chooses, by name.
+
+    Args:
+        retentions: Of the program.
+        storages: Of the program.
+        capacity: Tokens that a sequence grows to.
+        prompt: Tokens that come at once.
+    """
+    counts = {"capacity": capacity} | {kept.name: kept.slots(capacity, prompt) for kept in retentions}
+    for storage in storages:
+        held = counts[storage.retention]
+        counts[storage.name] = storage.moving(held)
+        counts[storage.retention] = min(held, storage.residual)
+    return counts
 
 
 @dataclass(frozen=True)
@@ -120,6 +179,7 @@ class Program:
         packed: Weights held in a compressed format, by the name of the dense weight they replace.
         states: By name.
         retentions: By name.
+        storages: By name.
         info: Facts about the model.
         outputs: Names of the model's outputs, e.g. `("logits",)`.
         history: One record per pass, in order.
@@ -135,17 +195,27 @@ class Program:
     history: list[PassRecord] = field(default_factory=list)
     pipeline: str = ""
     retentions: dict[str, Retention] = field(default_factory=dict)
+    storages: dict[str, Storage] = field(default_factory=dict)
 
     def outputs_of(self, entry: str) -> tuple[str, ...]:
         """Names of what an entry returns before its states."""
-        return () if entry in self.retentions else self.outputs
+        if any(storage.load == entry for storage in self.storages.values()):
+            return ("key", "value")
+        return () if entry in self.state_entries else self.outputs
+
+    @property
+    def state_entries(self) -> tuple[str, ...]:
+        """Entries that read no weights: they rewrite the states of one layer."""
+        dropping = [name for name, kept in self.retentions.items() if kept.budget is not None]
+        storing = [entry for storage in self.storages.values() for entry in (storage.name, storage.load)]
+        return (*dropping, *storing)
 
     def copy(self) -> Program:
         """A program whose graphs can be edited without touching this one; constants are shared."""
         entries = {name: copy_graph(entry) for name, entry in self.entries.items()}
         return Program(
             entries, dict(self.constants), self.info, self.outputs, dict(self.packed), dict(self.states),
-            list(self.history), self.pipeline, dict(self.retentions),
+            list(self.history), self.pipeline, dict(self.retentions), dict(self.storages),
         )  # fmt: skip
 
     def used_constants(self) -> dict[str, Constant]:
@@ -159,12 +229,10 @@ class Program:
 
     def state_bytes(self, batch: int, capacity: int) -> int:
         """Bytes of all states of a session whose rows are `capacity` tokens, all of a prompt where that matters."""
+        counts = slot_counts(self.retentions.values(), self.storages.values(), capacity, capacity)
         total = 0
         for state in self.states.values():
-            slots = min(
-                (self.retentions[size].slots(capacity, capacity) for size in state.shape if size in self.retentions),
-                default=capacity,
-            )
+            slots = next((counts[size] for size in state.shape if size in counts), capacity)
             total += torch.Size(state.sizes(batch, slots)).numel() * state.dtype.itemsize
         return total
 

@@ -42,6 +42,7 @@ from jettison.ir.program import (
     Program,
     Retention,
     State,
+    Storage,
     constant_placeholders,
     output_node,
     placeholders,
@@ -131,6 +132,7 @@ def save_program(
         "pipeline": program.pipeline, "symbols": {},
         "constants": {name: _StoredConstant(c.dtype, c.stored_dtype, c.shape) for name, c in constants.items()},
         "packed": program.packed, "states": program.states, "retentions": program.retentions,
+        "storages": program.storages,
         "history": [dataclasses.replace(record, seconds=0.0) for record in program.history],
         "entries": {name: _encode_entry(name, entry, symbols) for name, entry in program.entries.items()},
     }  # fmt: skip
@@ -140,7 +142,7 @@ def save_program(
 
 
 _ITEMS_ON_LINES = (
-    "symbols", "constants", "packed", "states", "retentions", "history", "nodes", "entries", "entry",
+    "symbols", "constants", "packed", "states", "retentions", "storages", "history", "nodes", "entries", "entry",
 )  # fmt: skip
 
 
@@ -357,8 +359,8 @@ class _Reader:
 
     def program(self, weights: dict[str, Tensor], weights_path: Path) -> Program:
         """The program, without metadata."""
-        keys = ("info", "outputs", "pipeline", "symbols", "constants", "packed", "states", "retentions", "history",
-                "entries")  # fmt: skip
+        keys = ("info", "outputs", "pipeline", "symbols", "constants", "packed", "states", "retentions", "storages",
+                "history", "entries")  # fmt: skip
         document = self.table(self.document, "the file", ("format", "version", *keys))
         self.table(document["symbols"], "symbols")
         info = self.record(ModelInfo, document["info"], "info")
@@ -374,8 +376,11 @@ class _Reader:
                 self.refuse(where, found, f"{wanted.stored} {list(wanted.shape)}, as the program says")
             constants[name] = Constant(name, stored, wanted.dtype)
         retentions, packed = self.records(Retention, "retentions"), self.records(Packed, "packed")
-        states = self.records(State, "states", ("batch", "capacity", *retentions))
-        strange = [name for name, each in (*states.items(), *retentions.items()) if each.name != name]
+        storages = self.records(Storage, "storages")
+        states = self.records(State, "states", ("batch", "capacity", *retentions, *storages))
+        named = (*states.items(), *retentions.items(), *storages.items())
+        strange = [name for name, each in named if each.name != name]
+        strange += [each.retention for each in storages.values() if each.retention not in retentions]
         strange += [part for each in packed.values() for part in each.parts.values() if part not in constants]
         if strange:
             self.refuse("states and packed", f"the name {strange[0]!r}", "a name that the program defines")
@@ -383,7 +388,7 @@ class _Reader:
         history = [self.record(PassRecord, each, "history") for each in passes]
         outputs = self.items(document["outputs"], str, "outputs")
         pipeline = self._field(str, document["pipeline"], "pipeline", ())
-        program = Program({}, constants, info, tuple(outputs), packed, states, history, pipeline, retentions)
+        program = Program({}, constants, info, tuple(outputs), packed, states, history, pipeline, retentions, storages)
         for name, value in self.table(document["entries"], "entries").items():
             if not re.fullmatch(r"[a-z][a-z0-9_]{,50}", name):
                 self.refuse("entries", f"the name {name!r}", "a name of small letters")

@@ -132,6 +132,11 @@ def program_text(program: Program, *, by_identity: bool = False) -> str:
     for name, kept in program.retentions.items():
         layers = ",".join(map(str, kept.layers))
         lines.append(f"retention {name}: {kept.mask} budget={kept.budget} every={kept.every} layers={layers}")
+    for name, storage in program.storages.items():
+        lines.append(
+            f"storage {name}: of {storage.retention} {storage.count} tokens={storage.tokens} keep={storage.keep} "
+            f"residual={storage.residual}"
+        )
     namer = _Namer()
     for name, entry in program.entries.items():
         lines += _entry_lines(name, entry, namer)

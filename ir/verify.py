@@ -106,8 +106,13 @@ def _retentions_have_entries(program: Program) -> Failure | None:
         for kept in program.retentions.values():
             if kept.name in sizes and kept.mask not in input_placeholders(entry):
                 return name, output_node(entry), f"takes states of {kept.name} without its input {kept.mask}"
-            if kept.name not in program.entries:
-                return name, output_node(entry), f"has no entry {kept.name} beside it, which its states need"
+        for storage in program.storages.values():
+            inputs = input_placeholders(entry)
+            if storage.name in sizes and name not in (storage.name, storage.load) and storage.count not in inputs:
+                return name, output_node(entry), f"takes states of {storage.name} without its input {storage.count}"
+        for needed in program.state_entries:
+            if needed not in program.entries:
+                return name, output_node(entry), f"has no entry {needed} beside it, which its states need"
     return None
 
 
@@ -119,7 +124,7 @@ INVARIANTS: tuple[tuple[str, Predicate], ...] = (
     ("placeholders come in order", _placeholder_order),
     ("constants exist with the type the graph sees", _constants_known),
     ("every state taken is returned", _states_returned),
-    ("states that drop tokens have the entry that does it", _retentions_have_entries),
+    ("states that tokens leave have the entries that move them", _retentions_have_entries),
 )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from jettison.codegen.onnx.emit import EmittedGraph, emit_program, weight_bytes
 from jettison.ir.errors import ArtifactError
-from jettison.ir.program import ModelInfo, Program, Retention, State
+from jettison.ir.program import ModelInfo, Program, Retention, State, Storage
 from jettison.ir.progress import track
 from jettison.ir.serialize import load_program, save_program
 from jettison.ir.text import dtype_text
@@ -98,6 +98,7 @@ def _manifest(contents: ArtifactContents) -> dict[str, Any]:
             for state in program.states.values()
         ],
         "retentions": [asdict(kept) for kept in program.retentions.values()],
+        "storages": [asdict(storage) for storage in program.storages.values()],
         "requires": {},
     }
 
@@ -172,6 +173,7 @@ def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool
         graphs, ModelInfo(**manifest["model"]), states, manifest["weight_bytes"], threads=threads,
         allow_spinning=allow_spinning, prepared=find_prepared(artifact),
         retentions=[Retention(**{**each, "layers": tuple(each["layers"])}) for each in manifest.get("retentions", [])],
+        storages=[Storage(**each) for each in manifest.get("storages", [])],
     )  # fmt: skip
 
 

@@ -185,7 +185,7 @@ def bytes_read_per_token(model: OptimizedModel, session: Session, prompt_tokens:
     """
     filled = min(1.0, (prompt_tokens + (new_tokens + 1) / 2) / session.capacity)
     state_bytes = 0.0
-    held = {kept.retention.name: sum(kept.held) / len(kept.held) / kept.slots for kept in session.kept}
+    held = {name: sum(taken) / len(taken) / max(1, states.slots) for name, (states, taken) in session.counted().items()}
     for name in model.executor.entries["decode"].states:
         state = model.executor.states[name]
         row_bytes = session.states[name].untyped_storage().nbytes() / session.batch

@@ -44,8 +44,9 @@ from jettison.passes.base import Pass, describe_node
 from jettison.passes.options import ByRange, option
 from jettison.passes.policies import Full, Policy
 from jettison.passes.policies.base import AttentionSite
-from jettison.passes.policies.cache import Cache
+from jettison.passes.policies.cache import Cache, LayerPolicy
 from jettison.passes.policies.evicting import EvictingPolicy
+from jettison.passes.policies.storing import StoringPolicy
 
 aten = torch.ops.aten
 
@@ -55,13 +56,22 @@ class CacheKV(Pass):
     """See the module docstring."""
 
     name: ClassVar[str] = "cache-kv"
-    policy: Policy = option(Full(), doc="what is kept of keys and values", flat=True)
-    layers: ByRange[Policy] = option(ByRange(), doc="policies of single layers, by their number from 0")
+    policy: Policy | tuple[Policy, ...] = option(
+        Full(), doc="what is kept of keys and values; one that drops + one that stores what is left", flat=True
+    )
+    layers: ByRange[Policy | tuple[Policy, ...]] = option(
+        ByRange(), doc="policies of single layers, by their number from 0"
+    )
+
+    def __post_init__(self) -> None:
+        for given in (self.policy, *self.layers.values()):
+            if isinstance(given, tuple):
+                _check_composition(given)
 
     @property
     def is_exact(self) -> bool:  # type: ignore[override]
         """As exact as the policies."""
-        return self.policy.is_exact and all(policy.is_exact for policy in self.layers.values())
+        return all(policy.is_exact for given in (self.policy, *self.layers.values()) for policy in _parts(given))
 
     def requires(self, program: Program) -> None:
         """A decoder that has no cache yet."""
@@ -114,15 +124,10 @@ class CacheKV(Pass):
         produced: dict[str, fx.Node] = {}
         for layer, node in enumerate(sites):
             site = _site(layer, node, program.info.context)
-            policy = self.layers.at(layer) or self.policy
-            reason = policy.applies_to(site)
-            if reason is not None:
-                misses.append(MissRecord(node.meta.get("where") or f"attention {layer}", f"kept full: {reason}"))
-                policy = Full()
-            drops = policy if isinstance(policy, EvictingPolicy) else None
-            kind = None if drops is None else (drops, replace(site, layer=0))
+            policy = _applicable(self.layers.at(layer) or self.policy, site, node, misses)
+            kind = None if policy.keeps_slots else (policy, replace(site, layer=0))
             if kind not in caches:
-                caches[kind] = Cache.open(edit, drops, len(caches.keys() - {None}))
+                caches[kind] = Cache.open(edit, policy, len(caches.keys() - {None}))
             produced.update(caches[kind].insert(edit, node, site, policy))
         logits = list(output_node(edit.entry).args[0])[: len(program.outputs)]
         edit.set_outputs([*logits, *(produced[name] for name in state_placeholders(edit.entry))])
@@ -130,20 +135,62 @@ class CacheKV(Pass):
         entry = program.entries.pop("forward")
         program.entries = {"prefill": entry, "decode": copy_graph(entry), **program.entries}
         for cache in caches.values():
-            cache.add_dropping(program, self.name)
+            cache.add_entries(program, self.name)
         return len(sites), misses
 
     def ensures(self, program: Program) -> str | None:
         """Both entries take the same states, and no state is taken by none."""
         prefill, decode = (set(state_placeholders(program.entries[entry])) for entry in ("prefill", "decode"))
-        dropping = {
+        moving = {
             kept.name_in(layer, state)
             for kept in program.retentions.values()
-            for state in state_placeholders(program.entries[kept.name])
+            for entry in program.state_entries
+            for state in state_placeholders(program.entries[entry])
+            if f".{kept.layers[0]}." in state
             for layer in kept.layers
         }
-        is_whole = prefill == decode and prefill | dropping == set(program.states)
+        is_whole = prefill == decode and prefill | moving == set(program.states)
         return None if is_whole else "an entry does not take every state"
+
+
+def _parts(given: Policy | tuple[Policy, ...]) -> tuple[Policy, ...]:
+    return given if isinstance(given, tuple) else (given,)
+
+
+def _check_composition(parts: tuple[Policy, ...]) -> None:
+    """Refuse what cannot work together."""
+    names = "+".join(policy.name for policy in parts)
+    if [isinstance(policy, EvictingPolicy | StoringPolicy) for policy in parts] != [True, True] or not (
+        isinstance(parts[0], EvictingPolicy) and isinstance(parts[1], StoringPolicy)
+    ):
+        raise OptionError(
+            f"[cache-kv] policy={names}: needed one policy, or one that drops tokens and then one that compresses "
+            "those it keeps, as snapkv{budget=512}+kivi{bits=4}."
+        )
+    first = parts[0]
+    if not first.is_composable:
+        raise OptionError(
+            f"[cache-kv] policy={names}: {first.name} adds up the attention of every step, which a step over "
+            "compressed tokens does not tell. Use snapkv or sinks before it."
+        )
+    if first.evict != "prefill":
+        raise OptionError(
+            f"[cache-kv] policy={names}: {first.name} would have to drop tokens that are compressed already. Use "
+            "evict=prefill."
+        )
+
+
+def _applicable(
+    given: Policy | tuple[Policy, ...], site: AttentionSite, node: fx.Node, misses: list[MissRecord]
+) -> LayerPolicy:
+    """The policies of a layer without those that do not apply to it, which are missed."""
+    reasons = [(policy, policy.applies_to(site)) for policy in _parts(given)]
+    left = [policy for policy, reason in reasons if reason is None] or [Full()]
+    for policy, reason in reasons:
+        if reason is not None:
+            instead = "full" if isinstance(left[0], Full) else f"{left[0].name}, not {policy.name}"
+            misses.append(MissRecord(node.meta.get("where") or f"attention {site.layer}", f"kept {instead}: {reason}"))
+    return LayerPolicy.of(*left)
 
 
 def _not_cacheable(node: fx.Node) -> str | None:
@@ -165,5 +212,5 @@ def _site(layer: int, node: fx.Node, context: int) -> AttentionSite:
     heads = operands["query"].meta["val"].shape[1]
     return AttentionSite(
         layer, heads, key.shape[1], key.shape[3], value.shape[3], operands["scale"], operands["window"],
-        operands["softcap"], context, key.dtype,
+        operands["softcap"], context, key.dtype, operands["sinks"] is not None,
     )  # fmt: skip

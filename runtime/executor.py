@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from jettison.ir.program import ModelInfo, Retention, State
+from jettison.ir.program import ModelInfo, Retention, State, Storage
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EntrySignature:
 
     Attributes:
         inputs: Run-time inputs.
-        states: States taken and returned.
+        states: States taken.
         outputs: Outputs before the new states.
     """
 
@@ -35,6 +35,7 @@ class Executor(Protocol):
         entries: Signature of each entry.
         states: Declaration of each state.
         retentions: Of the states that drop tokens.
+        storages: Of the states that compress tokens.
         weight_bytes: Bytes of the weights as this target holds them.
     """
 
@@ -42,6 +43,7 @@ class Executor(Protocol):
     entries: dict[str, EntrySignature]
     states: dict[str, State]
     retentions: dict[str, Retention]
+    storages: dict[str, Storage]
     weight_bytes: int
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""States that keep only some of the tokens, as a session holds them: how many each row has, and room for more."""
+"""States whose slots do not count a row's tokens one by one, as a session holds them.
+
+Some keep only some of the tokens, some pass them on to a compressed form: how many each row has, and room for more.
+"""
 
 from __future__ import annotations
 
@@ -7,57 +10,55 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from jettison.ir.program import Retention, State
+from jettison.ir.program import Retention, State, Storage, state_name
 from jettison.runtime.executor import Executor
 
 
-class KeptStates:
-    """The states of one retention.
+class SlottedStates:
+    """States that have the same number of slots.
 
     Args:
-        retention: Which.
+        size: What the declarations call that number.
         declared: Declaration of every state of the program.
-        states: Those of the session by name; the ones with slots of this retention are replaced as they grow.
+        states: Those of the session by name; the ones with these slots are replaced as they grow.
         batch: Rows.
 
     Attributes:
-        held: Tokens that each row holds.
+        slots: How many there are.
     """
 
-    def __init__(
-        self, retention: Retention, declared: Mapping[str, State], states: dict[str, Tensor], batch: int
-    ) -> None:
-        self.retention = retention
-        self.held = [0] * batch
+    def __init__(self, size: str, declared: Mapping[str, State], states: dict[str, Tensor], batch: int) -> None:
         self.slots = 0
-        self._declared = {name: state for name, state in declared.items() if retention.name in state.shape}
+        self._batch = batch
+        self._declared = {name: state for name, state in declared.items() if size in state.shape}
+        self._axes = {name: state.shape.index(size) for name, state in self._declared.items()}
         self._states = states
         self.resize(0)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """States that have a value for every slot."""
+        """The states."""
         return tuple(self._declared)
 
     def reserve(self, slots: int) -> None:
-        """Make room for so many tokens in every row; what they hold stays."""
+        """Have at least so many slots in every row; what they hold stays."""
         if slots > self.slots:
             self.resize(slots)
 
     def resize(self, slots: int) -> None:
         """Have exactly so many slots; what the first of them hold stays."""
         shared = min(slots, self.slots)
-        for name, tensor in self.allocate(len(self.held), slots).items():
+        for name, tensor in self.allocate(self._batch, slots).items():
             if shared:
-                self._axis(name, tensor, shared).copy_(self._axis(name, self._states[name], shared))
+                self._axis(name, tensor, 0, shared).copy_(self._axis(name, self._states[name], 0, shared))
             self._states[name] = tensor
         self.slots = slots
 
     def slots_of(self, states: Mapping[str, Tensor]) -> int:
-        """Slots that other states of this retention have; 0 where that cannot be told."""
+        """Slots that other states of this kind have; 0 where that cannot be told."""
         for name, state in self._declared.items():
             if name in states and states[name].dim() == len(state.shape):
-                return states[name].shape[state.shape.index(self.retention.name)]
+                return states[name].shape[self._axes[name]]
         return 0
 
     def allocate(self, rows: int, slots: int) -> dict[str, Tensor]:
@@ -66,19 +67,86 @@ class KeptStates:
             name: torch.zeros(state.sizes(rows, slots), dtype=state.dtype) for name, state in self._declared.items()
         }
 
-    def copy_row(self, row: int, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-        """Copy the tokens that a row holds from one set of states to another, of one row each."""
+    def copy(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], count: int, into: int = 0) -> None:
+        """Copy what the first `count` slots hold from one set of states to another, to slots from `into` on."""
         for name in self._declared:
-            count = self.held[row]
-            self._axis(name, target[name], count).copy_(self._axis(name, source[name], count))
+            self._axis(name, target[name], into, count).copy_(self._axis(name, source[name], 0, count))
 
-    def _axis(self, name: str, tensor: Tensor, count: int) -> Tensor:
-        return tensor.narrow(self._declared[name].shape.index(self.retention.name), 0, count)
+    def shift(self, states: Mapping[str, Tensor], by: int, count: int) -> None:
+        """Move what `count` slots hold to the first slots; those that they leave are empty then.
 
-    def mask(self, first_row: int, rows: int, steps: int) -> Tensor:
-        """The input `Retention.mask` of a call of `steps` tokens: `[rows, T] i64`."""
-        total = torch.tensor(self.held[first_row : first_row + rows])[:, None] + steps
-        return (torch.arange(int(total.max()))[None] < total).to(torch.int64)
+        Args:
+            states: Updated in place.
+            by: First slot of those to move.
+            count: How many.
+        """
+        for name in self._declared:
+            self._axis(name, states[name], 0, count).copy_(self._axis(name, states[name], by, count).clone())
+            self._axis(name, states[name], count, by).zero_()
+
+    def _axis(self, name: str, tensor: Tensor, start: int, count: int) -> Tensor:
+        return tensor.narrow(self._axes[name], start, count)
+
+
+class StoredStates(SlottedStates):
+    """The compressed states of a storage.
+
+    Attributes:
+        storage: Which.
+        filled: Slots that each row has filled.
+    """
+
+    def __init__(self, storage: Storage, declared: Mapping[str, State], states: dict[str, Tensor], batch: int) -> None:
+        super().__init__(storage.name, declared, states, batch)
+        self.storage = storage
+        self.filled = [0] * batch
+
+    def tokens(self, row: int) -> int:
+        """Tokens that a row has stored."""
+        return self.filled[row] * self.storage.tokens
+
+
+class KeptStates(SlottedStates):
+    """The states of a retention, with a slot for every token held.
+
+    Args:
+        retention: Which.
+        storage: Where its tokens go when they leave their slots, or None.
+        declared: Declaration of every state of the program.
+        states: Those of the session by name.
+        batch: Rows.
+
+    Attributes:
+        held: Tokens that each row holds.
+        stored: Their compressed form, or None.
+    """
+
+    def __init__(
+        self,
+        retention: Retention,
+        storage: Storage | None,
+        declared: Mapping[str, State],
+        states: dict[str, Tensor],
+        batch: int,
+    ) -> None:
+        super().__init__(retention.name, declared, states, batch)
+        self.retention = retention
+        self.held = [0] * batch
+        self.stored = None if storage is None else StoredStates(storage, declared, states, batch)
+
+    def stored_tokens(self, row: int) -> int:
+        """Tokens that a row has in compressed form."""
+        return 0 if self.stored is None else self.stored.tokens(row)
+
+    def inputs(self, first_row: int, rows: int, steps: int, *, is_prompt: bool) -> dict[str, Tensor]:
+        """What a call of `steps` tokens is told about these states; `is_prompt`: nothing is read from the storage."""
+        last_row = first_row + rows
+        total = torch.tensor(self.held[first_row:last_row])[:, None] + steps
+        given = {self.retention.mask: (torch.arange(int(total.max()))[None] < total).to(torch.int64)}
+        if self.stored is not None:
+            filled = torch.tensor(self.stored.filled[first_row:last_row])
+            given[self.stored.storage.count] = torch.zeros_like(filled) if is_prompt else filled
+        return given
 
     def drop(self, executor: Executor, row: int, token_count: int, states: Mapping[str, Tensor]) -> None:
         """Run the entry that drops tokens on a row.
@@ -89,12 +157,73 @@ class KeptStates:
             token_count: Tokens that it has seen.
             states: Every state, of this row alone; updated in place.
         """
+        assert self.retention.budget is not None, "only retentions with a budget drop"
         inputs = {
             self.retention.mask: torch.ones(1, self.held[row], dtype=torch.int64),
             "token_count": torch.tensor([token_count]),
         }
-        taken = executor.entries[self.retention.name].states
         for layer in self.retention.layers:
-            own = {name: states[self.retention.name_in(layer, name)] for name in taken}
-            executor.run(self.retention.name, inputs, own)
+            self._run(executor, self.retention.name, layer, inputs, states)
         self.held[row] = self.retention.budget
+
+    def store(
+        self, executor: Executor, row: int, states: Mapping[str, Tensor], compressed: Mapping[str, Tensor]
+    ) -> None:
+        """Compress the oldest tokens of a row and free their slots, if it holds enough.
+
+        Args:
+            executor: What runs the entry.
+            row: Which row.
+            states: States with a slot per token, of this row alone; updated in place.
+            compressed: Compressed states of this row alone; updated in place.
+        """
+        assert self.stored is not None, "only retentions with a storage store"
+        storage, filled = self.stored.storage, self.stored.filled[row]
+        count = storage.moving(self.held[row])
+        if not count:
+            return
+        moved = count * storage.tokens
+        inputs = {"stored_slots": torch.arange(filled, filled + count)[None]}
+        for layer in self.retention.layers:
+            for short in ("key", "value"):
+                tokens = states[state_name(layer, short)][:, :, :moved]
+                inputs[f"new_{short}"] = tokens.unflatten(2, (count, storage.tokens)).contiguous()
+            self._run(executor, storage.name, layer, inputs, compressed)
+        self.held[row] -= moved
+        self.stored.filled[row] += count
+        self.shift(states, moved, self.held[row])
+
+    def load(
+        self, executor: Executor, row: int, compressed: Mapping[str, Tensor], states: Mapping[str, Tensor]
+    ) -> None:
+        """Decompress what a row has stored into the first slots of other states; it stays stored.
+
+        Args:
+            executor: What runs the entry.
+            row: Which row.
+            compressed: Compressed states of this row alone.
+            states: States with a slot per token, of this row alone; updated in place.
+        """
+        assert self.stored is not None, "only retentions with a storage load"
+        count = self.stored.tokens(row)
+        for layer in self.retention.layers:
+            found = self._run(executor, self.stored.storage.load, layer, {}, compressed)
+            for short in ("key", "value"):
+                states[state_name(layer, short)][:, :, :count] = found[short][:, :, :count]
+            positions = states.get(state_name(layer, "positions"))
+            if positions is not None:
+                # Nobody noted them. They are the oldest and in order, which is all that is asked of such tokens.
+                positions[:, :, :count] = torch.arange(1, count + 1)
+        self.held[row] += count
+
+    def _run(
+        self,
+        executor: Executor,
+        entry: str,
+        layer: int,
+        inputs: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        taken = executor.entries[entry].states
+        own = {name: states[self.retention.name_in(layer, name)] for name in taken}
+        return executor.run(entry, inputs, own)

@@ -18,7 +18,7 @@ from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
 from jettison.runtime.packed_linear import PackedWeight
 from jettison.runtime.packed_parts import JointWeight, PackedParts, parts_read
-from jettison.runtime.state_operators import attend_slots, slot_range, windowed_attention_, write_range_
+from jettison.runtime.state_operators import attend_both, attend_slots, slot_range, windowed_attention_, write_range_
 
 aten = torch.ops.aten
 # The same operators behind PyTorch's own argument parser, which takes a microsecond less per call.
@@ -106,6 +106,9 @@ class _Lowering:
         if is_call(node, ops.attention) and _reads_slots_by_position(node):
             query, key, value, positions, *options = self._translated(node.args)
             return self._call(attend_slots, query, key, value, self._once(slot_range, positions), *options)
+        if is_call(node, ops.joint_attention):
+            *operands, slots, scale = self._translated(node.args)
+            return self._call(attend_both, *operands, self._once(slot_range, slots), scale)
         if is_call(node, ops.rotary_embedding):
             x, cos, sin, interleaved = self._translated(node.args)
             return self._call(rotate, x, cos, sin, interleaved, self._once(rotary_factors, cos, sin))

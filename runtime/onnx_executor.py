@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
-from jettison.ir.program import ModelInfo, Retention, State
+from jettison.ir.program import ModelInfo, Retention, State, Storage
 from jettison.runtime.executor import EntrySignature
 
 _NUMPY_DTYPES = {
@@ -38,14 +38,14 @@ class OnnxGraph:
         entries: Entries it serves.
         inputs: Names of run-time inputs, states not included.
         outputs: Names of outputs, new states not included.
-        states: State name to (input name, output name).
+        states: State name to (input name, output name); no output for a state that is only read.
     """
 
     path: Path
     entries: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    states: Mapping[str, tuple[str, str]]
+    states: Mapping[str, tuple[str, str | None]]
 
 
 class OnnxExecutor:
@@ -60,6 +60,7 @@ class OnnxExecutor:
         allow_spinning: Whether idle worker threads spin. Faster steps, but they slow torch code in this process.
         prepared: Graphs with packed weights to load in place of those, by file name; see `runtime/prepared.py`.
         retentions: Of the states that drop tokens.
+        storages: Of the states that compress tokens.
 
     Raises:
         ArtifactError: A file cannot be loaded.
@@ -78,6 +79,7 @@ class OnnxExecutor:
         allow_spinning: bool = True,
         prepared: Mapping[str, Path] | None = None,
         retentions: Sequence[Retention] = (),
+        storages: Sequence[Storage] = (),
     ) -> None:
         import onnxruntime
 
@@ -85,6 +87,7 @@ class OnnxExecutor:
             raise OptionError(f"[onnx] threads={threads}: needed at least 1, or None for the runtime's own choice.")
         self.info, self.states, self.weight_bytes = info, dict(states), weight_bytes
         self.retentions = {each.name: each for each in retentions}
+        self.storages = {each.name: each for each in storages}
         self.threads = threads
         self.entries: dict[str, EntrySignature] = {}
         self._sessions: dict[str, tuple[onnxruntime.InferenceSession, OnnxGraph]] = {}
@@ -115,7 +118,9 @@ class OnnxExecutor:
         for state, (past, present) in graph.states.items():
             tensor = states[state]
             _bind_input(binding, past, tensor)
-            binding.bind_output(present, "cpu", 0, _NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+            if present is not None:
+                dtype = _NUMPY_DTYPES[tensor.dtype]
+                binding.bind_output(present, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
         try:
             session.run_with_iobinding(binding)
         except RuntimeError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError
 from jettison.runtime.executor import Executor, allocate_states
-from jettison.runtime.kept_states import KeptStates
+from jettison.runtime.kept_states import KeptStates, SlottedStates
 
 SLOT_GRANULE = 64
 # Tokens of a prompt that run through `prefill` at a time; bounds the memory of long prompts.
@@ -58,10 +58,14 @@ class Session:
         self.capacity = min(-(-capacity // SLOT_GRANULE) * SLOT_GRANULE, self.context)
         self.prefill_chunk = prefill_chunk
         self.lengths = [0] * batch
-        kept = set(executor.retentions)
+        kept = {*executor.retentions, *executor.storages}
         whole = {name: state for name, state in executor.states.items() if kept.isdisjoint(state.shape)}
         self.states = allocate_states(whole, batch, self.capacity)
-        self.kept = [KeptStates(each, executor.states, self.states, batch) for each in executor.retentions.values()]
+        storages = {storage.retention: storage for storage in executor.storages.values()}
+        self.kept = [
+            KeptStates(each, storages.get(name), executor.states, self.states, batch)
+            for name, each in executor.retentions.items()
+        ]
 
     @property
     def state_bytes(self) -> int:
@@ -127,7 +131,7 @@ class Session:
         if self.kept:
             self._make_room([1] * self.batch, is_prompt=False)
             for row in range(self.batch):
-                self._drop(row, self._row_states(row), is_full=True)
+                self._free_slots(row)
         return self._run("decode", _as_tensor(rows), 0, [LAST_TOKEN])[:, 0]
 
     def _can_run_together(self, rows: Sequence[Sequence[int]]) -> bool:
@@ -141,50 +145,87 @@ class Session:
         """Slots for the tokens that rows will keep, now that it is known how many come at once."""
         for kept in self.kept:
             retention, needed = kept.retention, []
-            for held, length, count in zip(kept.held, self.lengths, new, strict=True):
-                left = self.capacity - length - count
-                if retention.every is not None:
-                    needed.append(min(held + count + left, retention.budget + retention.every))
+            for row, count in enumerate(new):
+                left = self.capacity - self.lengths[row] - count
+                held = kept.held[row] + kept.stored_tokens(row) + count
+                if retention.budget is None:
+                    needed.append(held + left)
+                elif retention.every is not None:
+                    needed.append(min(held + left, retention.budget + retention.every))
                 elif is_prompt:
-                    needed.append(min(held + count, retention.budget) + left)
+                    needed.append(min(held, retention.budget) + left)
                 else:
-                    needed.append(held + count + left)
-            kept.reserve(max(needed))
+                    needed.append(held + left)
+            if kept.stored is None:
+                kept.reserve(max(needed))
+            else:
+                kept.reserve(min(max(needed), kept.stored.storage.residual))
+                kept.stored.reserve(kept.stored.storage.moving(max(needed)))
 
     def _prefill_row(self, index: int, row: Sequence[int], every: bool = False) -> Tensor:
-        states = self._row_states(index)
-        staged = [(kept, dict(states)) for kept in self.kept if kept.held[index] + len(row) > kept.slots]
-        for kept, own in staged:
-            retention = kept.retention
-            at_once = len(row) if retention.every is None else min(len(row), self.prefill_chunk)
-            states |= kept.allocate(1, max(kept.held[index], retention.budget) + at_once)
-            kept.copy_row(index, own, states)
+        own = self._row_states(index)
+        states = dict(own)
+        staged = {}
+        for kept in self.kept:
+            loaded, budget = kept.stored_tokens(index), kept.retention.budget
+            if kept.stored is not None:
+                # A prompt reads nothing in compressed form: what there is, is decompressed once.
+                states |= kept.stored.allocate(1, 0)
+            if kept.held[index] + loaded + len(row) <= kept.slots and not loaded:
+                continue
+            at_once = len(row) if kept.retention.every is None else min(len(row), self.prefill_chunk)
+            states |= kept.allocate(1, max(kept.held[index] + loaded, budget or 0) + at_once)
+            kept.copy(own, states, kept.held[index], into=loaded)
+            if loaded:
+                kept.load(self.executor, index, own, states)
+            staged[kept] = loaded
         pieces = []
         for start in range(0, len(row), self.prefill_chunk):
             chunk = _as_tensor([row[start : start + self.prefill_chunk]])
             wanted = list(range(chunk.shape[1])) if every else [LAST_TOKEN]
             pieces.append(self._run("prefill", chunk, index, wanted, states))
-            self._drop(index, states, is_last=start + chunk.shape[1] == len(row))
-        for kept, own in staged:
-            kept.copy_row(index, states, own)
+            is_last = start + chunk.shape[1] == len(row)
+            for kept in self.kept:
+                retention, held = kept.retention, kept.held[index]
+                if retention.budget is None or held <= retention.budget:
+                    continue
+                if is_last or retention.every is not None:
+                    if kept.stored is not None:  # all that is kept is compressed anew
+                        staged[kept] = kept.stored.filled[index] = 0
+                    kept.drop(self.executor, index, self.lengths[index], states)
+        for kept in self.kept:
+            self._put_back(kept, index, states, own, staged.get(kept, 0))
         return torch.cat(pieces, 1) if every else pieces[-1]
 
-    def _drop(self, row: int, states: Mapping[str, Tensor], *, is_full: bool = False, is_last: bool = False) -> None:
-        """Drop tokens of a row where it holds too many.
+    def _put_back(
+        self, kept: KeptStates, row: int, states: Mapping[str, Tensor], own: Mapping[str, Tensor], loaded: int
+    ) -> None:
+        """Keep what a row holds after a prompt: in its own slots, or in compressed form.
 
         Args:
+            kept: Of these states.
             row: Which row.
-            states: Of this row.
-            is_full: Between steps: only where there is no room for another token.
-            is_last: After the last tokens of a prompt.
+            states: Of this row, during the prompt.
+            own: Of this row in the session.
+            loaded: How many of the first tokens are in compressed form already.
         """
+        if loaded:
+            kept.held[row] -= loaded
+            kept.shift(states, loaded, kept.held[row])
+        if kept.stored is not None:
+            kept.store(self.executor, row, states, own)
+        if states[kept.names[0]] is not own[kept.names[0]]:
+            kept.copy(states, own, kept.held[row])
+
+    def _free_slots(self, row: int) -> None:
+        """Drop or compress tokens of a row where it has no slot for another one."""
+        states = self._row_states(row)
         for kept in self.kept:
             retention, held = kept.retention, kept.held[row]
-            if is_full:
-                has_too_many = retention.every is not None and held == retention.budget + retention.every
-            else:
-                has_too_many = held > retention.budget and (is_last or retention.every is not None)
-            if has_too_many:
+            if kept.stored is not None:
+                if held == kept.stored.storage.residual:
+                    kept.store(self.executor, row, states, states)
+            elif retention.budget is not None and held == retention.budget + (retention.every or self.context):
                 kept.drop(self.executor, row, self.lengths[row], states)
 
     def _row_states(self, row: int) -> dict[str, Tensor]:
@@ -210,7 +251,8 @@ class Session:
             "input_ids": tokens, "position_ids": positions, "attention_mask": mask,
             "logits_positions": logits_positions,
         }  # fmt: skip
-        inputs |= {kept.retention.mask: kept.mask(first_row, rows, steps) for kept in self.kept}
+        for kept in self.kept:
+            inputs |= kept.inputs(first_row, rows, steps, is_prompt=entry == "prefill")
         logits = self.executor.run(entry, inputs, self.states if states is None else states)["logits"]
         for row in range(first_row, last_row):
             self.lengths[row] += steps
@@ -244,6 +286,9 @@ class Session:
         for kept, own in zip(wide.kept, self.kept, strict=True):
             kept.reserve(own.slots)
             kept.held = [held for held in own.held for _ in range(times)]
+            if kept.stored is not None and own.stored is not None:
+                kept.stored.reserve(own.stored.slots)
+                kept.stored.filled = [filled for filled in own.stored.filled for _ in range(times)]
         for name, state in wide.states.items():
             state.unflatten(0, (-1, times)).copy_(self.states[name][:, None])
         return wide
@@ -264,7 +309,7 @@ class Session:
 
         path = Path(path)
         name = self.executor.info.name
-        held = {kept.retention.name: kept.held for kept in self.kept}
+        held = {name: counts for name, (_, counts) in self.counted().items()}
         metadata = {"lengths": json.dumps(self.lengths), "capacity": str(self.capacity), "model": name,
                     "held": json.dumps(held)}  # fmt: skip
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -296,9 +341,9 @@ class Session:
             raise ArtifactError(f"[session] {path}: not a saved session: {str(error).splitlines()[0]}") from error
         lengths = _counts(metadata.get("lengths", ""), self.batch, self.capacity)
         held = self._saved_held(metadata.get("held", "{}"))
-        slots = [kept.slots_of(found) for kept in self.kept]
+        counted = self.counted()
+        sizes = {name: states.slots_of(found) for name, (states, _) in counted.items()}
         model = self.executor.info.name
-        sizes = {kept.retention.name: count for kept, count in zip(self.kept, slots, strict=True)}
         wanted = {}
         for name, state in self.executor.states.items():
             own = next((sizes[size] for size in state.shape if size in sizes), self.capacity)
@@ -313,21 +358,29 @@ class Session:
                 f"{len(wanted)} for {model} with capacity {self.capacity}). Open the session with the same artifact, "
                 "batch and capacity as when it was saved."
             )
-        for kept, count in zip(self.kept, slots, strict=True):
-            kept.resize(count)
-            kept.held = held[kept.retention.name]
+        for name, (states, counts) in counted.items():
+            states.resize(sizes[name])
+            counts[:] = held[name]
         for name, state in found.items():
             self.states[name].copy_(state)
         self.lengths = lengths
 
+    def counted(self) -> dict[str, tuple[SlottedStates, list[int]]]:
+        """States that are not as long as the rows, by what their slots are called, and how many each row has taken."""
+        counted: dict[str, tuple[SlottedStates, list[int]]] = {}
+        for kept in self.kept:
+            counted[kept.retention.name] = kept, kept.held
+            if kept.stored is not None:
+                counted[kept.stored.storage.name] = kept.stored, kept.stored.filled
+        return counted
+
     def _saved_held(self, text: str) -> dict[str, list[int]] | None:
-        """Tokens that each row holds, by retention, or None if that cannot be true of this session."""
+        """Slots that each row has taken, by their name, or None if that cannot be true of this session."""
         try:
             held = json.loads(text)
         except ValueError:
             return None
-        names = {kept.retention.name for kept in self.kept}
-        if not isinstance(held, dict) or set(held) != names:
+        if not isinstance(held, dict) or set(held) != set(self.counted()):
             return None
         counts = {name: _counts(json.dumps(rows), self.batch, self.capacity) for name, rows in held.items()}
         return None if None in counts.values() else counts  # type: ignore[return-value]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jettison.ir import ops
+from jettison.ir.ops.attention import attend
 from jettison.ir.ops.windowed_attention import resident_tokens
 from jettison.ir.ops.write_slots import write_slots_
 
@@ -83,6 +84,32 @@ def attend_slots(
         return _attend_all(query, key, value, scale)
     slots = torch.arange(start, last + 1)[None]
     return ops.attention(query, key, value, found.slots, slots, None, sinks, scale, True, window, softcap)
+
+
+def attend_both(
+    query: Tensor, stored_key: Tensor, stored_value: Tensor, stored_tokens: Tensor, key: Tensor, value: Tensor,
+    found: SlotRange, scale: float,
+) -> Tensor:  # fmt: skip
+    """`jettison::joint_attention`; reads the slots that some query sees.
+
+    Arguments as there, but for the slots.
+
+    Returns:
+        `[B, H, S, D]`.
+    """
+    most = int(stored_tokens.max()) if stored_key.shape[2] else 0
+    if not most:
+        return attend_slots(query, key, value, found, None, None, None, scale, True, 0, 0.0)
+    keys, values = (
+        torch.cat([stored[:, :, :most], own[:, :, : found.last + 1]], 2)
+        for stored, own in ((stored_key, key), (stored_value, value))
+    )
+    if found.first == found.last and bool((stored_tokens == most).all()):
+        return _attend_all(query, keys, values, scale)
+    stored_part = torch.arange(most) < stored_tokens[:, None]
+    recent = torch.arange(found.last + 1) <= found.slots[:, :, None]
+    visible = torch.cat([stored_part[:, None].expand(-1, query.shape[2], -1), recent], 2)
+    return attend(query, keys, values, visible, None, scale, 0.0)
 
 
 def windowed_attention_(

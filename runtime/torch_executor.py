@@ -36,7 +36,8 @@ class TorchExecutor:
         if kernels not in KERNELS:
             raise OptionError(f"[torch] kernels={kernels!r}: needed one of {', '.join(KERNELS)}.")
         self.info = program.info
-        self.states, self.retentions = dict(program.states), dict(program.retentions)
+        self.states = dict(program.states)
+        self.retentions, self.storages = dict(program.retentions), dict(program.storages)
         self._values: dict[str, Tensor | PackedWeight] = {}
         wanted = joint_weights(program) if kernels == "packed" else []
         packed = [joint for joint in wanted if self._pack(program, joint)]

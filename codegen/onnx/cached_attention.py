@@ -16,11 +16,19 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from jettison.ir.match import arguments, is_call
-from jettison.ir.ops import attention, rotary_embedding, scored_attention, windowed_attention, write_slots
+from jettison.ir.ops import (
+    attention,
+    joint_attention,
+    rotary_embedding,
+    scored_attention,
+    windowed_attention,
+    write_slots,
+)
 
 aten = torch.ops.aten
 # What onnxruntime 1.31 asks for on a CPU: D of any call, D of a call that rotates, and width of the angle tables.
 HEAD_DIM_MULTIPLE, ROTATED_HEAD_DIM_MULTIPLE, ANGLES_MULTIPLE = 8, 16, 8
+_OVER_SLOTS = (attention, joint_attention, scored_attention)
 _PROBABILITIES = 2  # of `qk_output`: what the operator returns beside the usual
 
 
@@ -49,22 +57,22 @@ class RowLengths:
 def is_cached(node: fx.Node) -> bool:
     """Whether an attention node reads keys and values right out of two slot writes at its own positions."""
     operands = arguments(node)
-    key, value, positions = operands["key"], operands["value"], operands["query_positions"]
-    return (
-        operands["causal"]
-        and operands["key_positions"] is None
-        and operands["key_valid"] is None
-        and all(
-            is_call(write, write_slots) and "state" in write.args[0].meta and write.args[2] is positions
-            for write in (key, value)
-        )
+    if is_call(node, joint_attention):
+        slots, is_plain = operands["slots"], True
+    else:
+        slots = operands["query_positions"]
+        is_plain = operands["causal"] and operands["key_positions"] is None and operands["key_valid"] is None
+    return is_plain and all(
+        is_call(write, write_slots) and "state" in write.args[0].meta and write.args[2] is slots
+        for write in (operands["key"], operands["value"])
     )
 
 
 def is_fused(node: Any) -> bool:
     """Whether a node is an attention that one `GroupQueryAttention` computes."""
-    if is_call(node, attention, scored_attention) and is_cached(node):
-        key, value = node.args[1].args[0], node.args[2].args[0]
+    if is_call(node, *_OVER_SLOTS) and is_cached(node):
+        operands = arguments(node)
+        key, value = operands["key"].args[0], operands["value"].args[0]
     elif is_call(node, windowed_attention):
         key, value = node.args[3], node.args[4]
     else:
@@ -75,7 +83,7 @@ def is_fused(node: Any) -> bool:
 
 def fused_readers(node: fx.Node) -> list[fx.Node]:
     """Fused attentions among the readers of a slot write."""
-    return [user for user in node.users if is_call(user, attention, scored_attention) and is_fused(user)]
+    return [user for user in node.users if is_call(user, *_OVER_SLOTS) and is_fused(user)]
 
 
 def heads_last(node: fx.Node, environment: dict[fx.Node, Any]) -> Tensor:
@@ -259,6 +267,9 @@ def rotated_operands(node: fx.Node) -> RotatedOperands | None:
     Returns:
         None if the kernel does not rotate heads of this size.
     """
+    # Of the stored keys, the queries must be rotated where they are read.
+    if is_call(node, joint_attention):
+        return None
     query, key = node.args[0], node.args[1].args[1]
     if not is_call(query, rotary_embedding) or not is_call(key, rotary_embedding) or query.args[1:] != key.args[1:]:
         return None

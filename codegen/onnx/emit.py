@@ -17,12 +17,13 @@ from torch import Tensor, fx
 
 from jettison.codegen.onnx import residual_norm
 from jettison.codegen.onnx.external_data import ExternalDataWriter
+from jettison.codegen.onnx.functions import add_functions
 from jettison.codegen.onnx.lowered_graph import LoweredGraph
 from jettison.codegen.onnx.packed_projections import pack_projections
 from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
 from jettison.ir.match import is_call
-from jettison.ir.program import Program, constant_placeholders, placeholders, state_placeholders
+from jettison.ir.program import Program, constant_placeholders, output_node, placeholders, state_placeholders
 from jettison.ir.torch_export import export_module
 
 OPSET = 23
@@ -36,9 +37,10 @@ AXES: dict[str, tuple[str | int, ...]] = {
     # One row to the exporter, which must not take the size of the batch from an input that may be left out.
     "logits_positions": (1, "logits_sequence_length"),
     "token_count": ("batch_size",),
+    "stored_slots": ("batch_size", "stored_length"),
 }
 # Sizes that the exporter shows itself; any may be given at run time.
-_EXAMPLE_SIZES = {"batch_size": 2, "logits_sequence_length": 3, "past_sequence_length": 16}
+_EXAMPLE_SIZES = {"batch_size": 2, "logits_sequence_length": 3, "past_sequence_length": 16, "stored_length": 3}
 
 
 @dataclass
@@ -50,7 +52,7 @@ class EmittedGraph:
         entries: Entries of the program that it serves.
         inputs: Names of its inputs, states included.
         outputs: Names of its outputs, new states included.
-        states: State name to (input, output).
+        states: State name to (input, output); no output for a state that is only read.
         minimum_ort: Oldest ONNX Runtime that has every operator.
         is_fast: Whether it is the fast form of an entry that another graph serves too.
     """
@@ -59,7 +61,7 @@ class EmittedGraph:
     entries: tuple[str, ...]
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
-    states: dict[str, tuple[str, str]] = field(default_factory=dict)
+    states: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     minimum_ort: str = MINIMUM_ORT["default"]
     is_fast: bool = False
 
@@ -85,10 +87,11 @@ def _examples(entry: fx.GraphModule, program: Program) -> tuple[list[str], list[
     context = program.info.context
     sizes = {**_EXAMPLE_SIZES, "sequence_length": min(5, context), "total_sequence_length": min(7, context)}
     for kept in program.retentions.values():
-        sizes |= {f"{kept.mask}_length": 9, f"{kept.name}_slots": kept.budget + 16}
+        sizes |= {f"{kept.mask}_length": 9, f"{kept.name}_slots": (kept.budget or 0) + 16}
+    sizes |= {f"{name}_slots": 6 for name in program.storages}
     # A table of positions has as many rows as the context, and the exporter wants to hear that no call asks for more.
     most = {"sequence_length": context, "total_sequence_length": context}
-    fewest = {f"{kept.name}_slots": kept.budget + 1 for kept in program.retentions.values()}
+    fewest = {f"{kept.name}_slots": (kept.budget or 0) + 1 for kept in program.retentions.values()}
     dims = {name: torch.export.Dim(name, min=fewest.get(name), max=most.get(name)) for name in sizes}
     # An entry without a cache has a mask as long as its tokens.
     is_cached_entry = bool(state_placeholders(entry))
@@ -102,8 +105,7 @@ def _examples(entry: fx.GraphModule, program: Program) -> tuple[list[str], list[
             labels = [s if isinstance(s, int) else known.get(s, f"{s}_slots") for s in state.shape]
             names.append(state.name)
         else:
-            masks = [kept.mask for kept in program.retentions.values()]
-            labels = ["batch_size", f"{node.name}_length"] if node.name in masks else _labels(node)
+            labels = _labels(node, program)
             if node.name == "attention_mask" and not is_cached_entry:
                 labels[1] = "sequence_length"
             names.append(node.name)
@@ -113,19 +115,29 @@ def _examples(entry: fx.GraphModule, program: Program) -> tuple[list[str], list[
     return names, tensors, axes
 
 
-def _labels(node: fx.Node) -> list[str | int]:
+def _labels(node: fx.Node, program: Program) -> list[str | int]:
     """Axis names and fixed sizes of an input."""
     if node.name in AXES:
         return list(AXES[node.name])
-    usual = ("batch_size", "sequence_length")
+    if any(node.name == kept.mask for kept in program.retentions.values()):
+        return ["batch_size", f"{node.name}_length"]
     sizes = node.meta["val"].shape
+    if node.name in ("new_key", "new_value"):
+        return ["batch_size", int(sizes[1]), "stored_length", *map(int, sizes[3:])]
+    usual = ("batch_size", "sequence_length")
     return [
         usual[axis] if axis < 2 and isinstance(size, torch.SymInt) else int(size) for axis, size in enumerate(sizes)
     ]
 
 
-def _present_name(state: str) -> str:
-    return state.replace("past_key_values.", "present.", 1)
+def _present_names(program: Program, entry_name: str) -> dict[str, str | None]:
+    """Of the output with each state's new value; None for a state that is only read."""
+    entry = program.entries[entry_name]
+    returned = output_node(entry).args[0][len(program.outputs_of(entry_name)) :]
+    return {
+        state: None if new is old else state.replace("past_key_values.", "present.", 1)
+        for (state, old), new in zip(state_placeholders(entry).items(), returned, strict=True)
+    }
 
 
 def emit_entry(
@@ -159,8 +171,8 @@ def emit_entry(
     entry = program.entries[entry_name]
     lowered = LoweredGraph(program, entry, accuracy_level, is_fast).eval()
     names, tensors, axes = _examples(entry, program)
-    states = list(state_placeholders(entry))
-    outputs = [*program.outputs_of(entry_name), *(_present_name(state) for state in states)]
+    presents = _present_names(program, entry_name)
+    outputs = [*program.outputs_of(entry_name), *(present for present in presents.values() if present is not None)]
     model = _export(lowered, entry_name, names, tensors, axes, outputs)
     _place_constants(model, lowered, data)
     _name_axes(model, axes)
@@ -168,9 +180,10 @@ def emit_entry(
     _separate_names(model)
     _strip_debris(model)
     _leave_out_statistics(model)
+    add_functions(model)
     onnx_ir.save(model, path)
     emitted = EmittedGraph(path, serves, names, outputs, is_fast=is_fast)
-    emitted.states = {state: (state, _present_name(state)) for state in states}
+    emitted.states = {state: (state, present) for state, present in presents.items()}
     if any(is_call(node, ops.windowed_attention) for node in entry.graph.nodes):
         emitted.minimum_ort = MINIMUM_ORT["windowed_cache"]
     return emitted
@@ -310,7 +323,7 @@ def emit_program(
 ) -> list[EmittedGraph]:
     """Write a program as `model.onnx`, or as `prefill.onnx` and `decode.onnx`, over one `model.onnx.data`.
 
-    Entries that drop tokens have graphs of their own, `evict.onnx`.
+    Entries that move tokens have graphs of their own: `evict.onnx`, `store.onnx`, `load.onnx`.
 
     Entries with the same text share one graph that is general in the number of tokens.
 
@@ -325,13 +338,13 @@ def emit_program(
         One description per file.
     """
     program = pack_projections(program)
-    entries = [name for name in program.entries if name not in program.retentions]
+    entries = [name for name in program.entries if name not in program.state_entries]
     is_one_graph = len(entries) == 1 or (len(entries) == 2 and _same_graph(*map(program.entries.get, entries)))
     if is_one_graph:
         plan = [(entries[0], "model.onnx", tuple(entries), False)]
     else:
         plan = [(name, f"{name}.onnx", (name,), False) for name in entries]
-    plan += [(name, f"{name}.onnx", (name,), False) for name in program.retentions]
+    plan += [(name, f"{name}.onnx", (name,), False) for name in program.state_entries]
     if prefill == "fast" and "prefill" in entries:
         plan.append(("prefill", "prefill.fast.onnx", ("prefill",), True))
     with ExternalDataWriter(folder / "model.onnx.data", on_bytes) as data:

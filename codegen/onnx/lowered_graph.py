@@ -22,6 +22,7 @@ from jettison.codegen.onnx.cached_attention import (
 )
 from jettison.codegen.onnx.external_data import DTYPES, ComputedConstant, TransposedConstant
 from jettison.codegen.onnx.fast_prefill import Int8Weight, int8_linear, weight_operands
+from jettison.codegen.onnx.joint_attention import over_both
 from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
 from jettison.codegen.onnx.residual_norm import norm_of_sum, sum_and_norm
 from jettison.codegen.onnx.rotary_table import angle_table
@@ -157,7 +158,7 @@ class LoweredGraph(nn.Module):
             *inputs: States and run-time inputs, in the order of the graph, then the constants in `placed`.
 
         Returns:
-            What the graph returns.
+            What the graph returns, without the states that it only reads.
         """
         environment: dict[fx.Node, Any] = {}
         given = iter(inputs)
@@ -174,9 +175,11 @@ class LoweredGraph(nn.Module):
         for node in self.entry.graph.nodes:
             if node.op == "call_function":
                 self._lower(node, environment)
-        # An output may be a constant (an encoder that also returns a table).
+        # An output may be a constant (an encoder that also returns a table). States that were only read are none.
         return tuple(
-            self._operand(value, output_node(self.entry), environment) for value in output_node(self.entry).args[0]
+            self._operand(value, output_node(self.entry), environment)
+            for value in output_node(self.entry).args[0]
+            if "state" not in value.meta
         )
 
     def _operand(self, node: fx.Node, user: fx.Node, environment: dict[fx.Node, Any]) -> Any:
@@ -267,9 +270,10 @@ class LoweredGraph(nn.Module):
         rotation = self._rotation(node)
         query, key = (operands["query"], key_write.args[1]) if rotation is None else rotation[:2]
         heads = query.meta["val"].shape[1]
-        sinks = operands["sinks"]
-        is_scored = is_call(node, ops.scored_attention)
-        lengths = self._row_lengths(operands["query_positions"], environment)
+        sinks = operands.get("sinks")
+        is_scored, is_joint = is_call(node, ops.scored_attention), is_call(node, ops.joint_attention)
+        slots = operands["slots" if is_joint else "query_positions"]
+        lengths = self._row_lengths(slots, environment)
         out, new_key, new_value, *probabilities = group_query_attention(
             *_operands_of_heads(query, key, value_write.args[1], environment),
             environment[key_write.args[0]],
@@ -280,10 +284,15 @@ class LoweredGraph(nn.Module):
             rotation=None if rotation is None else rotation[2],
             sinks=None if sinks is None else self._operand(sinks, node, environment),
             scale=operands["scale"],
-            window=operands["window"],
-            softcap=operands["softcap"],
+            window=operands.get("window", 0),
+            softcap=operands.get("softcap", 0.0),
             is_scored=is_scored,
         )
+        if is_joint:
+            stored = tuple(environment[operands[f"stored_{part}"]] for part in ("key", "value", "tokens"))
+            out = over_both(
+                out, environment[operands["query"]], stored, new_key, new_value, environment[slots], operands["scale"]
+            )
         by_head, attended = out.unflatten(2, (heads, -1)).transpose(1, 2), node
         environment[node] = by_head
         if is_scored:
@@ -337,7 +346,7 @@ def _for_every_row(logits_positions: Tensor, input_ids: Tensor) -> Tensor:
 def _require_positions(node: fx.Node) -> None:
     """`ScatterND` cannot drop a value, as a negative slot would; positions and ends of rows are never negative."""
     slots = node.args[2]
-    is_input = slots.op == "placeholder" and slots.name == "position_ids"
+    is_input = slots.op == "placeholder" and slots.name in ("position_ids", "stored_slots")
     if not is_input and not is_call(slots, ops.next_slots) and slots.meta["val"].dim() != 3:
         raise UnsupportedError(
             f"[onnx] {node.meta.get('where') or node.name}: writes the cache at slots that are computed, and ONNX has "

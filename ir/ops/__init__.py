@@ -2,7 +2,9 @@
 
 from jettison.ir.ops.attention import attention
 from jettison.ir.ops.gated_activation import gated_activation
+from jettison.ir.ops.joint_attention import joint_attention
 from jettison.ir.ops.next_slots import next_slots
+from jettison.ir.ops.quantize_slots import dequantize_slots, quantize_slots
 from jettison.ir.ops.quantized_embedding import quantized_embedding
 from jettison.ir.ops.quantized_linear import quantized_linear
 from jettison.ir.ops.rotary_embedding import rotary_embedding
@@ -12,8 +14,11 @@ from jettison.ir.ops.write_slots import write_slots
 
 __all__ = [
     "attention",
+    "dequantize_slots",
     "gated_activation",
+    "joint_attention",
     "next_slots",
+    "quantize_slots",
     "quantized_embedding",
     "quantized_linear",
     "rotary_embedding",

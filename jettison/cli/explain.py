@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -130,9 +131,14 @@ def _layer(
 
 
 def _state_bytes(states: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> dict[str, int]:
-    """What every generated token adds, and what a sequence has whatever its length."""
-    fixed, grown = (state_bytes(states, slot_counts(manifest, tokens, tokens)) for tokens in (0, 1))
-    return {"state_bytes_per_token": grown - fixed, "state_bytes_fixed": fixed}
+    """What every generated token adds on average, and what a sequence has whatever its length."""
+    storages = manifest.get("storages", [])
+    # Behind full-precision slots that are all taken; compressed slots hold several tokens.
+    start = max((storage["residual"] for storage in storages), default=0)
+    steps = math.lcm(*(storage["tokens"] for storage in storages))
+    before, after = (state_bytes(states, slot_counts(manifest, tokens, tokens)) for tokens in (start, start + steps))
+    per_token = (after - before) / steps
+    return {"state_bytes_per_token": round(per_token), "state_bytes_fixed": round(before - start * per_token)}
 
 
 class _Policies:

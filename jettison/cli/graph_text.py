@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jettison.ir.program import Storage
+
 _CONSTANT = re.compile(r"constant @(\S+): (\w+)\[([\d,]*)\](?: stored (\w+))?")
 _PACKED = re.compile(r"packed @(\S+): (.+)\[([\d,]*)\]$")
 _ENTRY = re.compile(r"entry (\w+)\(")
@@ -75,10 +77,15 @@ def slot_counts(manifest: Mapping[str, Any], capacity: int, new_tokens: int = 0)
         new_tokens: How many of them were generated, for states that drop tokens after a prompt only.
     """
     context = manifest["model"]["context"]
-    return {"capacity": capacity} | {
-        kept["name"]: min(context, kept["budget"] + (new_tokens if kept["every"] is None else kept["every"]))
-        for kept in manifest.get("retentions", [])
-    }
+    counts = {"capacity": capacity}
+    for kept in manifest.get("retentions", []):
+        added = new_tokens if kept["every"] is None else kept["every"]
+        counts[kept["name"]] = capacity if kept["budget"] is None else min(context, kept["budget"] + added)
+    for storage in manifest.get("storages", []):
+        held = counts[storage["retention"]]
+        counts[storage["name"]] = Storage(**storage).moving(held)
+        counts[storage["retention"]] = min(held, storage["residual"])
+    return counts
 
 
 def state_bytes(states: Iterable[Mapping[str, Any]], slots: Mapping[str, int]) -> int:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from jettison.ir.program import State
+from jettison.ir.program import State, state_name
 
 # The rounding of a session's capacity, and the slack of a windowed cache, in slots.
 SLOT_GRANULE = 64
@@ -33,6 +33,7 @@ class AttentionSite:
         softcap: 0 for none.
         context: Most positions of a sequence.
         dtype: Of keys and values.
+        has_sinks: Whether every head has a learned logit that reads nothing.
     """
 
     layer: int
@@ -45,6 +46,22 @@ class AttentionSite:
     softcap: float
     context: int
     dtype: torch.dtype
+    has_sinks: bool = False
+
+
+@dataclass
+class Stored:
+    """Tokens that have left their slots for a compressed form, as a step attends to them.
+
+    Attributes:
+        key: `[B, Hkv, T, D]`, decompressed.
+        value: `[B, Hkv, T, Dv]`, likewise.
+        tokens: `[B] i64`, how many of the T each row has.
+    """
+
+    key: Tensor
+    value: Tensor
+    tokens: Tensor
 
 
 @dataclass
@@ -62,6 +79,7 @@ class Step:
         states: Current value of each state of this policy at this layer, by short name.
         slots: `[B, S] i64`, the slot of each token in a cache that grows at its end: behind the tokens that it holds.
             Where nothing is dropped the slot of a token is its position, and so it is if this is left out.
+        stored: Tokens that are attended to as well; None where nothing is ever compressed.
     """
 
     site: AttentionSite
@@ -73,6 +91,7 @@ class Step:
     sinks: Tensor | None
     states: dict[str, Tensor] = field(default_factory=dict)
     slots: Tensor = None
+    stored: Stored | None = None
 
     def __post_init__(self) -> None:
         self.slots = self.positions if self.slots is None else self.slots
@@ -92,7 +111,12 @@ class Step:
         return key, value
 
     def attend(self, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of this call's queries over the slots up to their own."""
+        """Attention of this call's queries over the slots up to their own, and over what is stored."""
+        if self.stored is not None:
+            stored = self.stored
+            return torch.ops.jettison.joint_attention(
+                self.query, stored.key, stored.value, stored.tokens, key, value, self.slots, self.site.scale
+            )
         return torch.ops.jettison.attention(*self._operands(key, value))
 
     def attend_scored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,8 +159,7 @@ class Policy:
 
 def key_value_states(site: AttentionSite, slots: int | str) -> dict[str, State]:
     """The `key` and `value` states of a layer with `slots` slots."""
-    stem = f"past_key_values.{site.layer}"
     return {
-        "key": State(f"{stem}.key", ("batch", site.kv_heads, slots, site.key_dim), site.dtype),
-        "value": State(f"{stem}.value", ("batch", site.kv_heads, slots, site.value_dim), site.dtype),
+        "key": State(state_name(site.layer, "key"), ("batch", site.kv_heads, slots, site.key_dim), site.dtype),
+        "value": State(state_name(site.layer, "value"), ("batch", site.kv_heads, slots, site.value_dim), site.dtype),
     }

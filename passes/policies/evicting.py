@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import OptionError
-from jettison.ir.program import State
+from jettison.ir.program import State, state_name
 from jettison.passes.options import option
 from jettison.passes.policies.base import AttentionSite, Policy, Step, key_value_states
 
@@ -69,6 +69,8 @@ class EvictingPolicy(Policy):
         16, doc="with evict=always: tokens generated between two droppings, held on top", range="at least 1"
     )
 
+    # Whether the tokens that stay may be compressed: what `importance` reads must not come from later steps.
+    is_composable: ClassVar[bool] = True
     # States that hold one value per slot, beside keys, values and positions; dropping moves them too.
     per_slot: ClassVar[tuple[str, ...]] = ()
 
@@ -95,7 +97,7 @@ class EvictingPolicy(Policy):
     def states(self, site: AttentionSite) -> dict[str, State]:
         """Keys, values, and positions as noted at the last dropping."""
         states = key_value_states(site, "slots")
-        name = f"past_key_values.{site.layer}.{POSITIONS}"
+        name = state_name(site.layer, POSITIONS)
         return {**states, POSITIONS: State(name, ("batch", site.kv_heads, "slots"), torch.int32)}
 
     def step(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,10 +112,11 @@ class EvictingPolicy(Policy):
         """
         raise NotImplementedError
 
-    def drop(self, cached: Cached) -> dict[str, Tensor]:
+    def drop(self, cached: Cached, *, in_order: bool = False) -> dict[str, Tensor]:
         """Keep the `budget` most important tokens in the first slots; every state of the layer that changes.
 
-        Of the tokens to keep, those already in the first slots stay where they are. A row must hold at least as many.
+        Of the tokens to keep, those already in the first slots stay where they are, or with `in_order` all move
+        together and keep their order. A row must hold at least as many.
         """
         budget, age = self.budget, cached.age
         importance = self.importance(cached).masked_fill(age < 1, -torch.inf)
@@ -122,6 +125,8 @@ class EvictingPolicy(Policy):
         is_kept = torch.zeros_like(age).scatter(-1, kept, 1)
         # Kept slots first, then holes, each in order: beside `kept`, whose last ones lie behind the first slots.
         targets = (slots - is_kept * age.shape[2]).narrow(-1, 0, budget).sort(-1).indices
+        if in_order:
+            targets = slots.narrow(0, 0, budget).expand(kept.shape)
         new = {}
         for short in ("key", "value"):
             state = cached.states[short]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import OptionError
-from jettison.ir.program import State
+from jettison.ir.program import State, state_name
 from jettison.passes.options import option
 from jettison.passes.policies.base import AttentionSite, Step
 from jettison.passes.policies.evicting import Cached, EvictingPolicy
@@ -32,6 +32,7 @@ class H2O(EvictingPolicy):
     """See the module docstring."""
 
     name: ClassVar[str] = "h2o"
+    is_composable: ClassVar[bool] = False
     per_slot: ClassVar[tuple[str, ...]] = (RECEIVED,)
     recent: int | None = option(
         None, doc="most recent tokens that always stay; default half the budget", range="0 to the budget"
@@ -45,7 +46,7 @@ class H2O(EvictingPolicy):
 
     def states(self, site: AttentionSite) -> dict[str, State]:
         """Also what each slot received."""
-        name = f"past_key_values.{site.layer}.{RECEIVED}"
+        name = state_name(site.layer, RECEIVED)
         return {**super().states(site), RECEIVED: State(name, ("batch", site.kv_heads, "slots"), torch.float32)}
 
     def step(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jettison.ir.errors import OptionError
-from jettison.ir.program import State
+from jettison.ir.program import State, state_name
 from jettison.passes.options import option
 from jettison.passes.policies.base import AttentionSite, Step
 from jettison.passes.policies.evicting import Cached, EvictingPolicy
@@ -47,7 +47,7 @@ class SnapKV(EvictingPolicy):
     def states(self, site: AttentionSite) -> dict[str, State]:
         """Also the last queries, the newest at the end."""
         shape = ("batch", site.heads, self.window, site.key_dim)
-        name = f"past_key_values.{site.layer}.{QUERIES}"
+        name = state_name(site.layer, QUERIES)
         return {**super().states(site), QUERIES: State(name, shape, site.dtype)}
 
     def step(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:

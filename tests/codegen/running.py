@@ -80,8 +80,8 @@ def open_graphs(program: Program, graphs: Sequence[EmittedGraph], **settings: An
         )
         for graph in graphs
     ]
-    retentions = [*program.retentions.values()]
-    settings = {"threads": 1, "allow_spinning": False, "retentions": retentions, **settings}
+    moved = {"retentions": [*program.retentions.values()], "storages": [*program.storages.values()]}
+    settings = {"threads": 1, "allow_spinning": False, **moved, **settings}
     return OnnxExecutor(described, program.info, program.states, 0, **settings)
 
 

@@ -19,8 +19,11 @@ import jettison.ir.ops
 from jettison.ir.compare import assert_close
 from jettison.ir.ops import (
     attention,
+    dequantize_slots,
     gated_activation,
+    joint_attention,
     next_slots,
+    quantize_slots,
     rotary_embedding,
     scored_attention,
     windowed_attention,
@@ -384,6 +387,73 @@ def test_write_slots_of_every_head():
     assert torch.equal(new[0, 0, [1, 2]], state[0, 0, [1, 2]])
 
 
+# --- compressed slots --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("columns", [1, 2, 8])
+def test_a_quantized_slot_is_within_half_a_step_of_what_it_was(bits, rows, columns):
+    values = numbers(2, 3, 5, 4, 8) * 7 + 3
+    codes, scales, zeros = quantize_slots(values, bits, rows, columns)
+    assert codes.shape == (2, 3, 5, 4 * 8 * bits // 8)
+    back = dequantize_slots(codes, scales, zeros, bits, 4, rows).reshape(values.shape)
+    by_value = (
+        scales.float().reshape(2, 3, 5, rows, 1, columns, 1).expand(2, 3, 5, rows, 4 // rows, columns, 8 // columns)
+    )
+    # Beside half a step, what fp16 rounds off a scale and a zero.
+    bound = by_value.reshape(values.shape) / 2 + 2**-10 * values.abs().amax()
+    assert ((back - values).abs() <= bound).all()
+    if 8 * 4 // rows // columns > 1:
+        assert not torch.equal(back, values)
+
+
+def test_groups_do_not_touch_one_another():
+    values = numbers(1, 1, 3, 4, 8)
+
+    def back(given: Tensor, rows: int, columns: int) -> Tensor:
+        return dequantize_slots(*quantize_slots(given, 2, rows, columns), 2, 4, rows).reshape(given.shape)
+
+    louder = values.clone()
+    louder[..., 3] *= 100  # a channel
+    same = [channel for channel in range(8) if channel != 3]
+    assert torch.equal(back(values, 1, 8)[..., same], back(louder, 1, 8)[..., same])
+    assert not torch.equal(back(values, 4, 1)[..., same], back(louder, 4, 1)[..., same])
+    louder = values.clone()
+    louder[..., 2, :] *= 100  # a token of every slot
+    assert torch.equal(back(values, 4, 1)[..., [0, 1, 3], :], back(louder, 4, 1)[..., [0, 1, 3], :])
+
+
+def test_constant_groups_come_back_as_they_were():
+    values = torch.full((1, 2, 3, 4, 8), -2.5)
+    codes, scales, zeros = quantize_slots(values, 2, 1, 8)
+    assert not codes.any()
+    assert not scales.any()
+    assert torch.equal(dequantize_slots(codes, scales, zeros, 2, 4, 1), values.flatten(2, 3))
+
+
+def test_outliers_beyond_fp16_are_no_infinity():
+    values = numbers(1, 1, 1, 4, 8)
+    values[..., 0], values[..., 1] = 1e6, -1e6
+    back = dequantize_slots(*quantize_slots(values, 4, 1, 8), 4, 4, 1)
+    assert back.isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_joint_attention_is_one_softmax_over_what_is_stored_and_what_is_not(steps):
+    query, stored_key, stored_value, stored_tokens, key, value, slots, scale = joint_args(steps=steps)
+    out = joint_attention(query, stored_key, stored_value, stored_tokens, key, value, slots, scale)
+    for row in range(2):
+        count, seen = int(stored_tokens[row]), slots[row]
+        for step in range(steps):
+            keys, values = (
+                torch.cat([old[row, :, :count], new[row, :, : int(seen[step]) + 1]], 1).repeat_interleave(2, 0)
+                for old, new in ((stored_key, key), (stored_value, value))
+            )
+            weights = ((query[row, :, step, None] @ keys.transpose(1, 2)) * scale).softmax(-1)
+            assert torch.allclose(out[row, :, step], (weights @ values)[:, 0], atol=1e-6)
+
+
 # --- fake rules and export, for all ------------------------------------------------------------------------------
 
 
@@ -410,6 +480,15 @@ def rotary_args(batch: int, heads: int, steps: int, dim: int, pairs: int, interl
     return numbers(batch, heads, steps, dim, seed=1), angles.cos(), angles.sin(), interleaved
 
 
+def joint_args(batch: int = 2, heads: int = 4, steps: int = 3, dim: int = 8, stored: int = 5) -> tuple[Any, ...]:
+    q = numbers(batch, heads, steps, dim, seed=1)
+    k, v = (numbers(batch, max(1, heads // 2), 9, dim, seed=index) for index in (2, 3))
+    stored_k, stored_v = (numbers(batch, max(1, heads // 2), stored, dim, seed=index) for index in (4, 5))
+    slots = torch.arange(batch)[:, None] + torch.arange(steps)[None]
+    return q, stored_k, stored_v, torch.arange(batch) + min(stored, 1), k, v, slots, 0.5
+
+
+SPLITS = ((1, 8), (4, 2), (1, 1))  # groups along the tokens and the channels of a slot
 OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
     "attention": (attention, [attention_args(case) for case in FAKE_CASES]),
     "gated_activation": (
@@ -426,7 +505,10 @@ OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
             for interleaved in (False, True)
         ],
     ),
+    "dequantize_slots": (dequantize_slots, [(*quantize_slots(numbers(2, 3, 4, 4, 8), 4, *SPLITS[0]), 4, 4, 1)]),
+    "joint_attention": (joint_attention, [joint_args(), joint_args(1, 1, 1, 2), joint_args(stored=0)]),
     "next_slots": (next_slots, [(torch.ones(2, 7, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))]),
+    "quantize_slots": (quantize_slots, [(numbers(2, 3, 4, 4, 8), 2, *split) for split in SPLITS]),
     "scored_attention": (scored_attention, [attention_args(case) for case in FAKE_CASES]),
     "windowed_attention": (windowed_attention, [windowed_args(), windowed_args(1, 1, 1, 2), windowed_args(2, 2, 9)]),
     "write_slots": (

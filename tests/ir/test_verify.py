@@ -103,7 +103,7 @@ BREAKAGES = {
     "state_of_another_dtype": (lambda p: take_a_state(p, "other_dtype"), "every state taken is returned"),
     "state_of_another_rank": (lambda p: take_a_state(p, "other_rank"), "every state taken is returned"),
     "unknown_state": (take_an_unknown_state, "every state taken is returned"),
-    "drop_without_an_entry": (drop_without_an_entry, "states that drop tokens have the entry that does it"),
+    "drop_without_an_entry": (drop_without_an_entry, "states that tokens leave have the entries that move them"),
 }
 
 

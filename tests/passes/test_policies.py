@@ -69,7 +69,12 @@ def run_steps(policy, at, parts, calls, capacity=64, sinks=None):
 
 
 def test_every_policy_file_is_registered_under_its_name():
-    names = {module.name for module in pkgutil.iter_modules(policies.__path__)} - {"base", "cache", "evicting"}
+    names = {module.name for module in pkgutil.iter_modules(policies.__path__)} - {
+        "base",
+        "cache",
+        "evicting",
+        "storing",
+    }
     assert {name.replace("-", "_") for name in POLICIES} == names
     for name, policy in POLICIES.items():
         module = importlib.import_module(f"jettison.passes.policies.{name.replace('-', '_')}")
