@@ -120,11 +120,11 @@ class EvictingPolicy(Policy):
         """
         budget, age = self.budget, cached.age
         importance = self.importance(cached).masked_fill(age < 1, -torch.inf)
-        kept = importance.topk(budget, -1, sorted=False).indices.sort(-1).values
         slots = torch.arange(age.shape[2], device=age.device)
-        is_kept = torch.zeros_like(age).scatter(-1, kept, 1)
+        is_kept = _largest(importance, budget)
+        kept = _in_front(is_kept).narrow(-1, 0, budget)
         # Kept slots first, then holes, each in order: beside `kept`, whose last ones lie behind the first slots.
-        targets = (slots - is_kept * age.shape[2]).narrow(-1, 0, budget).sort(-1).indices
+        targets = _in_front(is_kept.narrow(-1, 0, budget))
         if in_order:
             targets = slots.narrow(0, 0, budget).expand(kept.shape)
         new = {}
@@ -137,3 +137,20 @@ class EvictingPolicy(Policy):
         for short, values in per_slot.items():
             new[short] = torch.zeros_like(values).scatter(-1, targets, values.gather(-1, kept))
         return new
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Which are the `count` largest along the last dimension, as ones; of equals the first.
+
+    Kernels differ in which of equals they return, and a max pool makes equals of neighbours.
+    """
+    least = values.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
+    more, equal = (values > least).to(torch.int64), (values == least).to(torch.int64)
+    missing = count - more.sum(-1, keepdim=True)
+    return more + equal * (equal.cumsum(-1) <= missing)
+
+
+def _in_front(marks: Tensor) -> Tensor:
+    """Indices along the last dimension: of the ones first, then of the zeros, each in order."""
+    indices = torch.arange(marks.shape[-1], device=marks.device)
+    return (indices - marks * marks.shape[-1]).sort(-1).indices

@@ -25,6 +25,7 @@ from jettison.runtime.tokenizer import load_tokenizer
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.source import open_source
 from tests.codegen.running import emit
+from tests.runtime.long_generation import assert_same_tokens
 from tests.runtime.masked_oracle import RecordingSession, masked_logits
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
@@ -103,11 +104,14 @@ def compare(name, policy, target, prompts, steps, chunk=48):
     return session
 
 
+EMITTED = [("tiny-llama/2", POLICIES[index]) for index in (0, 4, 5)]
+EMITTED += [("tiny-opt/2", POLICIES[index]) for index in (1, 3, 6)]
+
+
 @pytest.mark.parametrize(
     ("name", "policy", "target"),
     [(name, policy, "torch") for name in ("tiny-llama", "tiny-opt") for policy in POLICIES]
-    + [("tiny-llama/2", POLICIES[index], "onnx") for index in (0, 4, 5)]
-    + [("tiny-opt/2", POLICIES[index], "onnx") for index in (1, 3, 6)],
+    + [(*emitted, "onnx") for emitted in EMITTED],
 )
 def test_decoding_is_a_full_cache_with_dropped_keys_masked(name, policy, target):
     batch = compare(name, policy, target, rows(name), steps=20)
@@ -117,6 +121,11 @@ def test_decoding_is_a_full_cache_with_dropped_keys_masked(name, policy, target)
     alone = compare(name, policy, target, rows(name)[:1], steps=20)
     assert alone.seen[0] == batch.seen[0], "a row keeps the same tokens alone and in a batch"
     assert min(len(head) for layer in alone.seen[0][-1] for head in layer) < len(rows(name)[0])
+
+
+@pytest.mark.parametrize(("name", "policy"), EMITTED)
+def test_both_targets_generate_the_same_tokens(name, policy):
+    assert_same_tokens(name, *(executor(name, policy, target) for target in ("torch", "onnx")))
 
 
 def test_the_oracle_notices_a_wrong_key():
