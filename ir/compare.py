@@ -257,12 +257,17 @@ class _Cache:
                 inputs = {kept.mask: self._ones(self.held[name]), "token_count": torch.full((self.batch,), seen)}
                 for layer in kept.layers:
                     self._run(name, kept, layer, inputs)
+                for storage in self.program.storages.values():
+                    if storage.takes_dropped and storage.retention == name:
+                        self._store(storage, kept.budget)
                 self.held[name] = kept.budget
         for storage in self.program.storages.values():
-            if is_prompt or self.held[storage.retention] >= storage.residual:
-                self._store(storage)
+            is_full = self.held[storage.retention] >= storage.residual
+            if not storage.takes_dropped and (is_prompt or is_full):
+                self._store(storage, 0)
 
-    def _store(self, storage: Storage) -> None:
+    def _store(self, storage: Storage, start: int) -> None:
+        """Compress tokens from a slot on, and free their slots."""
         kept, held, filled = (
             self.program.retentions[storage.retention], self.held[storage.retention], self.filled[storage.name]
         )  # fmt: skip
@@ -273,13 +278,18 @@ class _Cache:
         slots = torch.arange(filled, filled + count).repeat(self.batch, 1)
         for layer in kept.layers:
             key, value = (
-                self.states[state_name(layer, short)][:, :, :moved].unflatten(2, (count, storage.tokens))
+                self.states[state_name(layer, short)][:, :, start : start + moved].unflatten(2, (count, storage.tokens))
                 for short in ("key", "value")
             )
             self._run(storage.name, kept, layer, {"new_key": key, "new_value": value, "stored_slots": slots})
         for name, state in self.program.states.items():
             if kept.name in state.shape:
-                self.states[name] = self.states[name].roll(-moved, state.shape.index(kept.name))
+                axis = state.shape.index(kept.name)
+                before, _, after = self.states[name].split_with_sizes(
+                    [start, moved, self.states[name].shape[axis] - start - moved], axis
+                )
+                empty = before.new_zeros(state.sizes(self.batch, moved))
+                self.states[name] = torch.cat([before, after, empty], axis)
         self.held[kept.name], self.filled[storage.name] = held - moved, filled + count
 
     def _run(self, entry: str, kept: Retention, layer: int, inputs: Mapping[str, Tensor]) -> None:

@@ -74,7 +74,7 @@ class Retention:
 class Storage:
     """States that hold tokens in a compressed form, and the entries that compress and decompress them.
 
-    The oldest tokens of a `Retention` move there and leave their slots; they are attended to all the same.
+    Tokens of a `Retention` move there and leave their slots; they are attended to all the same.
 
     Attributes:
         name: Of the entry that compresses, `store` or `store_N`; also the size of the states' slots. It takes these
@@ -87,6 +87,7 @@ class Storage:
         tokens: Tokens of a slot.
         keep: Tokens that are not moved, the newest ones.
         residual: Slots that the retention has between two calls: when all of them are taken, tokens move.
+        takes_dropped: Whether it takes what the retention's entry left behind the budget instead of the oldest tokens.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Storage:
     tokens: int
     keep: int
     residual: int
+    takes_dropped: bool = False
 
     def moving(self, held: int) -> int:
         """How many slots are filled when a row holds so many tokens in full precision."""
@@ -115,9 +117,10 @@ def slot_counts(
     """
     counts = {"capacity": capacity} | {kept.name: kept.slots(capacity, prompt) for kept in retentions}
     for storage in storages:
-        held = counts[storage.retention]
+        held = capacity if storage.takes_dropped else counts[storage.retention]
         counts[storage.name] = storage.moving(held)
-        counts[storage.retention] = min(held, storage.residual)
+        if not storage.takes_dropped:
+            counts[storage.retention] = min(held, storage.residual)
     return counts
 
 

@@ -135,7 +135,7 @@ def program_text(program: Program, *, by_identity: bool = False) -> str:
     for name, storage in program.storages.items():
         lines.append(
             f"storage {name}: of {storage.retention} {storage.count} tokens={storage.tokens} keep={storage.keep} "
-            f"residual={storage.residual}"
+            f"residual={storage.residual} takes={'dropped' if storage.takes_dropped else 'oldest'}"
         )
     namer = _Namer()
     for name, entry in program.entries.items():

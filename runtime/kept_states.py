@@ -82,7 +82,12 @@ class SlottedStates:
         """
         for name in self._declared:
             self._axis(name, states[name], 0, count).copy_(self._axis(name, states[name], by, count).clone())
-            self._axis(name, states[name], count, by).zero_()
+        self.clear(states, count, by)
+
+    def clear(self, states: Mapping[str, Tensor], start: int, count: int) -> None:
+        """Empty some slots."""
+        for name in self._declared:
+            self._axis(name, states[name], start, count).zero_()
 
     def _axis(self, name: str, tensor: Tensor, start: int, count: int) -> Tensor:
         return tensor.narrow(self._axes[name], start, count)
@@ -148,23 +153,35 @@ class KeptStates(SlottedStates):
             given[self.stored.storage.count] = torch.zeros_like(filled) if is_prompt else filled
         return given
 
-    def drop(self, executor: Executor, row: int, token_count: int, states: Mapping[str, Tensor]) -> None:
-        """Run the entry that drops tokens on a row.
+    def drop(
+        self,
+        executor: Executor,
+        row: int,
+        token_count: int,
+        states: Mapping[str, Tensor],
+        compressed: Mapping[str, Tensor],
+    ) -> None:
+        """Run the entry that drops tokens on a row, or that puts them behind the budget to be compressed.
 
         Args:
             executor: What runs it.
             row: Which row.
             token_count: Tokens that it has seen.
             states: Every state, of this row alone; updated in place.
+            compressed: Compressed states of this row alone; updated in place.
         """
-        assert self.retention.budget is not None, "only retentions with a budget drop"
+        budget = self.retention.budget
+        assert budget is not None, "only retentions with a budget drop"
         inputs = {
             self.retention.mask: torch.ones(1, self.held[row], dtype=torch.int64),
             "token_count": torch.tensor([token_count]),
         }
         for layer in self.retention.layers:
             self._run(executor, self.retention.name, layer, inputs, states)
-        self.held[row] = self.retention.budget
+        if self.stored is not None and self.stored.storage.takes_dropped:
+            self._compress(executor, row, states, compressed, budget, self.held[row] - budget)
+            self.clear(states, budget, self.held[row] - budget)
+        self.held[row] = budget
 
     def store(
         self, executor: Executor, row: int, states: Mapping[str, Tensor], compressed: Mapping[str, Tensor]
@@ -178,20 +195,33 @@ class KeptStates(SlottedStates):
             compressed: Compressed states of this row alone; updated in place.
         """
         assert self.stored is not None, "only retentions with a storage store"
+        storage = self.stored.storage
+        moved = storage.moving(self.held[row]) * storage.tokens
+        if moved:
+            self._compress(executor, row, states, compressed, 0, moved)
+            self.held[row] -= moved
+            self.shift(states, moved, self.held[row])
+
+    def _compress(
+        self,
+        executor: Executor,
+        row: int,
+        states: Mapping[str, Tensor],
+        compressed: Mapping[str, Tensor],
+        start: int,
+        tokens: int,
+    ) -> None:
+        """Compress what some slots hold."""
+        assert self.stored is not None, "only retentions with a storage compress"
         storage, filled = self.stored.storage, self.stored.filled[row]
-        count = storage.moving(self.held[row])
-        if not count:
-            return
-        moved = count * storage.tokens
+        count = tokens // storage.tokens
         inputs = {"stored_slots": torch.arange(filled, filled + count)[None]}
         for layer in self.retention.layers:
             for short in ("key", "value"):
-                tokens = states[state_name(layer, short)][:, :, :moved]
-                inputs[f"new_{short}"] = tokens.unflatten(2, (count, storage.tokens)).contiguous()
+                given = states[state_name(layer, short)][:, :, start : start + tokens]
+                inputs[f"new_{short}"] = given.unflatten(2, (count, storage.tokens)).contiguous()
             self._run(executor, storage.name, layer, inputs, compressed)
-        self.held[row] -= moved
         self.stored.filled[row] += count
-        self.shift(states, moved, self.held[row])
 
     def load(
         self, executor: Executor, row: int, compressed: Mapping[str, Tensor], states: Mapping[str, Tensor]

@@ -147,7 +147,9 @@ class Session:
             retention, needed = kept.retention, []
             for row, count in enumerate(new):
                 left = self.capacity - self.lengths[row] - count
-                held = kept.held[row] + kept.stored_tokens(row) + count
+                held = kept.held[row] + count
+                if kept.stored is not None and not kept.stored.storage.takes_dropped:
+                    held += kept.stored_tokens(row)
                 if retention.budget is None:
                     needed.append(held + left)
                 elif retention.every is not None:
@@ -156,11 +158,11 @@ class Session:
                     needed.append(min(held, retention.budget) + left)
                 else:
                     needed.append(held + left)
-            if kept.stored is None:
-                kept.reserve(max(needed))
-            else:
-                kept.reserve(min(max(needed), kept.stored.storage.residual))
-                kept.stored.reserve(kept.stored.storage.moving(max(needed)))
+            storage = None if kept.stored is None else kept.stored.storage
+            if storage is not None and kept.stored is not None:
+                kept.stored.reserve(storage.moving(self.capacity if storage.takes_dropped else max(needed)))
+            takes_oldest = storage is not None and not storage.takes_dropped
+            kept.reserve(min(max(needed), storage.residual) if takes_oldest and storage else max(needed))
 
     def _prefill_row(self, index: int, row: Sequence[int], every: bool = False) -> Tensor:
         own = self._row_states(index)
@@ -173,7 +175,9 @@ class Session:
                 states |= kept.stored.allocate(1, 0)
             if kept.held[index] + loaded + len(row) <= kept.slots and not loaded:
                 continue
-            at_once = len(row) if kept.retention.every is None else min(len(row), self.prefill_chunk)
+            # Where nothing is compressed, a long prompt is dropped from as it comes.
+            is_dropped_late = kept.retention.every is None or kept.stored is not None
+            at_once = len(row) if is_dropped_late else min(len(row), self.prefill_chunk)
             states |= kept.allocate(1, max(kept.held[index] + loaded, budget or 0) + at_once)
             kept.copy(own, states, kept.held[index], into=loaded)
             if loaded:
@@ -189,10 +193,12 @@ class Session:
                 retention, held = kept.retention, kept.held[index]
                 if retention.budget is None or held <= retention.budget:
                     continue
-                if is_last or retention.every is not None:
-                    if kept.stored is not None:  # all that is kept is compressed anew
+                if is_last or (retention.every is not None and kept.stored is None):
+                    if kept.stored is not None and not kept.stored.storage.takes_dropped:
+                        # All that is kept is compressed anew.
                         staged[kept] = kept.stored.filled[index] = 0
-                    kept.drop(self.executor, index, self.lengths[index], states)
+                    self._strip(kept, index, states, staged.pop(kept, 0))
+                    kept.drop(self.executor, index, self.lengths[index], states, own)
         for kept in self.kept:
             self._put_back(kept, index, states, own, staged.get(kept, 0))
         return torch.cat(pieces, 1) if every else pieces[-1]
@@ -209,24 +215,28 @@ class Session:
             own: Of this row in the session.
             loaded: How many of the first tokens are in compressed form already.
         """
-        if loaded:
-            kept.held[row] -= loaded
-            kept.shift(states, loaded, kept.held[row])
-        if kept.stored is not None:
+        self._strip(kept, row, states, loaded)
+        if kept.stored is not None and not kept.stored.storage.takes_dropped:
             kept.store(self.executor, row, states, own)
         if states[kept.names[0]] is not own[kept.names[0]]:
             kept.copy(states, own, kept.held[row])
+
+    def _strip(self, kept: KeptStates, row: int, states: Mapping[str, Tensor], loaded: int) -> None:
+        """Take the first tokens out of a row's slots: they were there for a prompt only."""
+        if loaded:
+            kept.held[row] -= loaded
+            kept.shift(states, loaded, kept.held[row])
 
     def _free_slots(self, row: int) -> None:
         """Drop or compress tokens of a row where it has no slot for another one."""
         states = self._row_states(row)
         for kept in self.kept:
             retention, held = kept.retention, kept.held[row]
-            if kept.stored is not None:
+            if kept.stored is not None and not kept.stored.storage.takes_dropped:
                 if held == kept.stored.storage.residual:
                     kept.store(self.executor, row, states, states)
             elif retention.budget is not None and held == retention.budget + (retention.every or self.context):
-                kept.drop(self.executor, row, self.lengths[row], states)
+                kept.drop(self.executor, row, self.lengths[row], states, states)
 
     def _row_states(self, row: int) -> dict[str, Tensor]:
         return {name: state[row : row + 1] for name, state in self.states.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jettison.ir import ops
 from jettison.ir.ops.attention import attend
+from jettison.ir.ops.joint_attention import joint_visible
 from jettison.ir.ops.windowed_attention import resident_tokens
 from jettison.ir.ops.write_slots import write_slots_
 
@@ -106,9 +107,7 @@ def attend_both(
     )
     if found.first == found.last and bool((stored_tokens == most).all()):
         return _attend_all(query, keys, values, scale)
-    stored_part = torch.arange(most) < stored_tokens[:, None]
-    recent = torch.arange(found.last + 1) <= found.slots[:, :, None]
-    visible = torch.cat([stored_part[:, None].expand(-1, query.shape[2], -1), recent], 2)
+    visible = joint_visible(most, stored_tokens, found.last + 1, found.slots)
     return attend(query, keys, values, visible, None, scale, 0.0)
 
 

@@ -21,6 +21,7 @@ from jettison.ir.ops import (
     joint_attention,
     rotary_embedding,
     scored_attention,
+    scored_joint_attention,
     windowed_attention,
     write_slots,
 )
@@ -28,7 +29,8 @@ from jettison.ir.ops import (
 aten = torch.ops.aten
 # What onnxruntime 1.31 asks for on a CPU: D of any call, D of a call that rotates, and width of the angle tables.
 HEAD_DIM_MULTIPLE, ROTATED_HEAD_DIM_MULTIPLE, ANGLES_MULTIPLE = 8, 16, 8
-_OVER_SLOTS = (attention, joint_attention, scored_attention)
+_JOINT = (joint_attention, scored_joint_attention)
+_OVER_SLOTS = (attention, scored_attention, *_JOINT)
 _PROBABILITIES = 2  # of `qk_output`: what the operator returns beside the usual
 
 
@@ -57,7 +59,7 @@ class RowLengths:
 def is_cached(node: fx.Node) -> bool:
     """Whether an attention node reads keys and values right out of two slot writes at its own positions."""
     operands = arguments(node)
-    if is_call(node, joint_attention):
+    if is_call(node, *_JOINT):
         slots, is_plain = operands["slots"], True
     else:
         slots = operands["query_positions"]
@@ -268,7 +270,7 @@ def rotated_operands(node: fx.Node) -> RotatedOperands | None:
         None if the kernel does not rotate heads of this size.
     """
     # Of the stored keys, the queries must be rotated where they are read.
-    if is_call(node, joint_attention):
+    if is_call(node, *_JOINT):
         return None
     query, key = node.args[0], node.args[1].args[1]
     if not is_call(query, rotary_embedding) or not is_call(key, rotary_embedding) or query.args[1:] != key.args[1:]:

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from jettison.codegen.onnx.functions import call, define
 from jettison.codegen.onnx.written_attention import attend
-from jettison.ir.ops.attention import visible_keys
+from jettison.ir.ops.joint_attention import joint_visible
 
-# Rows of queries: those of a key head, then the tokens of the call. Where a slot is not to be seen, the lowest score.
-define("JointAttention", """
-JointAttention <scale, kv_heads> (
-    attended, query, stored_key, stored_value, stored_tokens, key, value, slots
-) => (out)
-{
+_INPUTS = "attended, query, stored_key, stored_value, stored_tokens, key, value, slots"
+
+
+def _function(name: str, inputs: str, outputs: str, then: tuple[str, str], otherwise: tuple[str, str]) -> str:
+    """Text of a function; `then` and `otherwise` are the outputs of a branch and what computes the last of them."""
+    # Rows of queries: those of a key head, then the tokens of the call. A slot that is not to be seen gets the lowest
+    # score.
+    return f"""
+{name} <scale, kv_heads> ({inputs}) => ({outputs})
+{{
     factor = Constant <value_float: float = @scale> ()
     key_heads = Constant <value_int: int = @kv_heads> ()
     zero = Constant <value_ints = [0]> ()
@@ -32,8 +36,8 @@ JointAttention <scale, kv_heads> (
     lowest = Constant <value_float = -3.4028234e38> ()
     most = ReduceMax <keepdims = 0> (stored_tokens)
     is_stored = Greater (most, first)
-    out = If (is_stored) <
-        then_branch = over_both () => (joint) {
+    {outputs} = If (is_stored) <
+        then_branch = over_both () => ({then[0]}) {{
             head_dim = Shape <start = 3> (query)
             heads = Shape <start = 1, end = 2> (query)
             key_heads_1 = Reshape (key_heads, one)
@@ -77,17 +81,32 @@ JointAttention <scale, kv_heads> (
             by_token = Transpose <perm = [0, 2, 1, 3]> (by_head)
             flat_shape = Shape (attended)
             joint = Reshape (by_token, flat_shape)
-        },
-        else_branch = over_one () => (alone) { alone = Identity (attended) }
+            {then[1]}
+        }},
+        else_branch = over_one () => ({otherwise[0]}) {{
+            alone = Identity (attended)
+            {otherwise[1]}
+        }}
     >
-}
-""")  # fmt: skip
+}}
+"""
+
+
+define("JointAttention", _function("JointAttention", _INPUTS, "out", ("joint", ""), ("alone", "")))
+define(
+    "ScoredJointAttention",
+    _function(
+        "ScoredJointAttention", f"{_INPUTS}, received_alone", "out, received",
+        ("joint, of_rows", "of_rows = ReduceSum <keepdims = 0> (own_weights, two)"),
+        ("alone, of_one", "of_one = Identity (received_alone)"),
+    ),
+)  # fmt: skip
 
 
 def over_both(
-    attended: Tensor, query: Tensor, stored: tuple[Tensor, Tensor, Tensor], key: Tensor, value: Tensor, slots: Tensor,
-    scale: float,
-) -> Tensor:  # fmt: skip
+    attended: Tensor, query: Tensor, stored: tuple[Tensor, ...], key: Tensor, value: Tensor, slots: Tensor,
+    scale: float, received: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """A call of the function.
 
     Args:
@@ -98,13 +117,18 @@ def over_both(
         value: `[B, Hkv, C, D]`.
         slots: `[B, S] i64`.
         scale: Factor on the scores.
+        received: `[B, Hkv, C] f32`, what each slot received from attention over `key` and `value` alone; or None.
 
     Returns:
-        `[B, S, H * D]`.
+        `[B, S, H * D]`, and if `received` was given, what each slot received.
     """
     attributes = {"scale": scale, "kv_heads": key.shape[1]}
     operands = (attended, query, *stored, key, value, slots)
-    return call("JointAttention", operands, attributes, [(attended.dtype, tuple(attended.shape))])[0]
+    types = [(attended.dtype, tuple(attended.shape))]
+    if received is None:
+        return tuple(call("JointAttention", operands, attributes, types))
+    types.append((received.dtype, tuple(received.shape)))
+    return tuple(call("ScoredJointAttention", (*operands, received), attributes, types))
 
 
 def joint_attention(
@@ -112,8 +136,17 @@ def joint_attention(
     slots: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
     """`jettison::joint_attention` for shapes that `GroupQueryAttention` refuses: always over both parts."""
-    stored = torch.arange(stored_key.shape[2])[None] < stored_tokens[:, None]
-    recent = visible_keys(slots, torch.arange(key.shape[2])[None], None, True, 0)
-    visible = torch.cat([stored[:, None].expand(-1, query.shape[2], -1), recent], 2)
+    return scored_joint_attention(query, stored_key, stored_value, stored_tokens, key, value, slots, scale)[0]
+
+
+def scored_joint_attention(
+    query: Tensor, stored_key: Tensor, stored_value: Tensor, stored_tokens: Tensor, key: Tensor, value: Tensor,
+    slots: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`jettison::scored_joint_attention` likewise."""
+    visible = joint_visible(stored_key.shape[2], stored_tokens, key.shape[2], slots)
     keys, values = torch.cat([stored_key, key], 2), torch.cat([stored_value, value], 2)
-    return attend(query, keys, values, visible, None, scale, 0.0)[0]
+    out, weights = attend(query, keys, values, visible, None, scale, 0.0)
+    # Not as a slice, whose start the exporter would want to know.
+    own = stored_key.shape[2] + torch.arange(key.shape[2])
+    return out, weights.sum((2, 3)).index_select(2, own)

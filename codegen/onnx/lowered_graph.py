@@ -271,7 +271,8 @@ class LoweredGraph(nn.Module):
         query, key = (operands["query"], key_write.args[1]) if rotation is None else rotation[:2]
         heads = query.meta["val"].shape[1]
         sinks = operands.get("sinks")
-        is_scored, is_joint = is_call(node, ops.scored_attention), is_call(node, ops.joint_attention)
+        is_scored = is_call(node, ops.scored_attention, ops.scored_joint_attention)
+        is_joint = is_call(node, ops.joint_attention, ops.scored_joint_attention)
         slots = operands["slots" if is_joint else "query_positions"]
         lengths = self._row_lengths(slots, environment)
         out, new_key, new_value, *probabilities = group_query_attention(
@@ -288,15 +289,16 @@ class LoweredGraph(nn.Module):
             softcap=operands.get("softcap", 0.0),
             is_scored=is_scored,
         )
+        each_received = received(probabilities[0], lengths.mask, new_key) if is_scored else None
         if is_joint:
             stored = tuple(environment[operands[f"stored_{part}"]] for part in ("key", "value", "tokens"))
-            out = over_both(
-                out, environment[operands["query"]], stored, new_key, new_value, environment[slots], operands["scale"]
-            )
+            read = environment[operands["query"]], stored, new_key, new_value, environment[slots]
+            out, *scored = over_both(out, *read, operands["scale"], each_received)
+            each_received = scored[0] if is_scored else None
         by_head, attended = out.unflatten(2, (heads, -1)).transpose(1, 2), node
         environment[node] = by_head
-        if is_scored:
-            environment[node] = (by_head, received(probabilities[0], lengths.mask, new_key))
+        if each_received is not None:
+            environment[node] = (by_head, each_received)
             attended = next(part for part in node.users if part.args[1] == 0)
         environment.update(dict.fromkeys(flat_readers(attended), out))
         environment[key_write], environment[value_write] = new_key, new_value

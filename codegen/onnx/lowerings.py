@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.onnx.ops import rotary_embedding as onnx_rotary_embedding
 from torch.onnx.ops import symbolic
 
-from jettison.codegen.onnx.joint_attention import joint_attention
+from jettison.codegen.onnx.joint_attention import joint_attention, scored_joint_attention
 from jettison.codegen.onnx.quantized_slots import dequantize_slots, quantize_slots
 from jettison.codegen.onnx.written_attention import (
     attention,
@@ -97,6 +97,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.quantized_linear: quantized_linear,
     ops.rotary_embedding: rotary_embedding,
     ops.scored_attention: scored_attention,
+    ops.scored_joint_attention: scored_joint_attention,
     ops.windowed_attention: windowed_attention,
     ops.write_slots: write_slots,
 }

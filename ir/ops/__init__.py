@@ -2,7 +2,7 @@
 
 from jettison.ir.ops.attention import attention
 from jettison.ir.ops.gated_activation import gated_activation
-from jettison.ir.ops.joint_attention import joint_attention
+from jettison.ir.ops.joint_attention import joint_attention, scored_joint_attention
 from jettison.ir.ops.next_slots import next_slots
 from jettison.ir.ops.quantize_slots import dequantize_slots, quantize_slots
 from jettison.ir.ops.quantized_embedding import quantized_embedding
@@ -23,6 +23,7 @@ __all__ = [
     "quantized_linear",
     "rotary_embedding",
     "scored_attention",
+    "scored_joint_attention",
     "windowed_attention",
     "write_slots",
 ]

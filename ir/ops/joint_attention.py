@@ -9,6 +9,25 @@ from jettison.ir.ops.attention import attend, visible_keys
 from jettison.ir.ops.registration import define_op
 
 
+def joint_visible(
+    stored: int | torch.SymInt, stored_tokens: Tensor, recent: int | torch.SymInt, slots: Tensor
+) -> Tensor:
+    """Which token each query sees: all that are stored, and the slots up to its own.
+
+    Args:
+        stored: T.
+        stored_tokens: `[B] i64`.
+        recent: C.
+        slots: `[B, S] i64`.
+
+    Returns:
+        `[B, S, T + C] bool`.
+    """
+    is_stored = torch.arange(stored, device=slots.device) < stored_tokens[:, None]
+    is_recent = visible_keys(slots, torch.arange(recent, device=slots.device)[None], None, True, 0)
+    return torch.cat([is_stored[:, None].expand(-1, slots.shape[1], -1), is_recent], 2)
+
+
 def _joint_attention(
     query: Tensor,
     stored_key: Tensor,
@@ -36,11 +55,8 @@ def _joint_attention(
     """
     if not stored_key.shape[2] or not int(stored_tokens.max()):
         return torch.ops.jettison.attention(query, key, value, slots, None, None, None, scale, True, 0, 0.0)
-    indices = torch.arange(stored_key.shape[2], device=query.device)
-    stored = (indices < stored_tokens[:, None])[:, None].expand(-1, query.shape[2], -1)
-    recent = visible_keys(slots, torch.arange(key.shape[2], device=query.device)[None], None, True, 0)
-    visible = torch.cat([stored, recent], 2)
     keys, values = torch.cat([stored_key, key], 2), torch.cat([stored_value, value], 2)
+    visible = joint_visible(stored_key.shape[2], stored_tokens, key.shape[2], slots)
     return attend(query, keys, values, visible, None, scale, 0.0).contiguous()
 
 
@@ -62,4 +78,54 @@ joint_attention = define_op(
     "Tensor value, Tensor slots, float scale) -> Tensor",
     _joint_attention,
     _fake_joint_attention,
+)
+
+
+def _scored_joint_attention(
+    query: Tensor,
+    stored_key: Tensor,
+    stored_value: Tensor,
+    stored_tokens: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`jettison::joint_attention`, and what each of the C slots received; see there, and `jettison::scored_attention`.
+
+    Returns:
+        `[B, H, S, D]`, and `[B, Hkv, C] f32`.
+    """
+    plain = torch.ops.jettison.scored_attention
+    if not stored_key.shape[2] or not int(stored_tokens.max()):
+        return plain(query, key, value, slots, None, None, None, scale, True, 0, 0.0)
+    stored = stored_key.shape[2]
+    keys, values = torch.cat([stored_key, key], 2), torch.cat([stored_value, value], 2)
+    visible = joint_visible(stored, stored_tokens, key.shape[2], slots)[:, None, None]
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    scores = torch.matmul(grouped.float(), keys.float().unsqueeze(2).transpose(3, 4)) * scale
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
+    out = torch.matmul(weights.to(values.dtype), values.unsqueeze(2)).flatten(1, 2)
+    return out.to(query.dtype).contiguous(), weights[..., stored:].sum((2, 3))
+
+
+def _fake_scored_joint_attention(
+    query: Tensor,
+    stored_key: Tensor,
+    stored_value: Tensor,
+    stored_tokens: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
+    return out, query.new_empty(query.shape[0], key.shape[1], key.shape[2], dtype=torch.float32)
+
+
+scored_joint_attention = define_op(
+    "scored_joint_attention(Tensor query, Tensor stored_key, Tensor stored_value, Tensor stored_tokens, Tensor key, "
+    "Tensor value, Tensor slots, float scale) -> (Tensor, Tensor)",
+    _scored_joint_attention,
+    _fake_scored_joint_attention,
 )

@@ -82,9 +82,11 @@ def slot_counts(manifest: Mapping[str, Any], capacity: int, new_tokens: int = 0)
         added = new_tokens if kept["every"] is None else kept["every"]
         counts[kept["name"]] = capacity if kept["budget"] is None else min(context, kept["budget"] + added)
     for storage in manifest.get("storages", []):
-        held = counts[storage["retention"]]
-        counts[storage["name"]] = Storage(**storage).moving(held)
-        counts[storage["retention"]] = min(held, storage["residual"])
+        known = Storage(**storage)
+        held = known.keep + capacity if known.takes_dropped else counts[known.retention]
+        counts[known.name] = known.moving(held)
+        if not known.takes_dropped:
+            counts[known.retention] = min(held, known.residual)
     return counts
 
 

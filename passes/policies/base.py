@@ -113,15 +113,17 @@ class Step:
     def attend(self, key: Tensor, value: Tensor) -> Tensor:
         """Attention of this call's queries over the slots up to their own, and over what is stored."""
         if self.stored is not None:
-            stored = self.stored
-            return torch.ops.jettison.joint_attention(
-                self.query, stored.key, stored.value, stored.tokens, key, value, self.slots, self.site.scale
-            )
+            return torch.ops.jettison.joint_attention(*self._joint_operands(self.stored, key, value))
         return torch.ops.jettison.attention(*self._operands(key, value))
 
     def attend_scored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and what each slot received from all queries of its key head, `[B, Hkv, C] f32`."""
+        if self.stored is not None:
+            return torch.ops.jettison.scored_joint_attention(*self._joint_operands(self.stored, key, value))
         return torch.ops.jettison.scored_attention(*self._operands(key, value))
+
+    def _joint_operands(self, stored: Stored, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+        return self.query, stored.key, stored.value, stored.tokens, key, value, self.slots, self.site.scale
 
     def _operands(self, key: Tensor, value: Tensor) -> tuple[Any, ...]:
         site = self.site

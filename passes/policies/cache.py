@@ -39,6 +39,8 @@ class LayerPolicy:
         """Of one policy, or of one that drops and one that compresses what is kept."""
         drops = next((policy for policy in policies if isinstance(policy, EvictingPolicy)), None)
         stores = next((policy for policy in policies if isinstance(policy, StoringPolicy)), None)
+        if drops is not None and drops.demotes is not None:
+            stores = drops.demotes
         return cls(policies[0], drops, stores)
 
     @property
@@ -89,7 +91,7 @@ class Cache:
         if stores is not None:
             storage = Storage(
                 f"store{suffix}", f"load{suffix}", name, f"stored_count{suffix}", stores.granule, stores.keep,
-                stores.residual,
+                stores.residual, drops is not None and drops.demotes is not None,
             )  # fmt: skip
             cache.storage = storage, edit.input(storage.count, edit.dynamic_tensor([batch], torch.int64))
         return cache
@@ -175,7 +177,8 @@ class Cache:
             self._add_dropping(program, made_by, self.policy.drops, site, own)
         if stores is not None and self.storage is not None:
             program.storages[self.storage[0].name] = self.storage[0]
-            self._add_storing(program, made_by, stores, site, {short: names[short] for short in stored})
+            taken = {short: names[short] for short in (*stored, *stores.reads)}
+            self._add_storing(program, made_by, stores, site, taken)
 
     def _new_entry(self, program: Program, name: str, made_by: str) -> Edit:
         graph = fx.Graph()
@@ -191,12 +194,13 @@ class Cache:
         nodes = {short: edit.state(program.states[name], self.examples[name]) for short, name in names.items()}
         mask = edit.input(self.retention.mask, self.mask.meta["val"])
         count = edit.input(TOKEN_COUNT, edit.dynamic_tensor([self.mask.meta["val"].shape[0]], torch.int64))
-        # Groups of neighbours are compressed together.
-        in_order = self.storage is not None
 
         def drop(mask: Tensor, count: Tensor, *values: Tensor) -> dict[str, Tensor]:
-            states = dict(zip(names, values, strict=True))
-            return policy.drop(Cached(site, states, mask.sum(1), count), in_order=in_order)
+            cached = Cached(site, dict(zip(names, values, strict=True)), mask.sum(1), count)
+            if policy.demotes is not None:
+                return policy.split(cached)
+            # Groups of neighbours are compressed together.
+            return policy.drop(cached, in_order=self.storage is not None)
 
         with edit.before(output_node(edit.entry)):
             new = edit.inline(drop, mask, count, *nodes.values())
@@ -209,9 +213,11 @@ class Cache:
         storage, batch = self.storage[0], self.mask.meta["val"].shape[0]
 
         def compress(key: Tensor, value: Tensor, slots: Tensor, *values: Tensor) -> list[Tensor]:
-            new = policy.compress(site, key, value)
             states = dict(zip(names, values, strict=True))
-            return [torch.ops.jettison.write_slots(state, new[short], slots) for short, state in states.items()]
+            states |= policy.prepare(states, slots)
+            for short, new in policy.compress(site, key, value, states).items():
+                states[short] = torch.ops.jettison.write_slots(states[short], new, slots)
+            return [*states.values()]
 
         def decompress(*values: Tensor) -> list[Tensor]:
             return [*policy.decompress(site, dict(zip(names, values, strict=True)))]
@@ -230,6 +236,7 @@ class Cache:
         ]
         with edit.before(output_node(edit.entry)):
             edit.set_outputs(edit.inline(compress, *new, slots, *nodes))
+        names = {short: name for short, name in names.items() if short not in policy.reads}
         edit = self._new_entry(program, storage.load, made_by)
         nodes = [edit.state(program.states[name], self.examples[name]) for name in names.values()]
         with edit.before(output_node(edit.entry)):

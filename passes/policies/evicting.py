@@ -22,6 +22,7 @@ from jettison.ir.errors import OptionError
 from jettison.ir.program import State, state_name
 from jettison.passes.options import option
 from jettison.passes.policies.base import AttentionSite, Policy, Step, key_value_states
+from jettison.passes.policies.storing import StoringPolicy
 
 # Slots of the positions, each with one added: zero is empty, and what came after the last dropping is not noted.
 POSITIONS = "positions"
@@ -80,6 +81,11 @@ class EvictingPolicy(Policy):
                 raise OptionError(f"[{self.name}] {name}={number}: needed at least 1.")
 
     @property
+    def demotes(self) -> StoringPolicy | None:
+        """How the tokens that lose their slots are compressed; None if they are gone."""
+        return None
+
+    @property
     def dropped_every(self) -> int | None:
         """Tokens between two droppings while generating; None for no dropping then."""
         return self.every if self.evict == "always" else None
@@ -118,25 +124,38 @@ class EvictingPolicy(Policy):
         Of the tokens to keep, those already in the first slots stay where they are, or with `in_order` all move
         together and keep their order. A row must hold at least as many.
         """
-        budget, age = self.budget, cached.age
-        importance = self.importance(cached).masked_fill(age < 1, -torch.inf)
-        slots = torch.arange(age.shape[2], device=age.device)
-        is_kept = _largest(importance, budget)
-        kept = _in_front(is_kept).narrow(-1, 0, budget)
-        # Kept slots first, then holes, each in order: beside `kept`, whose last ones lie behind the first slots.
-        targets = _in_front(is_kept.narrow(-1, 0, budget))
+        is_kept = self._kept(cached)
+        kept = _in_front(is_kept).narrow(-1, 0, self.budget)
         if in_order:
-            targets = slots.narrow(0, 0, budget).expand(kept.shape)
+            targets = torch.arange(self.budget, device=kept.device).expand(kept.shape)
+        else:  # kept slots first, then holes, each in order: beside `kept`, whose last ones lie behind the first slots
+            targets = _in_front(is_kept.narrow(-1, 0, self.budget))
+        return self._moved(cached, kept, targets)
+
+    def split(self, cached: Cached) -> dict[str, Tensor]:
+        """As `drop`, but the other tokens follow behind the budget, in order, to be compressed from there."""
+        source = _in_front(self._kept(cached))
+        return self._moved(cached, source, torch.arange(source.shape[2], device=source.device).expand(source.shape))
+
+    def _moved(self, cached: Cached, source: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """New states with what some slots `[B, Hkv, N]` held in others, empty where nothing is moved to.
+
+        Everything is read before anything is written: a new state may lie where the old one does.
+        """
         new = {}
         for short in ("key", "value"):
             state = cached.states[short]
-            rows = state.gather(2, kept[..., None].expand(-1, -1, -1, state.shape[3]))
+            rows = state.gather(2, source[..., None].expand(-1, -1, -1, state.shape[3]))
             new[short] = torch.ops.jettison.write_slots(state, rows, targets)
-        per_slot = {short: cached.states[short] for short in self.per_slot}
-        per_slot[POSITIONS] = (cached.positions + 1).to(torch.int32)
-        for short, values in per_slot.items():
-            new[short] = torch.zeros_like(values).scatter(-1, targets, values.gather(-1, kept))
+        values = {short: cached.states[short] for short in self.per_slot}
+        values[POSITIONS] = (cached.positions + 1).to(torch.int32)
+        for short, each in values.items():
+            new[short] = torch.zeros_like(each).scatter(-1, targets, each.gather(-1, source))
         return new
+
+    def _kept(self, cached: Cached) -> Tensor:
+        """Ones for the slots of the `budget` most important tokens, `[B, Hkv, C] i64`."""
+        return _largest(self.importance(cached).masked_fill(cached.age < 1, -torch.inf), self.budget)
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

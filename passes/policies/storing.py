@@ -28,8 +28,9 @@ class StoringPolicy(Policy):
 
     residual: int = option(128, doc="newest tokens in full precision, at most", range="at least 1")
 
-    # What a policy states about keys and values that this one cannot keep.
     bits: ClassVar[int]
+    # States of the policy that drops, which `prepare` reads.
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.residual < 1:
@@ -86,13 +87,18 @@ class StoringPolicy(Policy):
                 states[name] = State(state_name(site.layer, name), shape, dtype)
         return states
 
-    def compress(self, site: AttentionSite, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    def prepare(self, states: dict[str, Tensor], slots: Tensor) -> dict[str, Tensor]:
+        """New values of states that have no slots, before tokens go to `slots [B, N] i64`."""
+        return {}
+
+    def compress(self, site: AttentionSite, key: Tensor, value: Tensor, states: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is stored of some tokens.
 
         Args:
             site: The attention.
             key: `[B, Hkv, N, granule, D]`.
             value: `[B, Hkv, N, granule, Dv]`.
+            states: Of the layer, by short name.
 
         Returns:
             `[B, Hkv, N, width]` by short name.
