@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ pytest.register_assert_rewrite("tests.helpers")
 # pytest attaches a handler to every logger that does not propagate, and torch.export writes its trace as soon as this
 # one has a handler: hundreds of empty lines under every failure, and time in every capture.
 logging.getLogger("torch.__trace").propagate = True
+
+# Tracing makes garbage all the time, and a full collection walks all of torch: a tenth of the suite with the default.
+gc.set_threshold(700, 10, 100)
 
 
 @pytest.fixture(autouse=True)
