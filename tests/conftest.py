@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,9 @@ logging.getLogger("torch.__trace").propagate = True
 gc.set_threshold(700, 10, 100)
 
 
+TINY_LLAMA = Path(__file__).parents[1] / "examples" / "models" / "tiny-llama"
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds what the user prepared, or leaves something in the user's cache."""
@@ -36,3 +43,52 @@ def snapshot(snapshot: SnapshotAssertion) -> SnapshotAssertion:
     from tests.helpers import GoldenText
 
     return snapshot.use_extension(GoldenText)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Make a folder once for all processes of a parallel run."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not (root / f"{name}.done").exists():
+                fill(root / name)
+                (root / f"{name}.done").touch()
+        return root / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_model(once: Callable[..., Path]) -> Path:
+    """A folder with a random model of one layer and the tokenizer of the bundled one: fast to capture."""
+    from tests.cli.running import save_small_model
+
+    def fill(folder: Path) -> None:
+        save_small_model(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TINY_LLAMA / name, folder)
+
+    return once("small-llama", fill)
+
+
+def _optimized(out: Path, passes: str) -> object:
+    import jettison
+
+    return jettison.optimize(TINY_LLAMA, passes).save_pretrained(out)
+
+
+@pytest.fixture(scope="session")
+def onnx_artifact(once: Callable[..., Path]) -> Path:
+    """The bundled model at 4 bits, for ONNX Runtime. Not to be changed."""
+    return once("onnx-int4", lambda out: _optimized(out, "quantize-weights{bits=4,group=32}"))
+
+
+@pytest.fixture(scope="session")
+def onnx_fp32_artifact(once: Callable[..., Path]) -> Path:
+    """The bundled model, unquantised, for ONNX Runtime. Not to be changed."""
+    return once("onnx-fp32", lambda out: _optimized(out, ""))

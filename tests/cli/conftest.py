@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.cli.running")
 
-from tests.cli.running import INT4, INT8_WINDOW, MODEL, Run, optimized, save_small_model  # noqa: E402
+from tests.cli.running import INT8_WINDOW, MODEL, Run, optimized  # noqa: E402
 
 
 @pytest.fixture
@@ -29,46 +28,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Make a folder once for all processes of a parallel run."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-
-    def make(name: str, fill: Callable[[Path], object]) -> Path:
-        with open(root / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-            if not (root / f"{name}.done").exists():
-                fill(root / name)
-                (root / f"{name}.done").touch()
-        return root / name
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def onnx_artifact(once: Callable[..., Path]) -> Path:
-    """The bundled model at 4 bits, for ONNX Runtime. Not to be changed: see `copied`."""
-    return once("onnx-int4", lambda out: optimized(MODEL, out, "--passes", INT4))
-
-
-@pytest.fixture(scope="session")
 def torch_artifact(once: Callable[..., Path]) -> Path:
     """The bundled model at 8 bits with a windowed cache, for torch. Not to be changed."""
     options = ("--passes", INT8_WINDOW, "--target", "torch", "--seed", "3")
     return once("torch-int8", lambda out: optimized(MODEL, out, *options))
-
-
-@pytest.fixture(scope="session")
-def small_model(once: Callable[..., Path]) -> Path:
-    """A folder with a random model of one layer and the tokenizer of the bundled one: fast to capture."""
-
-    def fill(folder: Path) -> None:
-        save_small_model(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(MODEL / name, folder)
-
-    return once("small-llama", fill)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from tests.models.tiny_models import CONTEXT, VOCAB_SIZE, random_ids, tiny_model
 ROOT = Path(__file__).parents[2]
 TINY_LLAMA = ROOT / "examples" / "models" / "tiny-llama"
 PROMPT = "The captain said that"
-INT4 = "quantize-weights{bits=4,group=32}"
 # Of the largest output: fp32 on both sides.
 TOLERANCE, REASON = 1e-4, "fp32 in another order of operations"
 
@@ -45,9 +44,9 @@ def on_torch() -> OptimizedModel:
 
 
 @pytest.fixture(scope="module")
-def on_onnx() -> OptimizedModel:
+def on_onnx(onnx_fp32_artifact: Path) -> OptimizedModel:
     pytest.importorskip("transformers")
-    return jettison.optimize(TINY_LLAMA, allow_spinning=False)
+    return jettison.load(onnx_fp32_artifact, allow_spinning=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +68,9 @@ def test_targets_give_the_same_tokens(on_torch: OptimizedModel, on_onnx: Optimiz
     assert on_torch.report.target == "torch"
 
 
-def test_quantised_activations_cost_little(on_torch: OptimizedModel, tmp_path: Path) -> None:
+def test_quantised_activations_cost_little(on_torch: OptimizedModel, onnx_artifact: Path, tmp_path: Path) -> None:
     """Accuracy level 4, which is emitted, against level 0 of the same weights, on what the model itself writes."""
-    folder = jettison.optimize(TINY_LLAMA, INT4).save_pretrained(tmp_path / "int4")
+    folder = onnx_artifact
     text = on_torch.generate(on_torch.tokenizer.encode(PROMPT), max_new_tokens=300, do_sample=True, seed=1)
     fast = jettison.load(folder, threads=1, allow_spinning=False).session(1, 320).score([text])
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
@@ -394,14 +393,13 @@ def test_several_sequences_of_every_kind_of_prompt(on_torch: OptimizedModel) -> 
         on_torch.generate(PROMPT, num_return_sequences=2)
 
 
-def test_generation_config_may_hold_a_penalty_min_p_and_sequences() -> None:
+def test_generation_config_may_hold_a_penalty_min_p_and_sequences(small: OptimizedModel) -> None:
     model = tiny_model("llama")
-    plain = jettison.optimize(model, target="torch")
     model.generation_config.update(do_sample=True, repetition_penalty=1.5, min_p=0.1, num_return_sequences=2)
     configured = jettison.optimize(model, target="torch")
     asked = {"do_sample": True, "repetition_penalty": 1.5, "min_p": 0.1, "num_return_sequences": 2}
     first = configured.generate([5, 6, 7], max_new_tokens=20, seed=1)
-    assert first == plain.generate([5, 6, 7], max_new_tokens=20, seed=1, **asked)
+    assert first == small.generate([5, 6, 7], max_new_tokens=20, seed=1, **asked)
     assert len(first) == 2
 
 

@@ -77,10 +77,9 @@ def expected_perplexity(log_p: Tensor, windows: list[list[int]], first: int) -> 
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> OptimizedModel:
+def artifact(onnx_fp32_artifact: Path) -> OptimizedModel:
     """The bundled model, unquantised, as an ONNX artifact."""
-    folder = optimize(TINY_LLAMA).save_pretrained(tmp_path_factory.mktemp("unquantised") / "out")
-    return load(folder, threads=1)
+    return load(onnx_fp32_artifact, threads=1)
 
 
 @pytest.fixture(scope="module")
