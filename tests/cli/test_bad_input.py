@@ -17,7 +17,7 @@ import torch
 
 import jettison
 from jettison.ir.errors import OptionError
-from tests.cli.running import INT4, MODEL, forge, optimized, run_process, save_small_model
+from tests.cli.running import INT4, MODEL, forge, optimized, save_small_model
 
 
 @pytest.fixture
@@ -274,17 +274,19 @@ def test_reference_of_another_vocabulary(run, small_artifact, tmp_path):
     run("eval", small_artifact, "--context", 16, "--reference", tmp_path / "none").fails(1, "no such folder")
 
 
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 100 kB, until the test has ended."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("target", ["onnx", "torch"])
-def test_full_disk_while_saving(small_model, is_left_clean, target):
-    limit = 100_000
-
-    def limit_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    result = run_process(
-        "optimize", small_model, "--target", target, "--out", is_left_clean / "out", preexec_fn=limit_files
-    ).fails(1, "largest size allowed", "ulimit")  # fmt: skip
-    assert result.err.count("\n") == 1
+def test_full_disk_while_saving(run, small_model, is_left_clean, full_disk, target):
+    result = run("optimize", small_model, "--target", target, "--out", is_left_clean / "out")
+    assert result.fails(1, "largest size allowed", "ulimit").err.count("\n") == 1
 
 
 def test_ctrl_c_while_saving(small_model, is_left_clean):

@@ -9,6 +9,7 @@ import json
 
 import pytest
 
+import jettison
 from jettison.runtime.onnx_executor import multiplies_int8
 from tests.cli.running import INT4, MODEL
 
@@ -148,26 +149,25 @@ def test_max_kl_must_be_a_divergence(run, value):
     run("optimize", MODEL, "--dry-run", f"--max-kl={value}").fails(2, "--max-kl", "at least 0")
 
 
-def test_fast_prefill_says_what_it_adds(run, small_model, tmp_path):
+def test_fast_prefill_says_what_it_adds_and_costs(run, small_model, tmp_path, monkeypatch):
     arguments = ("optimize", small_model, "--passes", "quantize-weights{bits=4,group=32}", "--prefill", "fast")
     plain = run(*arguments[:-2], "--dry-run", "--json").json
     fast = run(*arguments, "--dry-run", "--json").json
     assert (plain["prefill"], plain["prefill_bytes"]) == ("exact", 0)
     assert (fast["prefill"], fast["prefill_kl"]) == ("fast", None)
     assert fast["weight_bytes"] == plain["weight_bytes"]
+    made, optimize = [], jettison.optimize
+    monkeypatch.setattr(jettison, "optimize", lambda *given, **named: made.append(optimize(*given, **named)) or made[0])
     result = run(*arguments, "--check", "--out", tmp_path / "out")
     assert "fast: an 8-bit copy of the weights" in result.out
     assert ("; KL of its prompts" in result.out) == multiplies_int8()
     assert (tmp_path / "out" / "prefill.fast.onnx").is_file()
     run(*arguments, "--target", "torch", "--dry-run").fails(2, "fast needs the ONNX target")
-
-
-def test_fast_prefill_says_what_it_costs(run, small_model):
-    arguments = ("optimize", small_model, "--passes", "quantize-weights{bits=4,group=32}", "--prefill", "fast")
-    checked = run(*arguments, "--check", "--dry-run", "--json").json
+    checked = made[0].report.as_dict()
     if not multiplies_int8():
         assert checked["prefill_kl"] is None
         return
+    assert f"{checked['prefill_kl']:.2e} nats per token" in result.out
     # More than what rounding the weights costs by itself, and of its order.
     weights = checked["passes"][-1]["kl"]
     assert weights < checked["prefill_kl"] < 20 * weights
