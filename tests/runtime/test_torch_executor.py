@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,10 @@ from jettison.ir.interpret import run_entry
 from jettison.ir.match import is_call
 from jettison.ir.ops.windowed_attention import resident_tokens
 from jettison.ir.program import Program, constant_placeholders, state_placeholders
+from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.pipeline import apply, prepare
-from jettison.passes.policies import Full, Policy, Window
+from jettison.passes.policies import Full, Window
 from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.runtime import torch_executor
 from jettison.runtime.executor import allocate_states
@@ -53,16 +56,23 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
-def program_with(policy: Policy, dtype: torch.dtype = torch.float32) -> Program:
+@functools.cache
+def prepared(dtype: torch.dtype) -> Program:
+    """Not to be changed."""
     program = capture_module(randomize(Decoder()).eval(), context=CONTEXT, dtype=dtype)
     prepare(program)
-    apply(program, [CacheKV(policy)])
+    return program
+
+
+def program_with(*passes: Pass, dtype: torch.dtype = torch.float32) -> Program:
+    program = prepared(dtype).copy()
+    apply(program, passes)
     return program
 
 
 @pytest.fixture(scope="module", params=[Full(), Window(size=WINDOW)], ids=["full", "window"])
 def program(request: pytest.FixtureRequest) -> Program:
-    return program_with(request.param)
+    return program_with(CacheKV(request.param))
 
 
 def call(rows: int, steps: int, before: list[int], seed: int = 0) -> dict[str, Tensor]:
@@ -160,10 +170,7 @@ def test_weights_are_held_once(program: Program) -> None:
 
 
 def quantised(bits: int, group: int = 32, symmetric: bool = False, skip: str | None = None) -> Program:
-    program = capture_module(randomize(Decoder()).eval(), context=CONTEXT)
-    prepare(program)
-    apply(program, [QuantizeWeights(bits=bits, group=group, symmetric=symmetric, skip=skip), CacheKV()])
-    return program
+    return program_with(QuantizeWeights(bits=bits, group=group, symmetric=symmetric, skip=skip), CacheKV())
 
 
 # Of logits after two layers, whose 4-bit linears round to bf16; with 8 bits the kernels compute in fp32.
@@ -228,10 +235,8 @@ def test_packed_weights_replace_their_parts(bits: int) -> None:
 @needs_int8
 def test_linears_of_different_layout_stay_apart() -> None:
     """Keys and values in 4 bits, queries in 8, the head as it is."""
-    program = capture_module(randomize(Decoder()).eval(), context=CONTEXT)
-    prepare(program)
     passes = [QuantizeWeights(bits=8, skip=r"layers\..\.[12]|embed|outs"), QuantizeWeights(bits=4, skip="embed")]
-    apply(program, [*passes, CacheKV()])
+    program = program_with(*passes, CacheKV())
     executor = TorchExecutor(program)
     held = {name: type(value).__name__ for name, value in executor._values.items() if not isinstance(value, Tensor)}
     assert held == {
@@ -264,7 +269,7 @@ def test_unknown_kernels() -> None:
 
 
 def test_bfloat16_program_keeps_its_cache_in_bfloat16() -> None:
-    program = program_with(Full(), torch.bfloat16)
+    program = program_with(CacheKV(), dtype=torch.bfloat16)
     executor, states = TorchExecutor(program), allocate_states(program.states, 1, 64)
     expected = allocate_states(program.states, 1, 64)
     assert states["past_key_values.0.key"].dtype == torch.bfloat16
@@ -277,7 +282,7 @@ def test_bfloat16_program_keeps_its_cache_in_bfloat16() -> None:
 
 def test_a_state_that_another_node_reads_is_not_overwritten() -> None:
     """The old value is returned beside the new one: writing in place would change it."""
-    program = program_with(Full())
+    program = program_with(CacheKV())
     entry = program.entries["decode"]
     write = next(node for node in entry.graph.nodes if is_call(node, ops.write_slots))
     output = next(node for node in entry.graph.nodes if node.op == "output")
