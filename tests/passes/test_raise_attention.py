@@ -479,7 +479,7 @@ def falcon(**options: Any) -> tuple[nn.Module, Program]:
     from jettison.ir.huggingface import source_from_model
 
     config = transformers.FalconConfig(
-        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=128,
         bos_token_id=1, eos_token_id=2, initializer_range=0.2, **options,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -500,9 +500,9 @@ def falcon(**options: Any) -> tuple[nn.Module, Program]:
 def test_raises_falcon(options, key_heads):
     model, program = falcon(alibi=False, **options)
     after, _ = run_pass(RaiseAttention(), program, RaiseWrittenAttention())
-    assert raised(after) == [(8**-0.5, True, 0, 0.0)] * 2
+    assert raised(after) == [(8**-0.5, True, 0, 0.0)]
     calls = [n for n in after.entries["forward"].graph.nodes if n.target is torch.ops.jettison.attention.default]
-    assert [node.args[1].meta["val"].shape[1] for node in calls] == [key_heads] * 2
+    assert [node.args[1].meta["val"].shape[1] for node in calls] == [key_heads]
     for length in (1, 7, 33):
         ids = torch.arange(2 * length).reshape(2, length) % 97
         with torch.no_grad():

@@ -510,7 +510,7 @@ def test_raises_gpt_j():
     from jettison.ir.huggingface import source_from_model
 
     config = transformers.GPTJConfig(
-        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4, bos_token_id=1, eos_token_id=2,
+        vocab_size=97, n_embd=32, n_layer=1, n_head=4, n_positions=128, rotary_dim=4, bos_token_id=1, eos_token_id=2,
         initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -518,8 +518,8 @@ def test_raises_gpt_j():
     program = capture(source_from_model(model))
     canonicalize(program)
     after, record = run_pass(RaiseWrittenAttention(), program)
-    assert (record.rewrites, record.misses) == (2, [])
-    assert [attributes[2:] for attributes in raised(after)] == [(True, 0, 0.0)] * 2
+    assert (record.rewrites, record.misses) == (1, [])
+    assert [attributes[2:] for attributes in raised(after)] == [(True, 0, 0.0)]
     assert "softmax" not in str(after)
     assert "bool[" not in str(after)
     for length in (1, 7, 33):
