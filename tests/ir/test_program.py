@@ -46,7 +46,9 @@ def tiny_llama() -> Program:
     return program
 
 
+@cache
 def cached(*passes: object) -> Program:
+    """The bundled model after passes; not to be changed."""
     program = tiny_llama().copy()
     apply(program, list(passes))
     return program
