@@ -26,6 +26,7 @@ from jettison.ir.ops import (
     quantize_slots,
     rotary_embedding,
     scored_attention,
+    scored_joint_attention,
     windowed_attention,
     write_slots,
 )
@@ -443,6 +444,7 @@ def test_outliers_beyond_fp16_are_no_infinity():
 def test_joint_attention_is_one_softmax_over_what_is_stored_and_what_is_not(steps):
     query, stored_key, stored_value, stored_tokens, key, value, slots, scale = joint_args(steps=steps)
     out = joint_attention(query, stored_key, stored_value, stored_tokens, key, value, slots, scale)
+    expected_received = torch.zeros(2, 2, 9)
     for row in range(2):
         count, seen = int(stored_tokens[row]), slots[row]
         for step in range(steps):
@@ -452,6 +454,13 @@ def test_joint_attention_is_one_softmax_over_what_is_stored_and_what_is_not(step
             )
             weights = ((query[row, :, step, None] @ keys.transpose(1, 2)) * scale).softmax(-1)
             assert torch.allclose(out[row, :, step], (weights @ values)[:, 0], atol=1e-6)
+            by_slot = torch.zeros(2, 9).index_add(
+                1, torch.arange(int(seen[step]) + 1), weights[:, 0, count:].unflatten(0, (2, 2)).sum(1)
+            )
+            expected_received[row] += by_slot
+    scored, received = scored_joint_attention(query, stored_key, stored_value, stored_tokens, key, value, slots, scale)
+    assert torch.allclose(scored, out, atol=1e-6)
+    assert torch.allclose(received, expected_received, atol=1e-5)
 
 
 # --- fake rules and export, for all ------------------------------------------------------------------------------
@@ -510,6 +519,7 @@ OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
     "next_slots": (next_slots, [(torch.ones(2, 7, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))]),
     "quantize_slots": (quantize_slots, [(numbers(2, 3, 4, 4, 8), 2, *split) for split in SPLITS]),
     "scored_attention": (scored_attention, [attention_args(case) for case in FAKE_CASES]),
+    "scored_joint_attention": (scored_joint_attention, [joint_args(), joint_args(1, 1, 1, 2), joint_args(stored=0)]),
     "windowed_attention": (windowed_attention, [windowed_args(), windowed_args(1, 1, 1, 2), windowed_args(2, 2, 9)]),
     "write_slots": (
         write_slots,

@@ -15,7 +15,7 @@ from jettison.ir.program import State
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.options import ByRange
 from jettison.passes.pipeline import canonicalize, prepare
-from jettison.passes.policies import H2O, Full, Sinks, SnapKV, Window
+from jettison.passes.policies import H2O, Full, Int8, Kivi, MiKV, Sinks, SnapKV, Window
 from jettison.passes.select_logits import SelectLogits
 from tests.helpers import assert_golden, assert_same_numbers, export_tiny, run_pass
 
@@ -109,13 +109,78 @@ def test_golden_window(snapshot):
     assert_same_numbers(before, after)
 
 
-@pytest.mark.parametrize("policy", [Sinks(budget=100), H2O(budget=100, evict="always")], ids=["sinks", "h2o"])
-def test_golden_dropping(snapshot, policy):
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("sinks", Sinks(budget=100)),
+        ("h2o", H2O(budget=100, evict="always")),
+        ("kivi", Kivi(residual=32, group=8)),
+        ("mikv", MiKV(budget=100)),
+        ("composed", (SnapKV(budget=100), Int8(residual=64))),
+    ],
+)
+def test_golden_moving(snapshot, name, policy):
     before = prepared()
-    after, record = assert_golden(snapshot, CacheKV(policy), before, policy.name)
+    after, record = assert_golden(snapshot, CacheKV(policy), before, name)
     assert record.rewrites == 1
-    # Nothing is dropped within the budget.
+    # Nothing is dropped or compressed yet.
     assert_same_numbers(before, after)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"softcap": 2.0}, "caps its scores"),
+        ({"has_sinks": True}, "has learned sinks"),
+        ({"windows": (16,)}, "attends to a window of 16 tokens"),
+    ],
+)
+def test_layers_that_cannot_be_compressed_keep_full(options, reason):
+    before = prepared(**options)
+    after, record = run_pass(CacheKV(Kivi(residual=32, group=8)), before)
+    (miss,) = record.misses
+    assert miss.reason.startswith("kept full: the layer")
+    assert reason in miss.reason
+    assert not after.storages
+    assert_same_numbers(before, after, ((1, 1), (2, 39)), prefill=4)
+    # What drops still applies.
+    after, record = run_pass(CacheKV((SnapKV(budget=40), Kivi(residual=32, group=8))), before)
+    assert after.retentions.keys() == ({"evict"} if "windows" not in options else set())
+    assert "kivi" in record.misses[-1].reason or "window" in record.misses[-1].reason
+
+
+def test_what_never_leaves_full_precision_is_full():
+    after, record = run_pass(CacheKV(Int8(residual=512)), prepared(context=512))
+    full, _ = run_pass(CacheKV(), prepared(context=512))
+    assert str(after) == str(full)
+    assert [miss.reason for miss in record.misses] == [
+        "kept full: 512 tokens in full precision are all of a context of 512"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [
+        ((Int8(), SnapKV(budget=40)), r"policy=int8\+snapkv: needed one policy, or one that drops"),
+        ((Sinks(budget=9), SnapKV(budget=40)), r"policy=sinks\+snapkv: needed one policy"),
+        ((Full(), Int8()), r"policy=full\+int8: needed one policy"),
+        ((Sinks(budget=9), Int8(), Int8()), "needed one policy"),
+        ((H2O(budget=9), Int8()), "h2o adds up the attention of every step"),
+        ((MiKV(budget=9), Int8()), "mikv adds up the attention of every step"),
+        ((SnapKV(budget=40, evict="always"), Int8()), "drop tokens that are compressed already. Use evict=prefill"),
+    ],
+)
+def test_compositions_that_make_no_sense_are_refused(policies, message):
+    with pytest.raises(OptionError, match=message):
+        CacheKV(policies)
+    with pytest.raises(OptionError, match=message):
+        CacheKV(layers=ByRange({0: policies}))
+
+
+@pytest.mark.parametrize("policy", [Kivi(group=16), MiKV(budget=100, group=16)], ids=["kivi", "mikv"])
+def test_groups_divide_the_head(policy):
+    with pytest.raises(OptionError, match=r"group=16: needed a divisor of the head dimension, which is 8"):
+        run_pass(CacheKV(policy), prepared())
 
 
 def test_a_budget_that_drops_nothing_is_full():
@@ -153,9 +218,14 @@ def test_layers_have_policies_of_their_own():
         (lambda: H2O(budget=9, recent=10), r"\[h2o\] recent=10: needed 0 to 9"),
         (lambda: SnapKV(budget=32), r"\[snapkv\] window=32: needed 1 to 31"),
         (lambda: SnapKV(budget=33, kernel=4), r"\[snapkv\] kernel=4: needed an odd number"),
+        (lambda: Int8(residual=0), r"\[int8\] residual=0: needed at least 1"),
+        (lambda: Kivi(group=0), r"\[kivi\] group=0: needed a divisor of residual=128"),
+        (lambda: Kivi(residual=100), r"\[kivi\] group=32: needed a divisor of residual=100"),
+        (lambda: MiKV(budget=0), r"\[mikv\] budget=0: needed at least 1"),
+        (lambda: MiKV(budget=9, group=0), r"\[mikv\] group=0: needed at least 1"),
     ],
 )
-def test_bad_options_of_policies_that_drop(make, message):
+def test_bad_options_of_policies(make, message):
     with pytest.raises(OptionError, match=message):
         make()
 

@@ -71,7 +71,7 @@ def test_the_error_is_bounded_and_not_zero(name, policy):
 
 @pytest.mark.parametrize(
     ("name", "policy", "target"),
-    [(name, policy, "torch") for name in ("tiny-llama", "tiny-opt") for policy in BOUNDS]
+    [(name, policy, "torch") for name in ("tiny-llama/2", "tiny-opt/2") for policy in BOUNDS]
     + [(name, policy, "onnx") for name, policy in EMITTED if "+" not in policy],
 )
 def test_a_step_attends_to_all_that_is_stored(name, policy, target):
