@@ -30,7 +30,7 @@ from torch import fx
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.match import arguments, is_call
-from jettison.ir.ops import attention
+from jettison.ir.ops import attention, rotary_embedding
 from jettison.ir.position_mixing import position_mixer
 from jettison.ir.program import (
     MissRecord,
@@ -40,6 +40,7 @@ from jettison.ir.program import (
     output_node,
     state_placeholders,
 )
+from jettison.ir.rotary_table import angle_table, frequencies
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.options import ByRange, option
 from jettison.passes.policies import Full, Policy
@@ -72,6 +73,10 @@ class CacheKV(Pass):
     def is_exact(self) -> bool:  # type: ignore[override]
         """As exact as the policies."""
         return all(policy.is_exact for given in (self.policy, *self.layers.values()) for policy in _parts(given))
+
+    @property
+    def _rotates(self) -> bool:
+        return any(policy.rotates for given in (self.policy, *self.layers.values()) for policy in _parts(given))
 
     def requires(self, program: Program) -> None:
         """A decoder that has no cache yet."""
@@ -123,7 +128,7 @@ class CacheKV(Pass):
         caches: dict[Any, Cache] = {}
         produced: dict[str, fx.Node] = {}
         for layer, node in enumerate(sites):
-            site = _site(layer, node, program.info.context)
+            site = _site(layer, node, program, self._rotates)
             policy = _applicable(self.layers.at(layer) or self.policy, site, node, misses)
             kind = None if policy.keeps_slots else (policy, replace(site, layer=0))
             if kind not in caches:
@@ -168,11 +173,8 @@ def _check_composition(parts: tuple[Policy, ...]) -> None:
             "those it keeps, as snapkv{budget=512}+kivi{bits=4}."
         )
     first = parts[0]
-    if not first.is_composable:
-        raise OptionError(
-            f"[cache-kv] policy={names}: {first.name} adds up the attention of every step, which a step over "
-            "compressed tokens does not tell. Use snapkv or sinks before it."
-        )
+    if first.why_alone is not None:
+        raise OptionError(f"[cache-kv] policy={names}: {first.name} {first.why_alone}. Use snapkv or sinks before it.")
     if first.evict != "prefill":
         raise OptionError(
             f"[cache-kv] policy={names}: {first.name} would have to drop tokens that are compressed already. Use "
@@ -206,11 +208,17 @@ def _not_cacheable(node: fx.Node) -> str | None:
     return None
 
 
-def _site(layer: int, node: fx.Node, context: int) -> AttentionSite:
-    operands = arguments(node)
+def _site(layer: int, node: fx.Node, program: Program, with_frequencies: bool) -> AttentionSite:
+    operands, context = arguments(node), program.info.context
+    rotation = operands["key"] if is_call(operands["key"], rotary_embedding) else None
+    turned = None
+    if with_frequencies and rotation is not None:
+        tables = [angle_table(program, angle, context) for angle in rotation.args[1:3]]
+        turned = None if tables[0] is None or tables[1] is None else frequencies(tables[0], tables[1])
     key, value = operands["key"].meta["val"], operands["value"].meta["val"]
     heads = operands["query"].meta["val"].shape[1]
     return AttentionSite(
         layer, heads, key.shape[1], key.shape[3], value.shape[3], operands["scale"], operands["window"],
-        operands["softcap"], context, key.dtype, operands["sinks"] is not None,
+        operands["softcap"], context, key.dtype, operands["sinks"] is not None, turned,
+        rotation is not None and bool(rotation.args[3]),
     )  # fmt: skip

@@ -131,7 +131,7 @@ def test_every_policy_is_registered_under_its_file_name() -> None:
     from jettison.passes.policies import POLICIES
 
     files = {path.stem for path in (ROOT / "passes" / "policies").glob("*.py")}
-    assert files - {"__init__", "base", "cache", "evicting"} == set(POLICIES)
+    assert files - {"__init__", "base", "cache", "evicting", "storing"} == set(POLICIES)
 
 
 def test_every_op_has_a_reference_and_a_lowering_to_onnx() -> None:

@@ -17,11 +17,8 @@ from jettison.ir.ops.joint_attention import joint_visible
 _INPUTS = "attended, query, stored_key, stored_value, stored_tokens, key, value, slots"
 
 
-def _function(name: str, inputs: str, outputs: str, then: tuple[str, str], otherwise: tuple[str, str]) -> str:
-    """Text of a function; `then` and `otherwise` are the outputs of a branch and what computes the last of them."""
-    # Rows of queries: those of a key head, then the tokens of the call. A slot that is not to be seen gets the lowest
-    # score.
-    return f"""
+# Rows of queries: those of a key head, then the tokens of the call. A slot that is not seen gets the lowest score.
+_TEXT = """
 {name} <scale, kv_heads> ({inputs}) => ({outputs})
 {{
     factor = Constant <value_float: float = @scale> ()
@@ -37,7 +34,7 @@ def _function(name: str, inputs: str, outputs: str, then: tuple[str, str], other
     most = ReduceMax <keepdims = 0> (stored_tokens)
     is_stored = Greater (most, first)
     {outputs} = If (is_stored) <
-        then_branch = over_both () => ({then[0]}) {{
+        then_branch = over_both () => ({then}) {{
             head_dim = Shape <start = 3> (query)
             heads = Shape <start = 1, end = 2> (query)
             key_heads_1 = Reshape (key_heads, one)
@@ -81,26 +78,24 @@ def _function(name: str, inputs: str, outputs: str, then: tuple[str, str], other
             by_token = Transpose <perm = [0, 2, 1, 3]> (by_head)
             flat_shape = Shape (attended)
             joint = Reshape (by_token, flat_shape)
-            {then[1]}
+            {then_more}
         }},
-        else_branch = over_one () => ({otherwise[0]}) {{
+        else_branch = over_one () => ({otherwise}) {{
             alone = Identity (attended)
-            {otherwise[1]}
+            {otherwise_more}
         }}
     >
 }}
 """
-
-
-define("JointAttention", _function("JointAttention", _INPUTS, "out", ("joint", ""), ("alone", "")))
-define(
-    "ScoredJointAttention",
-    _function(
-        "ScoredJointAttention", f"{_INPUTS}, received_alone", "out, received",
-        ("joint, of_rows", "of_rows = ReduceSum <keepdims = 0> (own_weights, two)"),
-        ("alone, of_one", "of_one = Identity (received_alone)"),
-    ),
-)  # fmt: skip
+define("JointAttention", _TEXT.format(
+    name="JointAttention", inputs=_INPUTS, outputs="out", then="joint", then_more="", otherwise="alone",
+    otherwise_more="",
+))  # fmt: skip
+define("ScoredJointAttention", _TEXT.format(
+    name="ScoredJointAttention", inputs=f"{_INPUTS}, received_alone", outputs="out, received", then="joint, of_rows",
+    then_more="of_rows = ReduceSum <keepdims = 0> (own_weights, two)", otherwise="alone, of_one",
+    otherwise_more="of_one = Identity (received_alone)",
+))  # fmt: skip
 
 
 def over_both(

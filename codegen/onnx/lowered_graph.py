@@ -25,13 +25,13 @@ from jettison.codegen.onnx.fast_prefill import Int8Weight, int8_linear, weight_o
 from jettison.codegen.onnx.joint_attention import over_both
 from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
 from jettison.codegen.onnx.residual_norm import norm_of_sum, sum_and_norm
-from jettison.codegen.onnx.rotary_table import angle_table
 from jettison.codegen.onnx.written_attention import received
 from jettison.ir import ops
 from jettison.ir.constants import Constant
 from jettison.ir.errors import UnsupportedError
 from jettison.ir.match import arguments, constant_name, is_call
 from jettison.ir.program import Program, input_placeholders, output_node, placeholders
+from jettison.ir.rotary_table import angle_table
 
 aten = torch.ops.aten
 # Constants up to this many bytes are shown to the exporter, which may fold them away. Larger ones are inputs of the

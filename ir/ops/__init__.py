@@ -1,14 +1,16 @@
 """Operators of namespace `jettison`; importing this package registers them all."""
 
 from jettison.ir.ops.attention import attention
+from jettison.ir.ops.dequantize_slots import dequantize_slots
 from jettison.ir.ops.gated_activation import gated_activation
-from jettison.ir.ops.joint_attention import joint_attention, scored_joint_attention
+from jettison.ir.ops.joint_attention import joint_attention
 from jettison.ir.ops.next_slots import next_slots
-from jettison.ir.ops.quantize_slots import dequantize_slots, quantize_slots
+from jettison.ir.ops.quantize_slots import quantize_slots
 from jettison.ir.ops.quantized_embedding import quantized_embedding
 from jettison.ir.ops.quantized_linear import quantized_linear
 from jettison.ir.ops.rotary_embedding import rotary_embedding
 from jettison.ir.ops.scored_attention import scored_attention
+from jettison.ir.ops.scored_joint_attention import scored_joint_attention
 from jettison.ir.ops.windowed_attention import windowed_attention
 from jettison.ir.ops.write_slots import write_slots
 

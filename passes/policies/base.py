@@ -34,6 +34,9 @@ class AttentionSite:
         context: Most positions of a sequence.
         dtype: Of keys and values.
         has_sinks: Whether every head has a learned logit that reads nothing.
+        frequencies: Radians by which each pair of key channels turns from one position to the next; None where keys are
+            not rotated like that, or no policy asks.
+        is_interleaved: Whether a pair is two neighbours instead of halves apart.
     """
 
     layer: int
@@ -47,6 +50,8 @@ class AttentionSite:
     context: int
     dtype: torch.dtype
     has_sinks: bool = False
+    frequencies: tuple[float, ...] | None = None
+    is_interleaved: bool = False
 
 
 @dataclass
@@ -141,6 +146,11 @@ class Policy:
     """
 
     name: ClassVar[str]
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it must know how keys are rotated."""
+        return False
 
     @property
     def is_exact(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from jettison.ir.constants import Constant
 from jettison.ir.edit import Edit
 from jettison.ir.match import arguments
 from jettison.ir.ops import next_slots
@@ -194,16 +195,22 @@ class Cache:
         nodes = {short: edit.state(program.states[name], self.examples[name]) for short, name in names.items()}
         mask = edit.input(self.retention.mask, self.mask.meta["val"])
         count = edit.input(TOKEN_COUNT, edit.dynamic_tensor([self.mask.meta["val"].shape[0]], torch.int64))
+        constants = {
+            short: edit.constant(Constant(f"{self.retention.name}.{short}", tensor, tensor.dtype))
+            for short, tensor in policy.constants(site).items()
+        }
 
         def drop(mask: Tensor, count: Tensor, *values: Tensor) -> dict[str, Tensor]:
-            cached = Cached(site, dict(zip(names, values, strict=True)), mask.sum(1), count)
+            states = dict(zip(names, values, strict=False))
+            given = dict(zip(constants, values[len(names) :], strict=True))
+            cached = Cached(site, states, mask.sum(1), count, given)
             if policy.demotes is not None:
                 return policy.split(cached)
             # Groups of neighbours are compressed together.
             return policy.drop(cached, in_order=self.storage is not None)
 
         with edit.before(output_node(edit.entry)):
-            new = edit.inline(drop, mask, count, *nodes.values())
+            new = edit.inline(drop, mask, count, *nodes.values(), *constants.values())
         edit.set_outputs([new.get(short, node) for short, node in nodes.items()])
 
     def _add_storing(

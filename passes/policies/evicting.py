@@ -37,12 +37,14 @@ class Cached:
         states: States of the layer by short name, `[B, Hkv, C, ...]`.
         held: `[B] i64`, slots of each row that hold a token: the first ones.
         token_count: `[B] i64`, tokens that each row has seen; the last of them is always held.
+        constants: What `EvictingPolicy.constants` gave.
     """
 
     site: AttentionSite
     states: dict[str, Tensor] = field(repr=False)
     held: Tensor
     token_count: Tensor
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> Tensor:
@@ -70,8 +72,6 @@ class EvictingPolicy(Policy):
         16, doc="with evict=always: tokens generated between two droppings, held on top", range="at least 1"
     )
 
-    # Whether the tokens that stay may be compressed: what `importance` reads must not come from later steps.
-    is_composable: ClassVar[bool] = True
     # States that hold one value per slot, beside keys, values and positions; dropping moves them too.
     per_slot: ClassVar[tuple[str, ...]] = ()
 
@@ -79,6 +79,15 @@ class EvictingPolicy(Policy):
         for name, number in (("budget", self.budget), ("every", self.every)):
             if number < 1:
                 raise OptionError(f"[{self.name}] {name}={number}: needed at least 1.")
+
+    @property
+    def why_alone(self) -> str | None:
+        """Why the tokens that stay cannot be compressed; None if they can."""
+        return None
+
+    def constants(self, site: AttentionSite) -> dict[str, Tensor]:
+        """What dropping needs to know beside the states, by short name."""
+        return {}
 
     @property
     def demotes(self) -> StoringPolicy | None:

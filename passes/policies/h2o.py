@@ -32,7 +32,6 @@ class H2O(EvictingPolicy):
     """See the module docstring."""
 
     name: ClassVar[str] = "h2o"
-    is_composable: ClassVar[bool] = False
     per_slot: ClassVar[tuple[str, ...]] = (RECEIVED,)
     recent: int | None = option(
         None, doc="most recent tokens that always stay; default half the budget", range="0 to the budget"
@@ -43,6 +42,11 @@ class H2O(EvictingPolicy):
         super().__post_init__()
         if self.recent is not None and not 0 <= self.recent <= self.budget:
             raise OptionError(f"[h2o] recent={self.recent}: needed 0 to {self.budget}, the budget.")
+
+    @property
+    def why_alone(self) -> str | None:
+        """A step over compressed tokens does not tell what they received."""
+        return "adds up the attention of every step, which a step over compressed tokens does not tell"
 
     def states(self, site: AttentionSite) -> dict[str, State]:
         """Also what each slot received."""

@@ -115,7 +115,8 @@ class StoringPolicy(Policy):
             torch.ops.jettison.dequantize_slots(
                 *(stored[f"{short}_{kind}"] for kind in ("codes", "scales", "zeros")),
                 self.bits, self.granule, self.groups(site)[short][0],
-            ).to(site.dtype)
+            )
             for short in ("key", "value")
         )  # fmt: skip
-        return key, value
+        # A cast to the dtype that it has would stay in the graph.
+        return (key, value) if site.dtype == torch.float32 else (key.to(site.dtype), value.to(site.dtype))

@@ -16,6 +16,7 @@ from jettison.passes.cache_kv import CacheKV
 from jettison.passes.options import ByRange
 from jettison.passes.pipeline import canonicalize, prepare
 from jettison.passes.policies import H2O, Full, Int8, Kivi, MiKV, Sinks, SnapKV, Window
+from jettison.passes.policies.base import AttentionSite
 from jettison.passes.select_logits import SelectLogits
 from tests.helpers import assert_golden, assert_same_numbers, export_tiny, run_pass
 
@@ -177,6 +178,16 @@ def test_compositions_that_make_no_sense_are_refused(policies, message):
         CacheKV(layers=ByRange({0: policies}))
 
 
+def test_distances_in_the_cache_need_rotated_keys():
+    before = prepared(context=512)
+    after, record = run_pass(CacheKV(Sinks(budget=40, positions="cache")), before)
+    assert not record.misses
+    assert "past_key_values.0.first_keys" in after.states
+    unrotated = AttentionSite(0, 4, 2, 8, 8, 1.0, 0, 0.0, 512, torch.float32)
+    assert "needs keys that are rotated" in Sinks(budget=40, positions="cache").applies_to(unrotated)
+    assert Sinks(budget=40).applies_to(unrotated) is None
+
+
 @pytest.mark.parametrize("policy", [Kivi(group=16), MiKV(budget=100, group=16)], ids=["kivi", "mikv"])
 def test_groups_divide_the_head(policy):
     with pytest.raises(OptionError, match=r"group=16: needed a divisor of the head dimension, which is 8"):
@@ -218,6 +229,10 @@ def test_layers_have_policies_of_their_own():
         (lambda: H2O(budget=9, recent=10), r"\[h2o\] recent=10: needed 0 to 9"),
         (lambda: SnapKV(budget=32), r"\[snapkv\] window=32: needed 1 to 31"),
         (lambda: SnapKV(budget=33, kernel=4), r"\[snapkv\] kernel=4: needed an odd number"),
+        (
+            lambda: CacheKV((Sinks(budget=9, positions="cache"), Int8())),
+            "sinks with positions=cache rotates keys again",
+        ),
         (lambda: Int8(residual=0), r"\[int8\] residual=0: needed at least 1"),
         (lambda: Kivi(group=0), r"\[kivi\] group=0: needed a divisor of residual=128"),
         (lambda: Kivi(residual=100), r"\[kivi\] group=32: needed a divisor of residual=100"),

@@ -12,6 +12,7 @@ from jettison.passes.cache_kv import CacheKV
 from jettison.passes.pipeline import apply
 from jettison.passes.policies import Full
 from jettison.passes.policies.evicting import Cached, EvictingPolicy
+from jettison.passes.policies.storing import StoringPolicy
 from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
 from tests.codegen.running import emit
@@ -29,6 +30,17 @@ class SmallKeys(EvictingPolicy):
 
     def importance(self, cached: Cached) -> torch.Tensor:
         return (-cached.states["key"].norm(dim=-1)).masked_fill(cached.age == 1, torch.inf)
+
+
+@dataclass(frozen=True)
+class Quarters(StoringPolicy):
+    """8 bits, and a range for each quarter of a head."""
+
+    name: ClassVar[str] = "quarters"
+    bits: ClassVar[int] = 8
+
+    def groups(self, site):
+        return {"key": (1, 4), "value": (1, 4)}
 
 
 def opened(policy, target, folder):
@@ -52,3 +64,14 @@ def test_it_drops_what_it_says(target, tmp_path):
     for mine, all_of_head in zip(held, norms, strict=True):
         wanted = torch.cat([all_of_head[:-1].sort().values[:29], all_of_head[-1:]])
         assert torch.allclose(mine.sort().values, wanted.sort().values, rtol=1e-4)
+
+
+def test_it_compresses_as_it_says(tmp_path):
+    row = rows(MODEL)[0]
+    mine, full = (Session(opened(each, "torch", tmp_path), 1, 192) for each in (Quarters(residual=16), Full()))
+    for each in (mine, full):
+        each.prefill([row[:120]])
+    assert mine.kept[0].stored.filled == [120]
+    errors = [(mine.decode([token]) - full.decode([token])).abs().max() for token in row[120:]]
+    assert 0 < max(errors) < 0.05
+    assert mine.state_bytes == 2 * 4 * (16 * 8 * 32 + 192 * 2 * (32 + 4 * 4))

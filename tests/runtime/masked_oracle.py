@@ -58,13 +58,17 @@ class RecordingSession(Session):
         return by_layer
 
 
-def masked_logits(program: Program, row: Sequence[int], seen: Sequence[Sequence[Sequence[set[int]]]]) -> Tensor:
+def masked_logits(
+    program: Program, row: Sequence[int], seen: Sequence[Sequence[Sequence[set[int]]]], *, first: int = 0
+) -> Tensor:
     """Logits `[S, V]` of a whole sequence where every query sees what a recorded session let it see.
 
     Args:
         program: With `forward`, captured and prepared.
         row: Token ids.
         seen: `RecordingSession.seen` of the row.
+        first: How many first tokens are seen at the distance that they have among the tokens seen, not at the true
+            one; for keys rotated by halves, all channels, with the base 10,000.
     """
     length = len(row)
     visible = torch.zeros(len(seen[0]), len(seen[0][0]), length, length, dtype=torch.bool)
@@ -84,13 +88,13 @@ def masked_logits(program: Program, row: Sequence[int], seen: Sequence[Sequence[
         for node in entry.graph.nodes
         if node.op == "placeholder"
     ]
-    return _Masked(entry, visible).run(*values)[0][0]
+    return _Masked(entry, visible, first).run(*values)[0][0]
 
 
 class _Masked(fx.Interpreter):
-    def __init__(self, entry: fx.GraphModule, visible: Tensor) -> None:
+    def __init__(self, entry: fx.GraphModule, visible: Tensor, first: int) -> None:
         super().__init__(entry)
-        self.visible, self.layer = visible, 0
+        self.visible, self.layer, self.first = visible, 0, first
 
     def run_node(self, n: fx.Node) -> Any:
         if not is_call(n, attention):
@@ -102,5 +106,19 @@ class _Masked(fx.Interpreter):
         groups = query.shape[1] // key.shape[1]
         scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * operands["scale"]
         visible = self.visible[self.layer].repeat_interleave(groups, 0)
+        if self.first:
+            # The key head does not matter to a policy that goes by position.
+            missing = torch.arange(len(visible[0])) + 1 - visible[0].sum(-1)
+            nearer = _turned(query, -missing) @ key[:, :, : self.first].repeat_interleave(groups, 1).transpose(2, 3)
+            scores[..., : self.first] = nearer * operands["scale"]
         self.layer += 1
         return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value.repeat_interleave(groups, 1)
+
+
+def _turned(x: Tensor, positions: Tensor) -> Tensor:
+    """`[B, H, S, D]` rotated on by some positions `[S]`."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None].double() * 10_000.0 ** -(torch.arange(half) / half)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    left, right = x[..., :half], x[..., half:]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)

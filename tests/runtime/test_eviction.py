@@ -146,6 +146,21 @@ def test_the_oracle_notices_a_wrong_key():
 
 
 @pytest.mark.parametrize("target", ["torch", "onnx"])
+def test_first_tokens_are_as_near_as_in_the_cache(target):
+    policy = "sinks{budget=40,positions=cache,evict=always,every=5}"
+    prompts = rows(LLAMA)
+    batch = RecordingSession(executor(LLAMA, policy, target), 3, 192, prefill_chunk=48)
+    logits = [batch.prefill([row[:-20] for row in prompts])]
+    logits += [batch.decode([row[len(row) - 20 + step] for row in prompts]) for step in range(20)]
+    for index, row in enumerate(prompts):
+        near, far = (masked_logits(captured(LLAMA), row, batch.seen[index], first=first)[-21:] for first in (4, 0))
+        found = torch.stack([each[index] for each in logits])
+        assert (found - near).abs().max() <= TOLERANCE * near.abs().max()
+        if len(row) > 90:
+            assert (found - far).abs().max() > 100 * TOLERANCE * far.abs().max()
+
+
+@pytest.mark.parametrize("target", ["torch", "onnx"])
 @pytest.mark.parametrize("policy", ["snapkv{budget=120,evict=always}"])
 def test_a_prompt_within_the_budget_is_bit_identical_to_full(policy, target):
     row = rows(LLAMA)[0][:110]

@@ -1,4 +1,4 @@
-"""Tables of cosines and sines by position, for kernels that rotate by looking up."""
+"""By how much a model rotates at each position, as its own graph computes it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from jettison.ir.program import Program
+
+# A model computes its angles in fp32, which is that far off at a position of 100,000.
+LARGEST_MISFIT = 0.02
 
 
 def angle_table(program: Program, node: fx.Node, positions: int) -> Tensor | None:
@@ -43,6 +46,27 @@ def angle_table(program: Program, node: fx.Node, positions: int) -> Tensor | Non
     if table.dim() != 3 or table.shape[:2] != (1, positions):
         return None
     return table[0].to(torch.float32).contiguous()
+
+
+def frequencies(cos: Tensor, sin: Tensor) -> tuple[float, ...] | None:
+    """Radians per position, if every angle is its position times a constant.
+
+    Args:
+        cos: `[P, R/2]`, a table of positions from 0, at least two of them.
+        sin: `[P, R/2]`; cosines and sines may have a common factor.
+
+    Returns:
+        R/2 of them, each known up to whole turns; None if the angles are others.
+    """
+    turns = torch.complex(cos.double(), sin.double())
+    turns = turns / turns.abs().clamp_min(1e-30)
+    positions = torch.arange(len(turns), dtype=torch.float64)[:, None]
+    found = (turns[1:] * turns[:-1].conj()).sum(0).angle()
+    # What a small error adds up to over all positions tells how large it is.
+    residual = (turns * torch.polar(torch.ones_like(positions), -positions * found)).angle()
+    found = found + (residual * positions).sum(0) / positions.square().sum()
+    misfit = (turns - torch.polar(torch.ones_like(positions), positions * found)).abs().max()
+    return tuple(found.tolist()) if misfit < LARGEST_MISFIT else None
 
 
 def _ancestors(node: fx.Node) -> dict[fx.Node, None]:
