@@ -120,19 +120,34 @@ def mean_ms(session: Session, steps: int) -> float:
     return 1e3 * (time.perf_counter() - start) / steps
 
 
+def compiled(folder: str, shape: Shape, policies: tuple[str, ...]) -> dict[str, OptimizedModel]:
+    """The model of a shape with each policy, opened: the folder may go."""
+    models = {
+        policy: jettison.optimize(Path(folder) / "model", f"{shape.weights},cache-kv{{policy={policy}}}")
+        for policy in policies
+    }
+    for model in models.values():
+        _ = model.executor
+    return models
+
+
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """Figures of one shape."""
+    figures: dict[str, Any] = {"shape": shape.about, "weights": shape.weights, "read_gb_per_s": read_bandwidth()}
     with tempfile.TemporaryDirectory(prefix="jettison-bench-") as folder:
         make_model(Path(folder) / "model", shape.layers, max_position_embeddings=CONTEXT, **shape.sizes)
-        models = {
-            policy: jettison.optimize(Path(folder) / "model", f"{shape.weights},cache-kv{{policy={policy}}}")
-            for policy in ("full", *shape.policies, *shape.flat)
-        }
-        for model in models.values():
-            _ = model.executor  # opened while the folder is there
-    figures: dict[str, Any] = {"shape": shape.about, "weights": shape.weights, "read_gb_per_s": read_bandwidth()}
+        # One lot after the other: each model has its weights in memory.
+        figures |= measure_contexts(shape, compiled(folder, shape, ("full", *shape.policies)), rounds)
+        if shape.flat:
+            figures["mean_decode_ms_by_position"] = measure_flat(compiled(folder, shape, shape.flat), rounds)
+    return figures
+
+
+def measure_contexts(shape: Shape, models: dict[str, OptimizedModel], rounds: int) -> dict[str, Any]:
+    """Decode time and state bytes by context and policy."""
+    figures: dict[str, Any] = {}
     for tokens in CONTEXTS:
-        sessions = {policy: filled(models[policy], tokens) for policy in ("full", *shape.policies)}
+        sessions = {policy: filled(model, tokens) for policy, model in models.items()}
         times = step_ms(sessions, rounds, 8)
         found = figures[str(tokens)] = {}
         for policy, session in sessions.items():
@@ -147,16 +162,20 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
             found[policy]["times_fewer_bytes"] = round(bytes_ratio, 3)
             print(shape.about, tokens, policy, found[policy], flush=True)
         del sessions
-    for policy in shape.flat:
-        rows = {tokens: filled(models[policy], tokens) for tokens in FLAT_POSITIONS}
+    return figures
+
+
+def measure_flat(models: dict[str, OptimizedModel], rounds: int) -> dict[str, Any]:
+    """Mean decode time early and late in a sequence, by policy."""
+    found: dict[str, Any] = {}
+    for policy, model in models.items():
+        rows = {tokens: filled(model, tokens) for tokens in FLAT_POSITIONS}
         by_round = [{tokens: mean_ms(session, 32) for tokens, session in rows.items()} for _ in range(rounds + 1)][1:]
         means = {tokens: statistics.median(each[tokens] for each in by_round) for tokens in FLAT_POSITIONS}
         first, last = (means[tokens] for tokens in FLAT_POSITIONS)
-        figures.setdefault("mean_decode_ms_by_position", {})[policy] = {
-            **{str(tokens): round(ms, 3) for tokens, ms in means.items()}, "ratio": round(last / first, 3)
-        }  # fmt: skip
-        print(policy, figures["mean_decode_ms_by_position"][policy], flush=True)
-    return figures
+        found[policy] = {**{str(tokens): round(ms, 3) for tokens, ms in means.items()}, "ratio": round(last / first, 3)}
+        print(policy, found[policy], flush=True)
+    return found
 
 
 def main() -> None:

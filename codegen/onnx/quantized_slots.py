@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from jettison.codegen.onnx.functions import call, define
-from jettison.ir.errors import UnsupportedError
 
 _CONSTANTS = """
     most = Constant <value_float = {most}.0> ()
@@ -68,8 +67,11 @@ QuantizeSlots{bits} <groups, ranges, codes, tokens> (values) => (packed, scales,
 }}"""
 
 
-def _dequantizing(bits: int) -> str:
-    """Of groups that span the tokens of a slot or channels of a token: `DequantizeLinear` along `axis`."""
+def _dequantizing(bits: int, is_by_channel: bool) -> str:
+    """`is_by_channel`: a range is one channel of all tokens of a slot, which `DequantizeLinear` scales as it converts.
+
+    Along the last axis its kernel is five times slower than a product behind it.
+    """
     per_byte = 8 // bits
     lines, parts = [f"mask = Constant <value = uint8 {{{2**bits - 1}}}> ()"], []
     for index in range(per_byte):
@@ -85,22 +87,29 @@ def _dequantizing(bits: int) -> str:
     # As bytes, and four times as fast as behind a conversion.
     lines.append(f"plain = Concat <axis = -1> ({', '.join(parts)})")
     unpacking = "\n    ".join(lines)
-    return f"""
-DequantizeSlots{bits} <axis, block, groups, ranges, steps, tokens, token_count> (packed, scales, zeros) => (values)
-{{
+    if is_by_channel:
+        scaling = "grouped = DequantizeLinear <axis = 3, block_size: int = @block> (plain, step)"
+    else:
+        # A reshape behind the conversion would make ONNX Runtime quantise and convert once more.
+        scaling = """unit = Constant <value_float = 1.0> ()
     group_shape = Constant <value_ints: ints = @groups> ()
+    codes_grouped = Reshape (plain, group_shape)
+    numbers = DequantizeLinear (codes_grouped, unit)
+    grouped = Mul (numbers, step)"""
+    name, own = _dequantizer(bits, is_by_channel), "block" if is_by_channel else "groups"
+    return f"""
+{name} <{own}, ranges, tokens, token_count> (packed, scales, zeros) => (values)
+{{
     range_shape = Constant <value_ints: ints = @ranges> ()
-    step_shape = Constant <value_ints: ints = @steps> ()
     token_shape = Constant <value_ints: ints = @tokens> ()
     per_slot = Constant <value_ints: ints = @token_count> ()
     by_token = Reshape (packed, token_shape)
     {unpacking}
     scales_wide = Cast <to = 1> (scales)
     zeros_wide = Cast <to = 1> (zeros)
-    step = Reshape (scales_wide, step_shape)
+    step = Reshape (scales_wide, range_shape)
     start = Reshape (zeros_wide, range_shape)
-    scaled = DequantizeLinear <axis: int = @axis, block_size: int = @block> (plain, step)
-    grouped = Reshape (scaled, group_shape)
+    {scaling}
     exact = Add (grouped, start)
     outer = Shape <end = 2> (packed)
     slots = Shape <start = 2, end = 3> (packed)
@@ -111,9 +120,14 @@ DequantizeSlots{bits} <axis, block, groups, ranges, steps, tokens, token_count> 
 }}"""
 
 
+def _dequantizer(bits: int, is_by_channel: bool) -> str:
+    return f"Dequantize{'Channels' if is_by_channel else 'Slots'}{bits}"
+
+
 for _bits in (2, 4, 8):
     define(f"QuantizeSlots{_bits}", _quantizing(_bits))
-    define(f"DequantizeSlots{_bits}", _dequantizing(_bits))
+    for _is_by_channel in (False, True):
+        define(_dequantizer(_bits, _is_by_channel), _dequantizing(_bits, _is_by_channel))
 
 
 def quantize_slots(values: Tensor, bits: int, rows: int, columns: int) -> tuple[Tensor, ...]:
@@ -132,15 +146,14 @@ def dequantize_slots(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, to
     """`jettison::dequantize_slots`."""
     batch, heads, slots, width = codes.shape
     dim, columns = width * 8 // bits // tokens, scales.shape[3] // rows
-    if rows != tokens and columns != dim:
-        raise UnsupportedError(
-            f"[onnx] groups of {tokens // rows} tokens by {dim // columns} channels: ONNX dequantises groups that span "
-            'tokens or channels, not both. Use target="torch".'
-        )
-    attributes = {
-        "groups": [0, 0, 0, rows, tokens // rows, columns, dim // columns], "ranges": [0, 0, 0, rows, 1, columns, 1],
-        "steps": [0, 0, 0, rows, columns], "tokens": [0, 0, 0, tokens, width // tokens], "token_count": [tokens],
-        "axis": 4 if rows == tokens else 3, "block": dim // columns if rows == tokens else tokens // rows,
+    is_by_channel = rows == 1 and columns == dim
+    ranges = [0, 0, 0, 1, dim] if is_by_channel else [0, 0, 0, rows, 1, columns, 1]
+    attributes: dict[str, list[int] | int] = {
+        "ranges": ranges, "tokens": [0, 0, 0, tokens, width // tokens], "token_count": [tokens],
     }  # fmt: skip
+    if is_by_channel:
+        attributes["block"] = tokens
+    else:
+        attributes["groups"] = [0, 0, 0, rows, tokens // rows, columns, dim // columns]
     shape = (batch, heads, slots * tokens, dim)
-    return call(f"DequantizeSlots{bits}", [codes, scales, zeros], attributes, [(torch.float32, shape)])[0]
+    return call(_dequantizer(bits, is_by_channel), [codes, scales, zeros], attributes, [(torch.float32, shape)])[0]
