@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import tempfile
 from pathlib import Path
@@ -36,6 +37,15 @@ POLICIES = (
     "sinks{{budget={budget},evict=always}}",
     "h2o{{budget={budget},evict=always}}",
     "snapkv{{budget={budget},evict=always}}",
+    "sinks{{budget={budget},evict=always,positions=cache}}",
+    "mikv{{budget={budget}}}",
+)
+# What compresses every token, and what drops and then compresses down to a quarter of the prompt's bytes.
+STORING = ("int8", "int4", "kivi{bits=4}", "kivi{bits=2}", "kivi{bits=2,residual=64}")
+COMPOSED = (
+    "snapkv{budget=512}+kivi{bits=4,residual=32}",
+    "snapkv{budget=544,window=16}+kivi{bits=4,residual=32}",
+    "snapkv{budget=614}+kivi{bits=4,residual=32}",
 )
 RECALL_ITEMS, RECALL_TOKENS = 8, 900
 # Our name of a method by that of the press.
@@ -57,6 +67,20 @@ def recall_nll(model: OptimizedModel, items: list[dict[str, list[int]]], tail: i
     return total / count
 
 
+def share_in_16_bits(model: OptimizedModel, prompt: list[int]) -> float:
+    """Bytes held after a prompt over those of all its keys and values, every uncompressed number counted as 16 bits."""
+    session = model.session(1, WINDOW)
+    session.prefill([prompt])
+    slots = {name: taken[0] for name, (_, taken) in session.counted().items()} | {"capacity": len(prompt)}
+    held = whole = 0
+    for name, state in model.executor.states.items():
+        sizes = [slots.get(size, 1) if isinstance(size, str) else size for size in state.shape]
+        held += math.prod(sizes) * min(2, state.dtype.itemsize)
+        if name.endswith((".key", ".value")):
+            whole += math.prod(size for size in state.shape if isinstance(size, int)) * len(prompt) * 2
+    return held / whole
+
+
 def measure(folder: Path, text: str, windows: int, kvpress: str | None) -> dict[str, Any]:
     """Rows of one model."""
     full = jettison.optimize(folder, "cache-kv{policy=full}", target="torch")
@@ -69,10 +93,13 @@ def measure(folder: Path, text: str, windows: int, kvpress: str | None) -> dict[
     texts += [
         (int(PREFILL * ratio), policy.format(budget=int(PREFILL * ratio))) for ratio in RATIOS for policy in POLICIES
     ]
+    texts += [(None, policy) for policy in (*STORING, *COMPOSED)]
     for budget, policy in texts:
         model = jettison.optimize(folder, f"cache-kv{{policy={policy}}}", target="torch")
         found = evaluate(model, windows=chosen, reference=reference, prefill=PREFILL).as_dict()
-        rows.append({"policy": policy, "budget": budget, **found, "recall_nll": recall_nll(model, items, tail)})
+        share = round(share_in_16_bits(model, chosen[0][:PREFILL]), 4)
+        rows.append({"policy": policy, "budget": budget, "share_in_16_bits": share, **found,
+                     "recall_nll": recall_nll(model, items, tail)})  # fmt: skip
         print(folder.name, rows[-1], flush=True)
     figures: dict[str, Any] = {"windows": len(chosen), "jettison": rows}
     if kvpress is not None:
@@ -84,6 +111,7 @@ def measure(folder: Path, text: str, windows: int, kvpress: str | None) -> dict[
             subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
             figures["kvpress"] = json.loads((Path(scratch) / "out.json").read_text())
         figures["kl_over_kvpress"] = ratios(figures)
+        figures["kl_over_best_press_at_a_quarter"] = ratios_at_a_quarter(figures)
     return figures
 
 
@@ -99,6 +127,16 @@ def ratios(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
+def ratios_at_a_quarter(figures: dict[str, Any]) -> dict[str, float]:
+    """KL of each composition that holds at most a quarter of the bytes, over that of the best press with a quarter."""
+    best = min(row["kl"] for row in figures["kvpress"]["rows"] if row["kept_tokens"] == PREFILL // 4)
+    return {
+        row["policy"]: round(row["kl"] / best, 3)
+        for row in figures["jettison"]
+        if "+" in row["policy"] and row["share_in_16_bits"] <= 0.25
+    }
+
+
 def plot(figures: dict[str, Any]) -> Path:
     """KL against state bytes, a panel for each model."""
     import matplotlib
@@ -110,9 +148,11 @@ def plot(figures: dict[str, Any]) -> Path:
     for axes, (name, found) in zip(panels[0], figures.items(), strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in found["jettison"]:
-            if row["budget"] is not None:
-                label = row["policy"].replace(f"budget={row['budget']}", "").replace("{}", "").replace("{,", "{")
-                lines.setdefault(label, []).append((row["state_bytes"] / 1e6, row["kl"]))
+            if row["policy"] == "full":
+                continue
+            label = row["policy"].replace(f"budget={row['budget']}", "").replace("{}", "").replace("{,", "{")
+            label = "snapkv+kivi{bits=4,residual=32}" if "+" in label else label
+            lines.setdefault(label, []).append((row["state_bytes"] / 1e6, row["kl"]))
         for row in found.get("kvpress", {}).get("rows", []):
             kept = row["kept_tokens"]
             if kept < PREFILL:  # their bytes are of what was kept; ours have room for the tokens behind it too

@@ -12,6 +12,7 @@ After:
       %22: f32[s0,8,s1,32] = jettison.attention(%18, %20, %21, %position_ids, None, None, None, 0.17, True, 0, 0.0)
       return %99, %20, %21, ...
     entry decode(...): the same, one token at a time
+    entry evict, store, load(...): where tokens are dropped or compressed, what moves them in the states of one layer
 
 Fires when: every attention of the program is causal self-attention, and tokens meet nowhere else.
 Declines when: a policy does not apply to a layer (the layer keeps `full`, and the report says why).

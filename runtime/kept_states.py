@@ -5,7 +5,7 @@ Some keep only some of the tokens, some pass them on to a compressed form: how m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -139,9 +139,36 @@ class KeptStates(SlottedStates):
         self.held = [0] * batch
         self.stored = None if storage is None else StoredStates(storage, declared, states, batch)
 
+    @property
+    def oldest_to(self) -> Storage | None:
+        """The storage that takes the oldest tokens of every row, if there is one."""
+        return None if self.stored is None or self.stored.storage.takes_dropped else self.stored.storage
+
     def stored_tokens(self, row: int) -> int:
         """Tokens that a row has in compressed form."""
         return 0 if self.stored is None else self.stored.tokens(row)
+
+    def make_room(self, new: Sequence[int], left: Sequence[int], *, is_prompt: bool) -> None:
+        """Have slots for the tokens that rows will keep.
+
+        Args:
+            new: Tokens that come now, by row.
+            left: Tokens that may come later.
+            is_prompt: Whether those that come now are a prompt, behind which a budget holds.
+        """
+        budget, every, needed = self.retention.budget, self.retention.every, 0
+        for row, (count, later) in enumerate(zip(new, left, strict=True)):
+            held = self.held[row] + count + (self.stored_tokens(row) if self.oldest_to else 0)
+            if budget is not None and every is not None:
+                needed = max(needed, min(held + later, budget + every))
+            elif budget is not None and is_prompt:
+                needed = max(needed, min(held, budget) + later)
+            else:
+                needed = max(needed, held + later)
+        if self.stored is not None:
+            seen = [self.held[row] + self.stored_tokens(row) + new[row] + left[row] for row in range(len(new))]
+            self.stored.reserve(self.stored.storage.moving(needed if self.oldest_to else max(seen)))
+        self.reserve(needed if self.oldest_to is None else min(needed, self.oldest_to.residual))
 
     def inputs(self, first_row: int, rows: int, steps: int, *, is_prompt: bool) -> dict[str, Tensor]:
         """What a call of `steps` tokens is told about these states; `is_prompt`: nothing is read from the storage."""

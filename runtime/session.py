@@ -143,26 +143,9 @@ class Session:
 
     def _make_room(self, new: Sequence[int], *, is_prompt: bool) -> None:
         """Slots for the tokens that rows will keep, now that it is known how many come at once."""
+        left = [self.capacity - length - count for length, count in zip(self.lengths, new, strict=True)]
         for kept in self.kept:
-            retention, needed = kept.retention, []
-            for row, count in enumerate(new):
-                left = self.capacity - self.lengths[row] - count
-                held = kept.held[row] + count
-                if kept.stored is not None and not kept.stored.storage.takes_dropped:
-                    held += kept.stored_tokens(row)
-                if retention.budget is None:
-                    needed.append(held + left)
-                elif retention.every is not None:
-                    needed.append(min(held + left, retention.budget + retention.every))
-                elif is_prompt:
-                    needed.append(min(held, retention.budget) + left)
-                else:
-                    needed.append(held + left)
-            storage = None if kept.stored is None else kept.stored.storage
-            if storage is not None and kept.stored is not None:
-                kept.stored.reserve(storage.moving(self.capacity if storage.takes_dropped else max(needed)))
-            takes_oldest = storage is not None and not storage.takes_dropped
-            kept.reserve(min(max(needed), storage.residual) if takes_oldest and storage else max(needed))
+            kept.make_room(new, left, is_prompt=is_prompt)
 
     def _prefill_row(self, index: int, row: Sequence[int], every: bool = False) -> Tensor:
         own = self._row_states(index)
@@ -194,8 +177,7 @@ class Session:
                 if retention.budget is None or held <= retention.budget:
                     continue
                 if is_last or (retention.every is not None and kept.stored is None):
-                    if kept.stored is not None and not kept.stored.storage.takes_dropped:
-                        # All that is kept is compressed anew.
+                    if kept.stored is not None and kept.oldest_to:  # all that is kept is compressed anew
                         staged[kept] = kept.stored.filled[index] = 0
                     self._strip(kept, index, states, staged.pop(kept, 0))
                     kept.drop(self.executor, index, self.lengths[index], states, own)
@@ -216,7 +198,7 @@ class Session:
             loaded: How many of the first tokens are in compressed form already.
         """
         self._strip(kept, row, states, loaded)
-        if kept.stored is not None and not kept.stored.storage.takes_dropped:
+        if kept.oldest_to:
             kept.store(self.executor, row, states, own)
         if states[kept.names[0]] is not own[kept.names[0]]:
             kept.copy(states, own, kept.held[row])
@@ -232,8 +214,8 @@ class Session:
         states = self._row_states(row)
         for kept in self.kept:
             retention, held = kept.retention, kept.held[row]
-            if kept.stored is not None and not kept.stored.storage.takes_dropped:
-                if held == kept.stored.storage.residual:
+            if kept.oldest_to:
+                if held == kept.oldest_to.residual:
                     kept.store(self.executor, row, states, states)
             elif retention.budget is not None and held == retention.budget + (retention.every or self.context):
                 kept.drop(self.executor, row, self.lengths[row], states, states)
