@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import jettison
 from jettison.api import parse_passes
+from jettison.cli import main
 from jettison.passes.pipeline import apply
 from jettison.runtime.session import Session
 from tests.runtime.long_generation import assert_same_tokens
-from tests.runtime.test_eviction import captured, executor, rows, session
+from tests.runtime.test_eviction import captured, executor, rows, run_json, session, shortened
 
 KIVI = "kivi{bits=4,residual=64}"
 MIKV = "mikv{budget=48,bits=4,every=8}"
@@ -211,3 +213,30 @@ def test_neighbours_are_compressed_together():
 def test_a_short_context_keeps_full():
     assert not Session(executor("tiny-llama/2", "kivi{residual=1024}", "torch"), 1, 64).kept
     assert "forward" in captured("tiny-llama/2").entries
+
+
+@pytest.mark.parametrize("target", ["torch", "onnx"])
+def test_artifacts_keep_what_was_chosen(target, tmp_path):
+    """A composition and a form of its own for one layer, saved, prepared where there is something to, and loaded."""
+    (tmp_path / "model").mkdir()
+    pipeline = f"cache-kv{{policy={COMPOSED},layers={{1: {KIVI}}}}}"
+    made = jettison.optimize(shortened("tiny-llama", 2, tmp_path / "model"), pipeline, target=target)
+    row = rows("tiny-llama/2")[0]
+    expected = made.generate(row, max_new_tokens=40)
+    made.save_pretrained(tmp_path / "out")
+    loaded = [jettison.load(tmp_path / "out", verify=True, allow_spinning=False)]
+    if target == "onnx":
+        names = {path.stem for path in (tmp_path / "out").glob("*.onnx")}
+        assert names == {"model", "evict", "store", "load", "store_1", "load_1"}
+        assert main(["prepare", str(tmp_path / "out")]) == 0
+        loaded.append(jettison.load(tmp_path / "out", allow_spinning=False))
+    for each in loaded:
+        assert each.generate(row, max_new_tokens=40) == expected
+    explained = run_json("explain", tmp_path / "out")
+    layers = [layer for layer in explained["layers"] if layer["kv_policy"]]
+    assert [layer["kv_policy"].partition("{")[0] for layer in layers] == ["snapkv", "kivi"]
+    assert "+kivi" in layers[0]["kv_policy"]
+    # 4 bits and a range for 32 values, of keys and values; the composition holds positions of uncompressed ones only.
+    assert [layer["state_bytes_per_token"] for layer in layers] == [4 * 2 * (16 + 4)] * 2
+    inspected = run_json("inspect", tmp_path / "out")
+    assert inspected["state_bytes"] == made.report.state_bytes
