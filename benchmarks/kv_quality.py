@@ -144,11 +144,14 @@ def plot(figures: dict[str, Any]) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chart, panels = pyplot.subplots(1, len(figures), figsize=(6 * len(figures), 4.5), squeeze=False)
+    chart, panels = pyplot.subplots(1, len(figures), figsize=(6.5 * len(figures), 4.5), squeeze=False)
+    seen: dict[str, int] = {}
+    handles: dict[str, Any] = {}
     for axes, (name, found) in zip(panels[0], figures.items(), strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
+        whole = max(row["state_bytes"] for row in found["jettison"])
         for row in found["jettison"]:
-            if row["policy"] == "full":
+            if row["state_bytes"] == whole:  # `full`, and what does not apply to the model
                 continue
             label = row["policy"].replace(f"budget={row['budget']}", "").replace("{}", "").replace("{,", "{")
             label = "snapkv+kivi{bits=4,residual=32}" if "+" in label else label
@@ -160,9 +163,12 @@ def plot(figures: dict[str, Any]) -> Path:
                 lines.setdefault(f"kvpress {row['press']}", []).append((state_bytes / 1e6, row["kl"]))
         for label, points in lines.items():
             style = "--" if label.startswith("kvpress") else "-"
-            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3, label=label)
+            index = seen.setdefault(label, len(seen))  # one look in every panel
+            colour, marker = pyplot.get_cmap("tab10")(index % 10), "os^"[index // 10]
+            look = {"color": colour, "marker": marker, "markersize": 4, "label": label}
+            handles[label] = axes.plot(*zip(*sorted(points), strict=True), style, **look)[0]
         axes.set(title=name, xlabel="state bytes of a sequence (MB)", ylabel="KL (nats per token)", yscale="log")
-        axes.legend(fontsize=6)
+    panels[0][-1].legend(handles=handles.values(), fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     path = RESULTS / "kv_quality.png"
     chart.tight_layout()
     chart.savefig(path, dpi=120, metadata={"Software": None})
