@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jettison.ir.program import Storage
-
 _CONSTANT = re.compile(r"constant @(\S+): (\w+)\[([\d,]*)\](?: stored (\w+))?")
 _PACKED = re.compile(r"packed @(\S+): (.+)\[([\d,]*)\]$")
 _ENTRY = re.compile(r"entry (\w+)\(")
@@ -82,11 +80,11 @@ def slot_counts(manifest: Mapping[str, Any], capacity: int, new_tokens: int = 0)
         added = new_tokens if kept["every"] is None else kept["every"]
         counts[kept["name"]] = capacity if kept["budget"] is None else min(context, kept["budget"] + added)
     for storage in manifest.get("storages", []):
-        known = Storage(**storage)
-        held = known.keep + capacity if known.takes_dropped else counts[known.retention]
-        counts[known.name] = known.moving(held)
-        if not known.takes_dropped:
-            counts[known.retention] = min(held, known.residual)
+        # As `slot_counts` of `jettison.ir.program`, which is not imported: torch would be, too.
+        held = capacity if storage["takes_dropped"] else counts[storage["retention"]]
+        counts[storage["name"]] = max(0, held - storage["keep"]) // storage["tokens"]
+        if not storage["takes_dropped"]:
+            counts[storage["retention"]] = min(held, storage["residual"])
     return counts
 
 
