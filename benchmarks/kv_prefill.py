@@ -23,10 +23,9 @@ from record import environment, write
 import jettison
 
 POLICIES = {
-    "half": ("full", "snapkv{budget=1024}", "kivi{bits=2}", "h2o{budget=1024}", "h2o{budget=1024,evict=always}"),
+    "half": ("snapkv{budget=1024}", "kivi{bits=2}"),
     "one": ("snapkv{budget=1024}",),
 }
-CHUNKS = {"h2o{budget=1024}": 128}
 
 
 def peak_bytes() -> int:
@@ -35,12 +34,12 @@ def peak_bytes() -> int:
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
-def run_one(artifact: str, tokens: int, chunk: int) -> None:
+def run_one(artifact: str, tokens: int) -> None:
     """Print the figures of one artifact."""
     model = jettison.load(artifact)
-    session = model.session(1, tokens + 256, prefill_chunk=chunk)
+    session = model.session(1, tokens + 256)
     session.prefill([[7] * 64])
-    session = model.session(1, tokens + 256, prefill_chunk=chunk)
+    session = model.session(1, tokens + 256)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
@@ -54,7 +53,7 @@ def run_one(artifact: str, tokens: int, chunk: int) -> None:
     )
     print(json.dumps({
         "working_bytes": most - resident, "cache_bytes_of_all_tokens": whole, "state_bytes": session.state_bytes,
-        "seconds": round(seconds, 1), "prefill_chunk": chunk,
+        "seconds": round(seconds, 1),
     }))  # fmt: skip
 
 
@@ -63,10 +62,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--shapes", nargs="+", choices=list(POLICIES), default=list(POLICIES))
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", metavar="ARTIFACT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        run_one(arguments.run[0], arguments.tokens, int(arguments.run[1]))
+        run_one(arguments.run, arguments.tokens)
         return
     before = environment()
     figures: dict[str, dict[str, object]] = {}
@@ -78,8 +77,7 @@ def main() -> None:
                 artifact = Path(folder) / "artifact"
                 pipeline = f"{shape.weights},cache-kv{{policy={policy}}}"
                 jettison.optimize(Path(folder) / "model", pipeline).save_pretrained(artifact, overwrite=True)
-                command = [sys.executable, __file__, "--tokens", str(arguments.tokens), "--run", str(artifact),
-                           str(CHUNKS.get(policy, 512))]  # fmt: skip
+                command = [sys.executable, __file__, "--tokens", str(arguments.tokens), "--run", str(artifact)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 figures.setdefault(shape.about, {})[policy] = json.loads(done.stdout.splitlines()[-1])
                 print(shape.about, policy, done.stdout.strip(), flush=True)
