@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jettison.ir import ops
-from jettison.ir.ops.attention import attend
-from jettison.ir.ops.joint_attention import joint_visible
+from jettison.ir.ops.joint_attention import joint_positions
 from jettison.ir.ops.windowed_attention import resident_tokens
 from jettison.ir.ops.write_slots import write_slots_
 
@@ -107,8 +106,8 @@ def attend_both(
     )
     if found.first == found.last and bool((stored_tokens == most).all()):
         return _attend_all(query, keys, values, scale)
-    visible = joint_visible(most, stored_tokens, found.last + 1, found.slots)
-    return attend(query, keys, values, visible, None, scale, 0.0)
+    positions = joint_positions(most, stored_tokens, found.last + 1, found.slots)
+    return ops.attention(query, keys, values, *positions, None, None, scale, True, 0, 0.0)
 
 
 def windowed_attention_(

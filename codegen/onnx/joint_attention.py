@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from jettison.codegen.onnx.functions import call, define
-from jettison.codegen.onnx.written_attention import attend
-from jettison.ir.ops.joint_attention import joint_visible
+from jettison.codegen.onnx.written_attention import scored_attention
+from jettison.ir.ops.joint_attention import joint_positions
 
 _INPUTS = "attended, query, stored_key, stored_value, stored_tokens, key, value, slots"
-
-
 # Rows of queries: those of a key head, then the tokens of the call. A slot that is not seen gets the lowest score.
 _TEXT = """
 {name} <scale, kv_heads> ({inputs}) => ({outputs})
@@ -27,7 +25,6 @@ _TEXT = """
     one = Constant <value_ints = [1]> ()
     two = Constant <value_ints = [2]> ()
     rest = Constant <value_ints = [-1]> ()
-    three = Constant <value_ints = [3]> ()
     first = Constant <value_int = 0> ()
     step = Constant <value_int = 1> ()
     lowest = Constant <value_float = -3.4028234e38> ()
@@ -139,9 +136,9 @@ def scored_joint_attention(
     slots: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`jettison::scored_joint_attention` likewise."""
-    visible = joint_visible(stored_key.shape[2], stored_tokens, key.shape[2], slots)
+    positions = joint_positions(stored_key.shape[2], stored_tokens, key.shape[2], slots)
     keys, values = torch.cat([stored_key, key], 2), torch.cat([stored_value, value], 2)
-    out, weights = attend(query, keys, values, visible, None, scale, 0.0)
+    out, received = scored_attention(query, keys, values, *positions, None, None, scale, True, 0, 0.0)
     # Not as a slice, whose start the exporter would want to know.
     own = stored_key.shape[2] + torch.arange(key.shape[2])
-    return out, weights.sum((2, 3)).index_select(2, own)
+    return out, received.index_select(2, own)

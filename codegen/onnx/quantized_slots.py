@@ -70,7 +70,7 @@ QuantizeSlots{bits} <groups, ranges, codes, tokens> (values) => (packed, scales,
 def _dequantizing(bits: int, is_by_channel: bool) -> str:
     """`is_by_channel`: a range is one channel of all tokens of a slot, which `DequantizeLinear` scales as it converts.
 
-    Along the last axis its kernel is five times slower than a product behind it.
+    Along the last axis its kernel is slower than a product behind it.
     """
     per_byte = 8 // bits
     lines, parts = [f"mask = Constant <value = uint8 {{{2**bits - 1}}}> ()"], []
@@ -84,7 +84,7 @@ def _dequantizing(bits: int, is_by_channel: bool) -> str:
             lines.append(f"masked_{index} = BitwiseAnd ({part}, mask)")
             part = f"masked_{index}"
         parts.append(part)
-    # As bytes, and four times as fast as behind a conversion.
+    # As bytes: behind the conversion it would move four times as many.
     lines.append(f"plain = Concat <axis = -1> ({', '.join(parts)})")
     unpacking = "\n    ".join(lines)
     if is_by_channel:

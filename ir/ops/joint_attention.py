@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jettison.ir.ops.attention import attend, visible_keys
 from jettison.ir.ops.registration import define_op
 
 
-def joint_visible(
+def joint_positions(
     stored: int | torch.SymInt, stored_tokens: Tensor, recent: int | torch.SymInt, slots: Tensor
-) -> Tensor:
-    """Which token each query sees: all that are stored, and the slots up to its own.
+) -> tuple[Tensor, Tensor]:
+    """Both parts one behind the other, as `jettison::attention` wants to hear of them: `query` and `key_positions`.
 
     Args:
         stored: T.
@@ -21,11 +20,12 @@ def joint_visible(
         slots: `[B, S] i64`.
 
     Returns:
-        `[B, S, T + C] bool`.
+        `[B, S] i64` and `[B, T + C] i64`; negative where nothing is stored.
     """
-    is_stored = torch.arange(stored, device=slots.device) < stored_tokens[:, None]
-    is_recent = visible_keys(slots, torch.arange(recent, device=slots.device)[None], None, True, 0)
-    return torch.cat([is_stored[:, None].expand(-1, slots.shape[1], -1), is_recent], 2)
+    indices = torch.arange(stored, device=slots.device)
+    of_stored = torch.where(indices < stored_tokens[:, None], indices, -1)
+    of_recent = (stored + torch.arange(recent, device=slots.device))[None].expand(slots.shape[0], -1)
+    return stored + slots, torch.cat([of_stored, of_recent], 1)
 
 
 def _joint_attention(
@@ -56,8 +56,8 @@ def _joint_attention(
     if not stored_key.shape[2] or not int(stored_tokens.max()):
         return torch.ops.jettison.attention(query, key, value, slots, None, None, None, scale, True, 0, 0.0)
     keys, values = torch.cat([stored_key, key], 2), torch.cat([stored_value, value], 2)
-    visible = joint_visible(stored_key.shape[2], stored_tokens, key.shape[2], slots)
-    return attend(query, keys, values, visible, None, scale, 0.0).contiguous()
+    positions = joint_positions(stored_key.shape[2], stored_tokens, key.shape[2], slots)
+    return torch.ops.jettison.attention(query, keys, values, *positions, None, None, scale, True, 0, 0.0)
 
 
 def _fake_joint_attention(

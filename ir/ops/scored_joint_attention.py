@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jettison.ir.ops.joint_attention import joint_visible
+from jettison.ir.ops.joint_attention import joint_positions
 from jettison.ir.ops.registration import define_op
 
 
@@ -24,17 +24,13 @@ def _scored_joint_attention(
     Returns:
         `[B, H, S, D]`, and `[B, Hkv, C] f32`.
     """
-    plain = torch.ops.jettison.scored_attention
-    if not stored_key.shape[2] or not int(stored_tokens.max()):
-        return plain(query, key, value, slots, None, None, None, scale, True, 0, 0.0)
-    stored = stored_key.shape[2]
+    attend, stored = torch.ops.jettison.scored_attention, stored_key.shape[2]
+    if not stored or not int(stored_tokens.max()):
+        return attend(query, key, value, slots, None, None, None, scale, True, 0, 0.0)
     keys, values = torch.cat([stored_key, key], 2), torch.cat([stored_value, value], 2)
-    visible = joint_visible(stored, stored_tokens, key.shape[2], slots)[:, None, None]
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = torch.matmul(grouped.float(), keys.float().unsqueeze(2).transpose(3, 4)) * scale
-    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
-    out = torch.matmul(weights.to(values.dtype), values.unsqueeze(2)).flatten(1, 2)
-    return out.to(query.dtype).contiguous(), weights[..., stored:].sum((2, 3))
+    positions = joint_positions(stored, stored_tokens, key.shape[2], slots)
+    out, received = attend(query, keys, values, *positions, None, None, scale, True, 0, 0.0)
+    return out, received[..., stored:].clone(memory_format=torch.contiguous_format)
 
 
 def _fake_scored_joint_attention(
