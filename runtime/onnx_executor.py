@@ -145,6 +145,9 @@ def session_options(threads: int | None, *, allow_spinning: bool) -> Any:
     # Errors are raised; what it would print beside that names internals, and warnings name the default of
     # `logits_positions`, which is meant.
     options.log_severity_level = 4
+    # As the nodes stand in the file, where what a layer leaves behind is read at once. The default order reads it last:
+    # the probabilities that `h2o` adds up would be held for all layers together.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if threads is not None:
         options.intra_op_num_threads = threads
     if not allow_spinning:
