@@ -41,7 +41,10 @@ POLICIES = (
     "mikv{{budget={budget}}}",
 )
 # What compresses every token, and what drops and then compresses down to a quarter of the prompt's bytes.
-STORING = ("int8", "int4", "kivi{bits=4}", "kivi{bits=2}", "kivi{bits=2,residual=64}")
+STORING = (
+    "int8", "int4", "kivi{bits=4}", "kivi{bits=2}", "kivi{bits=2,residual=64}", "xquant{bits=8}",
+    "xquant{bits=8,group=128}", "xquant{bits=4}", "xquant{bits=4,group=128}", "xquant{bits=2}",
+)  # fmt: skip
 COMPOSED = (
     "snapkv{budget=512}+kivi{bits=4,residual=32}",
     "snapkv{budget=544,window=16}+kivi{bits=4,residual=32}",

@@ -53,7 +53,7 @@ class Shape:
 
 
 SNAPKV = f"snapkv{{budget={BUDGET}}}"
-STORED = ("kivi{bits=2}", "kivi{bits=4}", "int8", f"{SNAPKV}+kivi{{bits=4}}", f"mikv{{budget={BUDGET}}}")
+STORED = ("kivi{bits=2}", "kivi{bits=4}", "int8", f"{SNAPKV}+kivi{{bits=4}}", f"mikv{{budget={BUDGET}}}", "xquant")
 SHAPES = {
     "half": Shape(
         "Qwen2.5-0.5B: 24 layers, 14 heads, 2 key heads of 64",

@@ -297,6 +297,8 @@ class _Cache:
         taken = list(state_placeholders(self.program.entries[entry]))
         own = [kept.name_in(layer, each) for each in taken]
         given = {each: self.states[actual] for each, actual in zip(taken, own, strict=True)}
+        if "layer" in input_placeholders(self.program.entries[entry]):
+            given["layer"] = torch.tensor([kept.layers.index(layer)])
         new = run_entry(self.program, entry, {**given, **inputs})
         self.states |= dict(zip(own, new, strict=True))
 

@@ -22,11 +22,12 @@ Saves: per generated token, the T - 1 earlier tokens are read from the cache ins
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError, UnsupportedError
@@ -41,6 +42,7 @@ from jettison.ir.program import (
     output_node,
     state_placeholders,
 )
+from jettison.ir.projected_heads import KeyValueProjection
 from jettison.ir.rotary_table import angle_table, frequencies
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.options import ByRange, option
@@ -51,6 +53,7 @@ from jettison.passes.policies.evicting import EvictingPolicy
 from jettison.passes.policies.storing import StoringPolicy
 
 aten = torch.ops.aten
+Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,11 @@ class CacheKV(Pass):
     @property
     def is_exact(self) -> bool:  # type: ignore[override]
         """As exact as the policies."""
-        return all(policy.is_exact for given in (self.policy, *self.layers.values()) for policy in _parts(given))
+        return all(policy.is_exact for policy in self._policies)
 
     @property
-    def _rotates(self) -> bool:
-        return any(policy.rotates for given in (self.policy, *self.layers.values()) for policy in _parts(given))
+    def _policies(self) -> list[Policy]:
+        return [policy for given in (self.policy, *self.layers.values()) for policy in _parts(given)]
 
     def requires(self, program: Program) -> None:
         """A decoder that has no cache yet."""
@@ -125,11 +128,12 @@ class CacheKV(Pass):
         """Rewrite every attention, copy the graph for the second entry, and make those that drop tokens."""
         edit = Edit(program, "forward", self.name)
         sites = [node for node in edit.graph.nodes if is_call(node, attention)]
+        made = _Sites(program, self._policies)
         misses: list[MissRecord] = []
         caches: dict[Any, Cache] = {}
         produced: dict[str, fx.Node] = {}
         for layer, node in enumerate(sites):
-            site = _site(layer, node, program, self._rotates)
+            site = made.site(layer, node)
             policy = _applicable(self.layers.at(layer) or self.policy, site, node, misses)
             kind = None if policy.keeps_slots else (policy, replace(site, layer=0))
             if kind not in caches:
@@ -176,6 +180,11 @@ def _check_composition(parts: tuple[Policy, ...]) -> None:
     first = parts[0]
     if first.why_alone is not None:
         raise OptionError(f"[cache-kv] policy={names}: {first.name} {first.why_alone}. Use snapkv or sinks before it.")
+    last = parts[1]
+    if last.why_not_behind is not None:
+        raise OptionError(
+            f"[cache-kv] policy={names}: {last.name} {last.why_not_behind}. Use kivi, int8 or int4 behind {first.name}."
+        )
     if first.evict != "prefill":
         raise OptionError(
             f"[cache-kv] policy={names}: {first.name} would have to drop tokens that are compressed already. Use "
@@ -209,17 +218,44 @@ def _not_cacheable(node: fx.Node) -> str | None:
     return None
 
 
-def _site(layer: int, node: fx.Node, program: Program, with_frequencies: bool) -> AttentionSite:
-    operands, context = arguments(node), program.info.context
-    rotation = operands["key"] if is_call(operands["key"], rotary_embedding) else None
-    turned = None
-    if with_frequencies and rotation is not None:
-        tables = [angle_table(program, angle, context) for angle in rotation.args[1:3]]
-        turned = None if tables[0] is None or tables[1] is None else frequencies(tables[0], tables[1])
-    key, value = operands["key"].meta["val"], operands["value"].meta["val"]
-    heads = operands["query"].meta["val"].shape[1]
-    return AttentionSite(
-        layer, heads, key.shape[1], key.shape[3], value.shape[3], operands["scale"], operands["window"],
-        operands["softcap"], context, key.dtype, operands["sinks"] is not None, turned,
-        rotation is not None and bool(rotation.args[3]),
-    )  # fmt: skip
+class _Sites:
+    """Makes sites of the attentions of a program; angles that layers share are looked at once.
+
+    Args:
+        program: Has the attentions.
+        policies: Those that may get them.
+    """
+
+    def __init__(self, program: Program, policies: Sequence[Policy]) -> None:
+        self._program = program
+        self._rotates = any(policy.rotates for policy in policies)
+        self._projects = any(policy.projects for policy in policies)
+        self._known: dict[tuple[fx.Node, fx.Node], tuple[Angles, tuple[float, ...]] | None] = {}
+
+    def site(self, layer: int, node: fx.Node) -> AttentionSite:
+        """Of one attention."""
+        operands, program = arguments(node), self._program
+        rotation = operands["key"] if is_call(operands["key"], rotary_embedding) else None
+        turned = self._turned(*rotation.args[1:3]) if self._rotates and rotation is not None else None
+        projection: KeyValueProjection | str | None = None
+        if self._projects and rotation is not None and turned is None:
+            projection = "its keys are not rotated in proportion to their position"
+        elif self._projects:
+            made = operands["key"] if rotation is None else rotation.args[0]
+            projection = KeyValueProjection.of(made, operands["value"], program)
+        key, value = operands["key"].meta["val"], operands["value"].meta["val"]
+        return AttentionSite(
+            layer, operands["query"].meta["val"].shape[1], key.shape[1], key.shape[3], value.shape[3],
+            operands["scale"], operands["window"], operands["softcap"], program.info.context, key.dtype,
+            operands["sinks"] is not None, None if turned is None else turned[1],
+            rotation is not None and bool(rotation.args[3]), None if turned is None else turned[0], projection,
+        )  # fmt: skip
+
+    def _turned(self, cos: fx.Node, sin: fx.Node) -> tuple[Angles, tuple[float, ...]] | None:
+        """Tables of two angles and their frequencies, if they have such."""
+        if (cos, sin) not in self._known:
+            context = self._program.info.context
+            tables = angle_table(self._program, cos, context), angle_table(self._program, sin, context)
+            found = None if tables[0] is None or tables[1] is None else frequencies(tables[0], tables[1])
+            self._known[cos, sin] = None if found is None else (tables, found)
+        return self._known[cos, sin]

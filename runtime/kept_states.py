@@ -281,6 +281,7 @@ class KeptStates(SlottedStates):
         inputs: Mapping[str, Tensor],
         states: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        taken = executor.entries[entry].states
-        own = {name: states[self.retention.name_in(layer, name)] for name in taken}
-        return executor.run(entry, inputs, own)
+        signature = executor.entries[entry]
+        own = {name: states[self.retention.name_in(layer, name)] for name in signature.states}
+        which = {"layer": torch.tensor([self.retention.layers.index(layer)])} if "layer" in signature.inputs else {}
+        return executor.run(entry, {**inputs, **which}, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,8 @@ def assert_golden(snapshot: SnapshotAssertion, pass_: Pass, program: Program, na
         f"\n==== diff ====\n{diff_text(before_text, after_text)}"
         f"\n==== after ====\n{after_text}"
     )
-    assert text == snapshot(name=name)
+    # What comes out of a decomposition is the same on no two machines.
+    assert re.sub(r"(constant @store\.\S+ \S+) #[0-9a-f]{8}", r"\1", text) == snapshot(name=name)
     return after, record
 
 

@@ -10,9 +10,10 @@ from jettison.passes.policies.mikv import MiKV
 from jettison.passes.policies.sinks import Sinks
 from jettison.passes.policies.snapkv import SnapKV
 from jettison.passes.policies.window import Window
+from jettison.passes.policies.xquant import XQuant
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Full, H2O, Int4, Int8, Kivi, MiKV, Sinks, SnapKV, Window)
+    policy.name: policy for policy in (Full, H2O, Int4, Int8, Kivi, MiKV, Sinks, SnapKV, Window, XQuant)
 }
 
-__all__ = ["H2O", "POLICIES", "Full", "Int4", "Int8", "Kivi", "MiKV", "Policy", "Sinks", "SnapKV", "Window"]
+__all__ = ["H2O", "POLICIES", "Full", "Int4", "Int8", "Kivi", "MiKV", "Policy", "Sinks", "SnapKV", "Window", "XQuant"]

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from jettison.ir.program import State, state_name
+from jettison.ir.projected_heads import KeyValueProjection
 
 # The rounding of a session's capacity, and the slack of a windowed cache, in slots.
 SLOT_GRANULE = 64
+# Constants of a site with the angles by which its keys are rotated.
+COS, SIN = "cos", "sin"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class AttentionSite:
         frequencies: Radians by which each pair of key channels turns from one position to the next; None where keys are
             not rotated like that, or no policy asks.
         is_interleaved: Whether a pair is two neighbours instead of halves apart.
+        angles: Cosines and sines `[context, R/2] f32` where `frequencies` are known.
+        projection: How keys, before they are rotated, and values are made; or why that is not known: a clause. None
+            where no policy asks.
+        constants: What a policy gave as constants of this layer, and `cos` and `sin`, as tensors of the graph.
     """
 
     layer: int
@@ -52,6 +59,9 @@ class AttentionSite:
     has_sinks: bool = False
     frequencies: tuple[float, ...] | None = None
     is_interleaved: bool = False
+    angles: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
+    projection: KeyValueProjection | str | None = None
+    constants: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -150,6 +160,11 @@ class Policy:
     @property
     def rotates(self) -> bool:
         """Whether it must know how keys are rotated."""
+        return False
+
+    @property
+    def projects(self) -> bool:
+        """Whether it must know how keys and values are made."""
         return False
 
     @property

@@ -13,12 +13,14 @@ from jettison.ir.edit import Edit
 from jettison.ir.match import arguments
 from jettison.ir.ops import next_slots
 from jettison.ir.program import Program, Retention, State, Storage, input_placeholders, output_node
-from jettison.passes.policies.base import AttentionSite, Policy, Step, Stored
+from jettison.passes.policies.base import COS, SIN, AttentionSite, Policy, Step, Stored
 from jettison.passes.policies.evicting import Cached, EvictingPolicy
 from jettison.passes.policies.storing import StoringPolicy
 
 aten = torch.ops.aten
 TOKEN_COUNT = "token_count"
+# Input of the entries that compress and decompress, where layers have constants of their own: which one it is.
+LAYER = "layer"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Cache:
         retention: Of the states with a slot per token held.
         storage: Of the compressed states, and the input that counts them.
         sites: Layers of `policy`, with the names of their states by short name.
+        constants: Of what compresses, by short name: one for each of `sites`, or one for all of them.
         examples: Fake tensors of the states by name.
         capacities: The symbols of sizes that a session chooses, once a state with them was made.
     """
@@ -71,6 +74,7 @@ class Cache:
     retention: Retention | None
     storage: tuple[Storage, fx.Node] | None = None
     sites: list[tuple[AttentionSite, dict[str, str]]] = field(default_factory=list)
+    constants: dict[str, list[Constant]] = field(default_factory=dict)
     examples: dict[str, Tensor] = field(default_factory=dict)
     capacities: dict[str, Any] = field(default_factory=dict)
 
@@ -119,19 +123,21 @@ class Cache:
             tensors["sinks"] = operands["sinks"]
         if self.storage is not None:
             tensors["count"] = self.storage[1]
+        given = self._layer_constants(edit, site)
         with edit.before(node):
             tensors["total_tokens"] = edit.call(aten.sum.dim_IntList, inputs["attention_mask"], [1])
 
             def traced(*values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                named = dict(zip(tensors, values[: len(tensors)], strict=True))
-                current = dict(zip(nodes, values[len(tensors) :], strict=True))
+                named = dict(zip(tensors, values, strict=False))
+                current = dict(zip(nodes, values[len(tensors) :], strict=False))
                 count = named.pop("count", None)
                 if stores is not None and count is not None:
-                    key, value = stores.decompress(site, {short: current.pop(short) for short in stored})
+                    known = replace(site, constants=dict(zip(given, values[len(tensors) + len(nodes) :], strict=True)))
+                    key, value = stores.decompress(known, {short: current.pop(short) for short in stored})
                     named["stored"] = Stored(key, value, count * stores.granule)
                 return policy.attends.step(Step(site=site, sinks=named.pop("sinks", None), states=current, **named))
 
-            out, new = edit.inline(traced, *tensors.values(), *nodes.values())
+            out, new = edit.inline(traced, *tensors.values(), *nodes.values(), *given.values())
         edit.replace(node, out)
         # Compressed states are read only.
         new = {**new, **{short: nodes[short] for short in stored}}
@@ -139,6 +145,25 @@ class Cache:
         for short in states.keys() - new.keys():
             edit.erase(nodes[short])
         return {states[short].name: value for short, value in new.items()}
+
+    def _layer_constants(self, edit: Edit, site: AttentionSite) -> dict[str, fx.Node]:
+        """What compressed tokens of a layer need to know, as constants of the entry."""
+        stores = None if self.policy is None else self.policy.stores
+        if stores is None or self.storage is None:
+            return {}
+        name = self.storage[0].name
+        if stores.rotates and site.angles is not None and COS not in self.constants:
+            self.constants |= {
+                short: [Constant(f"{name}.{short}", table)]
+                for short, table in zip((COS, SIN), site.angles, strict=True)
+            }
+        shared = {short: known[0] for short, known in self.constants.items() if short in (COS, SIN)}
+        own = {
+            short: Constant(f"{name}.{site.layer}.{short}", tensor) for short, tensor in stores.constants(site).items()
+        }
+        for short, constant in own.items():
+            self.constants.setdefault(short, []).append(constant)
+        return {short: edit.constant(constant) for short, constant in (shared | own).items()}
 
     def _named(self, states: dict[str, State]) -> dict[str, State]:
         """The states of a policy, their slots called by the retention or storage that they belong to."""
@@ -219,18 +244,41 @@ class Cache:
         assert self.storage is not None, "caches that compress have one"
         storage, batch = self.storage[0], self.mask.meta["val"].shape[0]
 
+        def known(chosen: tuple[Tensor, ...]) -> AttentionSite:
+            """The site with the constants of the layer that the entry is called for."""
+            given = dict(zip(constants, chosen, strict=False))
+            for short in own:
+                # Layers lie one behind the other.
+                by_layer = given[short].unflatten(0, (len(self.sites), -1))
+                given[short] = by_layer.index_select(0, chosen[-1]).squeeze(0)
+            return replace(site, constants=given)
+
         def compress(key: Tensor, value: Tensor, slots: Tensor, *values: Tensor) -> list[Tensor]:
-            states = dict(zip(names, values, strict=True))
+            states = dict(zip(names, values, strict=False))
             states |= policy.prepare(states, slots)
-            for short, new in policy.compress(site, key, value, states).items():
+            for short, new in policy.compress(known(values[len(names) :]), key, value, states, slots).items():
                 states[short] = torch.ops.jettison.write_slots(states[short], new, slots)
             return [*states.values()]
 
         def decompress(*values: Tensor) -> list[Tensor]:
-            return [*policy.decompress(site, dict(zip(names, values, strict=True)))]
+            return [*policy.decompress(known(values[len(names) :]), dict(zip(names, values, strict=False)))]
 
-        edit = self._new_entry(program, storage.name, made_by)
-        nodes = [edit.state(program.states[name], self.examples[name]) for name in names.values()]
+        own = [short for short in self.constants if short not in (COS, SIN)]
+        constants = {
+            short: Constant(f"{storage.name}.{short}", [block for each in found for block in each.blocks])
+            for short, found in self.constants.items()
+        }
+
+        def opened(name: str) -> tuple[Edit, list[fx.Node], list[fx.Node]]:
+            """An empty entry, its states, and what `known` takes."""
+            edit = self._new_entry(program, name, made_by)
+            nodes = [edit.state(program.states[each], self.examples[each]) for each in names.values()]
+            chosen = [edit.constant(constant) for constant in constants.values()]
+            if own:
+                chosen.append(edit.input(LAYER, edit.dynamic_tensor([1], torch.int64)))
+            return edit, nodes, chosen
+
+        edit, nodes, chosen = opened(storage.name)
         slots = edit.input("stored_slots", edit.dynamic_tensor([batch, None], torch.int64, hint=3))
         new = [
             edit.input(
@@ -242,9 +290,8 @@ class Cache:
             for short, dim in (("key", site.key_dim), ("value", site.value_dim))
         ]
         with edit.before(output_node(edit.entry)):
-            edit.set_outputs(edit.inline(compress, *new, slots, *nodes))
+            edit.set_outputs(edit.inline(compress, *new, slots, *nodes, *chosen))
         names = {short: name for short, name in names.items() if short not in policy.reads}
-        edit = self._new_entry(program, storage.load, made_by)
-        nodes = [edit.state(program.states[name], self.examples[name]) for name in names.values()]
+        edit, nodes, chosen = opened(storage.load)
         with edit.before(output_node(edit.entry)):
-            edit.set_outputs([*edit.inline(decompress, *nodes), *nodes])
+            edit.set_outputs([*edit.inline(decompress, *nodes, *chosen), *nodes])

@@ -115,10 +115,12 @@ class Demoted(StoringPolicy):
         is_first = (slots[:, :1] == 0)[:, :, None]
         return {FACTORS: torch.where(is_first, balanced, states[FACTORS])}
 
-    def compress(self, site: AttentionSite, key: Tensor, value: Tensor, states: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compress(
+        self, site: AttentionSite, key: Tensor, value: Tensor, states: dict[str, Tensor], slots: Tensor
+    ) -> dict[str, Tensor]:
         """See `StoringPolicy.compress`."""
         factors = states[FACTORS][:, :, None, None]
-        return super().compress(site, key.to(torch.float32) * factors, value, states)
+        return self.packed(site, {"key": key.to(torch.float32) * factors, "value": value})
 
     def decompress(self, site: AttentionSite, stored: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """See `StoringPolicy.decompress`."""

@@ -55,8 +55,9 @@ class StoringPolicy(Policy):
         if site.softcap or site.has_sinks:
             what = "caps its scores" if site.softcap else "has learned sinks"
             return f"the layer {what}, which attention over compressed tokens does not compute"
-        if site.key_dim * self.bits % 8 or site.value_dim * self.bits % 8:
-            return f"heads of {site.key_dim} values of {self.bits} bits do not fill whole bytes"
+        for _, dim in self.forms(site).values():
+            if dim * self.bits % 8:
+                return f"heads of {dim} values of {self.bits} bits do not fill whole bytes"
         if self.residual >= site.context:
             return f"{self.residual} tokens in full precision are all of a context of {site.context}"
         return None
@@ -70,20 +71,33 @@ class StoringPolicy(Policy):
         key, value = step.append()
         return step.attend(key, value), {"key": key, "value": value}
 
+    @property
+    def why_not_behind(self) -> str | None:
+        """Why what a policy that drops tokens leaves cannot be compressed; None if it can."""
+        return None
+
+    def forms(self, site: AttentionSite) -> dict[str, tuple[int, int]]:
+        """Heads and channels of what is compressed; by short name."""
+        return {"key": (site.kv_heads, site.key_dim), "value": (site.kv_heads, site.value_dim)}
+
     def groups(self, site: AttentionSite) -> dict[str, tuple[int, int]]:
-        """Groups along the tokens and along the channels of a slot that have a range, by `key` and `value`."""
+        """Groups along the tokens and along the channels of a slot that have a range, for each of `forms`."""
         raise NotImplementedError
 
+    def constants(self, site: AttentionSite) -> dict[str, Tensor]:
+        """What the layer needs to know beside the states, by short name; of one shape for equal sites."""
+        return {}
+
     def stored_states(self, site: AttentionSite) -> dict[str, State]:
-        """The compressed states of a layer by short name, `[B, Hkv, stored, width]`: codes, scales and zeros."""
+        """The compressed states of a layer by short name, `[B, heads, stored, width]`: codes, scales and zeros."""
         states = {}
-        for short, dim in (("key", site.key_dim), ("value", site.value_dim)):
+        for short, (heads, dim) in self.forms(site).items():
             rows, columns = self.groups(site)[short]
             widths = {"codes": (self.granule * dim * self.bits // 8, torch.uint8)}
             widths |= dict.fromkeys(("scales", "zeros"), (rows * columns, torch.float16))
             for kind, (width, dtype) in widths.items():
                 name = f"{short}_{kind}"
-                shape = ("batch", site.kv_heads, "stored", width)
+                shape = ("batch", heads, "stored", width)
                 states[name] = State(state_name(site.layer, name), shape, dtype)
         return states
 
@@ -91,7 +105,9 @@ class StoringPolicy(Policy):
         """New values of states that have no slots, before tokens go to `slots [B, N] i64`."""
         return {}
 
-    def compress(self, site: AttentionSite, key: Tensor, value: Tensor, states: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compress(
+        self, site: AttentionSite, key: Tensor, value: Tensor, states: dict[str, Tensor], slots: Tensor
+    ) -> dict[str, Tensor]:
         """What is stored of some tokens.
 
         Args:
@@ -99,24 +115,33 @@ class StoringPolicy(Policy):
             key: `[B, Hkv, N, granule, D]`.
             value: `[B, Hkv, N, granule, Dv]`.
             states: Of the layer, by short name.
+            slots: `[B, N] i64`, where it is stored.
 
         Returns:
-            `[B, Hkv, N, width]` by short name.
+            `[B, heads, N, width]` by short name.
         """
+        return self.packed(site, {"key": key, "value": value})
+
+    def decompress(self, site: AttentionSite, stored: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, N * granule, D]` of the stored states, in `site.dtype`."""
+        key, value = self.unpacked(site, stored).values()
+        # A cast to the dtype that it has would stay in the graph.
+        return (key, value) if site.dtype == torch.float32 else (key.to(site.dtype), value.to(site.dtype))
+
+    def packed(self, site: AttentionSite, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Codes, scales and zeros of `[B, heads, N, granule, channels]` for each of `forms`."""
         found: dict[str, Tensor] = {}
-        for short, tensor in (("key", key), ("value", value)):
+        for short, tensor in values.items():
             parts = torch.ops.jettison.quantize_slots(tensor, self.bits, *self.groups(site)[short])
             found |= {f"{short}_{kind}": part for kind, part in zip(("codes", "scales", "zeros"), parts, strict=True)}
         return found
 
-    def decompress(self, site: AttentionSite, stored: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, Hkv, N * granule, D]` of the stored states, in `site.dtype`."""
-        key, value = (
-            torch.ops.jettison.dequantize_slots(
+    def unpacked(self, site: AttentionSite, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`[B, heads, N * granule, channels] f32` for each of `forms`."""
+        return {
+            short: torch.ops.jettison.dequantize_slots(
                 *(stored[f"{short}_{kind}"] for kind in ("codes", "scales", "zeros")),
                 self.bits, self.granule, self.groups(site)[short][0],
             )
-            for short in ("key", "value")
-        )  # fmt: skip
-        # A cast to the dtype that it has would stay in the graph.
-        return (key, value) if site.dtype == torch.float32 else (key.to(site.dtype), value.to(site.dtype))
+            for short in self.forms(site)
+        }  # fmt: skip

@@ -15,7 +15,7 @@ from jettison.ir.program import State
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.options import ByRange
 from jettison.passes.pipeline import canonicalize, prepare
-from jettison.passes.policies import H2O, Full, Int8, Kivi, MiKV, Sinks, SnapKV, Window
+from jettison.passes.policies import H2O, Full, Int8, Kivi, MiKV, Sinks, SnapKV, Window, XQuant
 from jettison.passes.policies.base import AttentionSite
 from jettison.passes.select_logits import SelectLogits
 from tests.helpers import assert_golden, assert_same_numbers, export_tiny, run_pass
@@ -118,6 +118,7 @@ def test_golden_window(snapshot):
         ("kivi", Kivi(residual=32, group=8)),
         ("mikv", MiKV(budget=100)),
         ("composed", (SnapKV(budget=100), Int8(residual=64))),
+        ("xquant", XQuant(residual=32)),
     ],
 )
 def test_golden_moving(snapshot, name, policy):
@@ -168,6 +169,7 @@ def test_what_never_leaves_full_precision_is_full():
         ((Sinks(budget=9), Int8(), Int8()), "needed one policy"),
         ((H2O(budget=9), Int8()), "h2o adds up the attention of every step"),
         ((MiKV(budget=9), Int8()), "mikv adds up the attention of every step"),
+        ((SnapKV(budget=40), XQuant()), "xquant rotates keys by the number of tokens before them"),
         ((SnapKV(budget=40, evict="always"), Int8()), "drop tokens that are compressed already. Use evict=prefill"),
     ],
 )
@@ -236,6 +238,8 @@ def test_layers_have_policies_of_their_own():
         (lambda: Int8(residual=0), r"\[int8\] residual=0: needed at least 1"),
         (lambda: Kivi(group=0), r"\[kivi\] group=0: needed a divisor of residual=128"),
         (lambda: Kivi(residual=100), r"\[kivi\] group=32: needed a divisor of residual=100"),
+        (lambda: XQuant(group=0), r"\[xquant\] group=0: needed a divisor of residual=128"),
+        (lambda: XQuant(residual=40), r"\[xquant\] group=32: needed a divisor of residual=40"),
         (lambda: MiKV(budget=0), r"\[mikv\] budget=0: needed at least 1"),
         (lambda: MiKV(budget=9, group=0), r"\[mikv\] group=0: needed at least 1"),
     ],

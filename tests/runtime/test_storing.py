@@ -15,6 +15,7 @@ from tests.runtime.test_eviction import captured, executor, rows, run_json, sess
 
 KIVI = "kivi{bits=4,residual=64}"
 MIKV = "mikv{budget=48,bits=4,every=8}"
+XQUANT = "xquant{bits=4,residual=64}"
 COMPOSED = "snapkv{budget=80,window=16}+kivi{bits=4,residual=32}"
 # The largest error of a logit over the largest logit, beside a full cache; the larger of both models and a half more.
 BOUNDS = {
@@ -23,6 +24,8 @@ BOUNDS = {
     "kivi{bits=4,residual=32}": 2.2e-2,
     "kivi{bits=2,residual=64}": 5.5e-2,
     MIKV: 2e-2,
+    XQUANT: 5e-2,
+    "xquant{bits=8,group=64,residual=64}": 4e-3,
 }
 EMITTED = (
     ("tiny-llama/2", "kivi{bits=2,residual=64}"),
@@ -30,6 +33,8 @@ EMITTED = (
     ("tiny-llama/2", COMPOSED),
     ("tiny-opt/2", "int4{residual=8}"),
     ("tiny-opt/2", KIVI),
+    ("tiny-llama/2", XQUANT),
+    ("tiny-opt/2", XQUANT),
 )
 TOLERANCE = 1e-5
 
@@ -127,6 +132,9 @@ FORMULAS = {
     "kivi{bits=2,residual=64}": KV_HEADS * (64 * 8 * DIM + 160 * 2 * (DIM // 4 + 4)),
     # With positions and what was received; two ranges for a head; the balancer.
     MIKV: KV_HEADS * (56 * (8 * DIM + 8) + 144 * 2 * (DIM // 2 + 8) + 3 * 4 * DIM),
+    # Latents of all heads; values of 64 bytes share a range.
+    XQUANT: KV_HEADS * (64 * 8 * DIM + 160 * 2 * (DIM // 2 + 4)),
+    "xquant{bits=8,group=64,residual=64}": KV_HEADS * (64 * 8 * DIM + 192 * 2 * (DIM + 2)),
     # Of 80 and 72 tokens; with positions, and the last queries.
     COMPOSED: KV_HEADS * (32 * (8 * DIM + 4) + 128 * 2 * (DIM // 2 + 4)) + HEADS * 16 * 4 * DIM,
 }
