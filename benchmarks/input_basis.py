@@ -2,8 +2,8 @@
 
     python benchmarks/input_basis.py --text FILE [--tokens 768]
 
-On the bundled models without shared key heads. Keys and values of all tokens are made from the rounded input, inside the
-eager model, and its logits are compared: KL in nats per token. Ranges per token are the source's choice (XQuant, arXiv
+On tiny-opt, which has no shared key heads. Keys and values of all tokens are made from the rounded input, inside the eager
+model, and its logits are compared: KL in nats per token. Ranges per token are the source's choice (XQuant, arXiv
 2508.10395). Writes benchmarks/results/input_basis.json.
 """
 

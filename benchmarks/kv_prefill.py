@@ -23,8 +23,8 @@ from record import environment, write
 import jettison
 
 POLICIES = {
-    "half": ("snapkv{budget=1024}", "kivi{bits=2}"),
-    "one": ("snapkv{budget=1024}",),
+    "half": ("snapkv{budget=1024}", "h2o{budget=1024}", "kivi{bits=2}"),
+    "one": ("snapkv{budget=1024}", "h2o{budget=1024}"),
 }
 
 
