@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from jettison.codegen.onnx import residual_norm
+from jettison.codegen.onnx.decompositions import decompose_all, spare_decompositions
 from jettison.codegen.onnx.external_data import ExternalDataWriter
 from jettison.codegen.onnx.functions import add_functions
 from jettison.codegen.onnx.lowered_graph import LoweredGraph
@@ -203,16 +204,24 @@ def _export(
             exported = export_module(
                 lowered, (*tensors, *lowered.examples()), ((*axes, *({} for _ in lowered.placed)),)
             )
-            onnx_program = torch.onnx.export(
-                exported, input_names=[*names, *lowered.placed], output_names=outputs, opset_version=OPSET,
-                dynamo=True, verbose=False, optimize=True,
-            )  # fmt: skip
+            options = {"input_names": [*names, *lowered.placed], "output_names": outputs}
+            spare_decompositions(exported)
+            try:
+                onnx_program = _converted(exported, **options)
+            except torch.onnx.OnnxExporterError:
+                decompose_all(exported)
+                onnx_program = _converted(exported, **options)
     except JettisonError:
         raise
     except Exception as error:
         raise _explained(error, entry_name) from error
-    assert onnx_program is not None, "export without a file returns the program"
     return onnx_program.model
+
+
+def _converted(exported: torch.export.ExportedProgram, **options: Any) -> torch.onnx.ONNXProgram:
+    program = torch.onnx.export(exported, opset_version=OPSET, dynamo=True, verbose=False, optimize=True, **options)
+    assert program is not None, "export without a file returns the program"
+    return program
 
 
 def _explained(error: BaseException, entry_name: str) -> JettisonError:
