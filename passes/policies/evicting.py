@@ -174,8 +174,7 @@ def _largest(values: Tensor, count: int) -> Tensor:
     """
     least = values.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
     more, equal = (values > least).to(torch.int64), (values == least).to(torch.int64)
-    missing = count - more.sum(-1, keepdim=True)
-    return more + equal * (equal.cumsum(-1) <= missing)
+    return more + equal * (equal.cumsum(-1) + more.sum(-1, keepdim=True) <= count)
 
 
 def _in_front(marks: Tensor) -> Tensor:
