@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,10 @@ WEIGHTS_FILE = "weights.safetensors"
 
 @dataclass
 class ArtifactContents:
-    """Everything an artifact is written from."""
+    """Everything an artifact is written from.
+
+    `emitted` are its ONNX graphs in the temporary folder of its executor, which may be gone.
+    """
 
     source: ModelSource
     program: Program
@@ -42,6 +45,7 @@ class ArtifactContents:
     graph_before: str
     graph_after: str
     seed: int
+    emitted: list[EmittedGraph] = field(default_factory=list)
 
 
 def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = False) -> None:
@@ -104,12 +108,21 @@ def _manifest(contents: ArtifactContents) -> dict[str, Any]:
 
 
 def _write_onnx(contents: ArtifactContents, writer: ArtifactWriter, manifest: dict[str, Any]) -> None:
+    """Emit the graphs, or copy them: exporting takes longer than reading them."""
     program = contents.program
     total = weight_bytes(program)
     everything = total + contents.report.prefill_bytes
     writer.require_space(everything)
     with track("write weights", everything) as advance:
-        emitted = emit_program(program, writer.folder, prefill=contents.report.prefill, on_bytes=advance)
+        if contents.emitted and contents.emitted[0].path.exists():
+            folder = contents.emitted[0].path.parent
+            for name in (*(graph.path.name for graph in contents.emitted), DATA_FILE):
+                writer.copy(folder / name)
+            advance(everything)
+            emitted = contents.emitted
+        else:
+            emitted = emit_program(program, writer.folder, prefill=contents.report.prefill, on_bytes=advance)
+            contents.emitted = emitted
     manifest["graphs"] = [_graph_dict(graph) for graph in emitted]
     manifest["requires"] = {"onnxruntime": max((g.minimum_ort for g in emitted), key=_version)}
     manifest["weight_bytes"] = total
@@ -120,7 +133,7 @@ def _write_onnx(contents: ArtifactContents, writer: ArtifactWriter, manifest: di
         described = genai_config(contents.source.config, contents.source.generation_config, program)
         if described is not None:
             writer.write_json("genai_config.json", described)
-            write_scoring_graph(emitted[0].path, writer.path(SCORES_FILE))
+            write_scoring_graph(writer.folder / emitted[0].path.name, writer.path(SCORES_FILE))
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -145,6 +158,7 @@ def temporary_executor(contents: ArtifactContents, *, allow_spinning: bool = Tru
     folder = tempfile.TemporaryDirectory(prefix="jettison-")
     path = Path(folder.name) / "artifact"
     save_artifact(contents, path)
+    contents.emitted = [replace(graph, path=path / graph.path.name) for graph in contents.emitted]
     executor = _onnx_executor(Artifact.open(path), None, allow_spinning)
     weakref.finalize(executor, folder.cleanup)
     return executor

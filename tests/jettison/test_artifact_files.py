@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 import jettison
+from jettison import artifact_files
 from jettison.artifact_files import DATA_FILE
+from jettison.codegen.onnx.emit import emit_program
 from jettison.ir.errors import ArtifactError
 from jettison.optimized_model import OptimizedModel
 from tests.cli.running import forge
@@ -51,7 +53,7 @@ def predicted_bytes(model: OptimizedModel) -> int:
 
 @pytest.fixture(scope="module")
 def written(model: OptimizedModel, predicted_bytes: int) -> list[list[int]]:
-    """Tokens of the model, which runs before it is saved: it is emitted a first time then."""
+    """Tokens of the model, which runs before it is saved: it is emitted then, and copied later."""
     return tokens(model)
 
 
@@ -85,6 +87,28 @@ def test_optimising_again_gives_the_same_bytes(
     assert contents(again.save_pretrained(tmp_path / "again")) == first
     if model.report.target == "torch":  # to run the other, it was written to a folder before it was saved
         assert contents(model.save_pretrained(tmp_path / "twice")) == first
+
+
+def test_a_model_that_ran_is_not_exported_again(live: nn.Module, monkeypatch, tmp_path: Path) -> None:
+    exported: list[Path] = []
+
+    def counted(program, folder, **options):
+        exported.append(folder)
+        return emit_program(program, folder, **options)
+
+    monkeypatch.setattr(artifact_files, "emit_program", counted)
+    model = jettison.optimize(live, INT4_WINDOW, allow_spinning=False)
+    expected = tokens(model)
+    model.save_pretrained(tmp_path / "first")
+    assert len(exported) == 1
+    del model._executor  # and its temporary folder
+    model.save_pretrained(tmp_path / "second")
+    assert len(exported) == 2
+    names = {path.name for path in (tmp_path / "first").iterdir()}
+    assert names == {path.name for path in (tmp_path / "second").iterdir()}
+    for name in ("model.onnx", DATA_FILE, "jettison.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert tokens(jettison.load(tmp_path / "first", verify=True, allow_spinning=False)) == expected
 
 
 def test_a_loaded_artifact_is_saved_as_it_was(saved: Path, tmp_path: Path) -> None:
