@@ -2,9 +2,9 @@
 
     python benchmarks/input_basis.py --text FILE [--tokens 768]
 
-On tiny-opt, which has no shared key heads. Keys and values of all tokens are made from the rounded input, inside the eager
-model, and its logits are compared: KL in nats per token. Ranges per token are the source's choice (XQuant, arXiv
-2508.10395). Writes benchmarks/results/input_basis.json.
+On tiny-opt, which has no shared key heads. Keys and values of all tokens are made from the rounded input, inside the
+eager model, and its logits are compared: KL in nats per token. Ranges per token are the choice of the source (XQuant,
+arXiv 2508.10395). Writes benchmarks/results/input_basis.json.
 """
 
 from __future__ import annotations
