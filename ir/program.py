@@ -11,10 +11,12 @@ from torch import fx
 
 from jettison.ir.constants import Constant, Packed
 
+CACHE = "past_key_values."
 
-def state_name(layer: int, short: str) -> str:
-    """Name of a state of a layer: `past_key_values.0.key` for layer 0 and `key`."""
-    return f"past_key_values.{layer}.{short}"
+
+def state_name(layer: int | str, short: str) -> str:
+    """Name of a state of a layer: `past_key_values.0.key` for layer 0 and `key`; also of a constant of a cache."""
+    return f"{CACHE}{layer}.{short}"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call
 from jettison.ir.ops import quantized_embedding, quantized_linear
 from jettison.ir.ops.quantized_linear import row_chunks
-from jettison.ir.program import MissRecord, Program, constant_placeholders, placeholders
+from jettison.ir.program import CACHE, MissRecord, Program, constant_placeholders, placeholders
 from jettison.ir.progress import track
 from jettison.ir.text import dtype_text, target_text
 from jettison.passes.base import Pass, describe_node
@@ -138,7 +138,8 @@ class QuantizeWeights(Pass):
         return None
 
     def _is_skipped(self, name: str) -> bool:
-        return self.skip is not None and re.search(self.skip, name) is not None
+        # What a cache policy computes with is no weight of the model.
+        return name.startswith(CACHE) or (self.skip is not None and re.search(self.skip, name) is not None)
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Encode every weight once, then rewrite its readers in every entry."""
@@ -152,7 +153,7 @@ class QuantizeWeights(Pass):
                     misses.setdefault((record.node, record.reason), record)
                 elif found is not None:
                     reads.setdefault(entry_name, []).append(found)
-        if self.skip is not None and not any(self._is_skipped(name) for name in program.used_constants()):
+        if self.skip is not None and not any(re.search(self.skip, name) for name in program.used_constants()):
             misses["skip", ""] = MissRecord(f"skip={self.skip!r}", "found in the name of no weight")
         self._encode_all(program, {read.weight for in_entry in reads.values() for read in in_entry})
         for entry_name, in_entry in reads.items():

@@ -12,7 +12,15 @@ from jettison.ir.constants import Constant
 from jettison.ir.edit import Edit
 from jettison.ir.match import arguments
 from jettison.ir.ops import next_slots
-from jettison.ir.program import Program, Retention, State, Storage, input_placeholders, output_node
+from jettison.ir.program import (
+    Program,
+    Retention,
+    State,
+    Storage,
+    input_placeholders,
+    output_node,
+    state_name,
+)
 from jettison.passes.policies.base import COS, SIN, AttentionSite, Policy, Step, Stored
 from jettison.passes.policies.evicting import Cached, EvictingPolicy
 from jettison.passes.policies.storing import StoringPolicy
@@ -154,12 +162,12 @@ class Cache:
         name = self.storage[0].name
         if stores.rotates and site.angles is not None and COS not in self.constants:
             self.constants |= {
-                short: [Constant(f"{name}.{short}", table)]
+                short: [Constant(state_name(name, short), table)]
                 for short, table in zip((COS, SIN), site.angles, strict=True)
             }
         shared = {short: known[0] for short, known in self.constants.items() if short in (COS, SIN)}
         own = {
-            short: Constant(f"{name}.{site.layer}.{short}", tensor) for short, tensor in stores.constants(site).items()
+            short: Constant(state_name(site.layer, short), tensor) for short, tensor in stores.constants(site).items()
         }
         for short, constant in own.items():
             self.constants.setdefault(short, []).append(constant)
@@ -221,7 +229,7 @@ class Cache:
         mask = edit.input(self.retention.mask, self.mask.meta["val"])
         count = edit.input(TOKEN_COUNT, edit.dynamic_tensor([self.mask.meta["val"].shape[0]], torch.int64))
         constants = {
-            short: edit.constant(Constant(f"{self.retention.name}.{short}", tensor, tensor.dtype))
+            short: edit.constant(Constant(state_name(self.retention.name, short), tensor, tensor.dtype))
             for short, tensor in policy.constants(site).items()
         }
 
@@ -265,7 +273,7 @@ class Cache:
 
         own = [short for short in self.constants if short not in (COS, SIN)]
         constants = {
-            short: Constant(f"{storage.name}.{short}", [block for each in found for block in each.blocks])
+            short: Constant(state_name(storage.name, short), [block for each in found for block in each.blocks])
             for short, found in self.constants.items()
         }
 

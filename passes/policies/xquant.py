@@ -192,7 +192,8 @@ def _rotated(site: AttentionSite, key: Tensor, positions: Tensor, *, is_back: bo
     """Keys `[B, Hkv, S, D]` rotated to `positions [B, S]`, or back from there."""
     if site.frequencies is None:
         return key
-    cos, sin = (F.embedding(positions, site.constants[name]) for name in (COS, SIN))
+    # Not as embeddings, which are weights to be quantised.
+    cos, sin = (site.constants[name][positions] for name in (COS, SIN))
     if is_back:  # angles may have a common factor
         length = cos * cos + sin * sin
         cos, sin = cos / length, -sin / length

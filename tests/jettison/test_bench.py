@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import time
 from pathlib import Path
@@ -112,6 +113,24 @@ def test_a_peak_is_seen_after_it_is_gone():
     time.sleep(0.1)
     assert peak.anon_bytes == stopped
     del block
+
+
+@needs_proc
+def test_states_take_the_memory_that_is_reported():
+    """What the process grows by, of many rows; that the bytes are those of the policy's formula is tested elsewhere."""
+    sessions = []  # all stay: memory that one gives back would be taken by the next
+    for policy in ("full", "snapkv{budget=64}", "kivi{bits=4,residual=32,group=8}", "xquant{residual=32}"):
+        model = optimize(small_llama(), f"cache-kv{{policy={policy}}}", target="torch")
+        gc.collect()
+        before = status_bytes("RssAnon")
+        session = model.session(4096, CONTEXT)
+        session._make_room([CONTEXT - 8] * 4096, is_prompt=True)
+        for state in session.states.values():
+            state.fill_(1)  # pages that nobody wrote to are not there yet
+        grown = status_bytes("RssAnon") - before
+        assert session.state_bytes > 16 << 20
+        assert abs(grown - session.state_bytes) < 0.05 * session.state_bytes, policy
+        sessions.append(session)
 
 
 def test_without_proc_nothing_is_made_up(onnx_model, monkeypatch, tmp_path):

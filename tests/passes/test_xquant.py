@@ -107,6 +107,17 @@ def test_it_follows_other_passes(name):
     assert_same_logits(full, after)
 
 
+def test_bases_are_not_quantised():
+    """Nor are tables of angles, which are read by position as embeddings are."""
+    before, _ = run_pass(CacheKV(XQuant(residual=32)), prepared("qwen2"))
+    after, record = run_pass(QuantizeWeights(group=32), before)
+    assert record.rewrites
+    assert not record.misses
+    assert {name for name in after.constants if name.startswith("past_key_values.")} == {
+        name for name in before.constants if name.startswith("past_key_values.")
+    }
+
+
 def bytes_per_token(name, policy):
     program, _ = run_pass(CacheKV(policy), prepared(name))
     return (program.state_bytes(1, 128) - program.state_bytes(1, 96)) / 32
