@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from jettison.api import optimize
+from jettison.api import optimize, parse_passes
 from jettison.bench import (
     PeakMemory,
     bench,
@@ -22,8 +22,13 @@ from jettison.bench import (
     threads_of,
     weight_bytes_per_step,
 )
+from jettison.ir.capture import capture
 from jettison.ir.errors import OptionError
+from jettison.ir.huggingface import source_from_model
 from jettison.optimized_model import OptimizedModel
+from jettison.passes.pipeline import apply, prepare
+from jettison.runtime.session import Session
+from jettison.runtime.torch_executor import TorchExecutor
 
 KEYS = [
     "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes", "peak_anon_bytes", "weight_bytes", "state_bytes",
@@ -118,12 +123,16 @@ def test_a_peak_is_seen_after_it_is_gone():
 @needs_proc
 def test_states_take_the_memory_that_is_reported():
     """What the process grows by, of many rows; that the bytes are those of the policy's formula is tested elsewhere."""
+    captured = capture(source_from_model(small_llama()))
+    prepare(captured)
     sessions = []  # all stay: memory that one gives back would be taken by the next
     for policy in ("full", "snapkv{budget=64}", "kivi{bits=4,residual=32,group=8}", "xquant{residual=32}"):
-        model = optimize(small_llama(), f"cache-kv{{policy={policy}}}", target="torch")
+        program = captured.copy()
+        apply(program, parse_passes(f"cache-kv{{policy={policy}}}"))
+        executor = TorchExecutor(program)
         gc.collect()
         before = status_bytes("RssAnon")
-        session = model.session(4096, CONTEXT)
+        session = Session(executor, 4096, CONTEXT)
         session._make_room([CONTEXT - 8] * 4096, is_prompt=True)
         for state in session.states.values():
             state.fill_(1)  # pages that nobody wrote to are not there yet
