@@ -43,6 +43,7 @@ class _Namer:
         self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
         self.values: dict[fx.Node, str] = {}
         self._numbers = 0
+        self._sizes: dict[sympy.Expr, str] = {}
 
     def number(self, node: fx.Node) -> str:
         self.values[node] = f"%{self._numbers}"
@@ -53,10 +54,12 @@ class _Namer:
         if not isinstance(size, torch.SymInt):
             return str(size)
         expression = sympy.sympify(size.node.expr)
-        for symbol in sorted(expression.free_symbols, key=str):
-            if symbol not in self.symbols:
-                self.symbols[symbol] = sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True)
-        return str(expression.xreplace(self.symbols)).replace(" ", "")
+        if expression not in self._sizes:
+            for symbol in sorted(expression.free_symbols, key=str):
+                if symbol not in self.symbols:
+                    self.symbols[symbol] = sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True)
+            self._sizes[expression] = str(expression.xreplace(self.symbols)).replace(" ", "")
+        return self._sizes[expression]
 
     def type(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):

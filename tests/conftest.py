@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import functools
 import gc
 import logging
 import os
@@ -27,6 +29,12 @@ logging.getLogger("torch.__trace").propagate = True
 # Tracing makes garbage all the time, and a full collection walks all of torch: a tenth of the suite with the default.
 gc.set_threshold(700, 10, 100)
 
+
+with contextlib.suppress(ImportError, AttributeError):  # inside torch: without it the suite is slower
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    # Every export makes the same list of what the exporter knows, and none of ours adds to it.
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 TINY_LLAMA = Path(__file__).parents[1] / "examples" / "models" / "tiny-llama"
 

@@ -101,7 +101,7 @@ def test_weights_of_a_bf16_folder_stay_mapped(tmp_path: Path, shard_size: str):
     _assert_computes(program, model)
 
 
-# A folder of about 100 MB, in a process of its own, whose memory is sampled while it is captured.
+# A folder of about 200 MB, in a process of its own, whose memory is sampled while it is captured.
 _MEASURE = """
 import sys, threading, time
 from pathlib import Path
@@ -139,10 +139,10 @@ def test_capture_holds_no_copy_of_the_weights(tmp_path: Path):
 
     small = _save(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "small")
     config = tiny_config("llama")
-    config.vocab_size, config.hidden_size, config.head_dim = 100_000, 256, 64
+    config.vocab_size, config.hidden_size, config.head_dim = 200_000, 256, 64
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    # The values do not matter, and drawing 50 million takes longer than the capture.
+    # The values do not matter, and drawing 100 million takes longer than the capture.
     filled = model.to(torch.bfloat16).to_empty(device="cpu")
     for parameter in filled.parameters():
         nn.init.constant_(parameter, 0.01)
@@ -150,9 +150,10 @@ def test_capture_holds_no_copy_of_the_weights(tmp_path: Path):
     command = [sys.executable, "-c", _MEASURE, str(small), str(large)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     peak_bytes, stored_bytes = (int(number) for number in printed.split())
-    assert stored_bytes > 100_000_000
-    # Two matrices make up the folder. What is left, whatever the model's size: a few MB of rows converted at a time.
-    assert peak_bytes < 0.7 * stored_bytes
+    assert stored_bytes > 200_000_000
+    # Two matrices make up the folder. What is left, whatever its size: a few MB of rows converted at a time, and what
+    # tracing leaves to the garbage collector.
+    assert peak_bytes < 0.5 * stored_bytes
 
 
 def test_tied_embeddings_are_one_constant(tmp_path: Path):

@@ -116,7 +116,7 @@ EMITTED += [("tiny-opt/2", POLICIES[index]) for index in (1, 3, 6)]
 @pytest.mark.parametrize(
     ("name", "policy", "target"),
     [(name, policy, "torch") for name in ("tiny-llama/2", "tiny-opt/2") for policy in POLICIES]
-    + [(name, POLICIES[index], "torch") for name in ("tiny-llama", "tiny-opt") for index in (3, 5)]
+    + [("tiny-llama", POLICIES[3], "torch"), ("tiny-opt", POLICIES[5], "torch")]
     + [(*emitted, "onnx") for emitted in EMITTED],
 )
 def test_decoding_is_a_full_cache_with_dropped_keys_masked(name, policy, target):

@@ -11,7 +11,7 @@ from jettison.cli import main
 from jettison.passes.pipeline import apply
 from jettison.runtime.session import Session
 from tests.runtime.long_generation import assert_same_tokens
-from tests.runtime.test_eviction import captured, executor, rows, run_json, session, shortened
+from tests.runtime.test_eviction import LLAMA, captured, executor, rows, run_json, session, shortened
 
 KIVI = "kivi{bits=4,residual=64}"
 MIKV = "mikv{budget=48,bits=4,every=8}"
@@ -183,7 +183,7 @@ def test_saved_sessions_continue_identically(target, tmp_path):
 
 def test_what_a_policy_keeps_is_compressed():
     """Of a prompt, the tokens that snapkv keeps; of a later one, its budget over everything."""
-    name, row = "tiny-llama", rows("tiny-llama")[0]
+    name, row = LLAMA, rows(LLAMA)[0]
     composed, alone = (session(name, each, "torch") for each in (COMPOSED, COMPOSED.partition("+")[0]))
     logits = {each: [each.prefill([row[:110]])] for each in (composed, alone)}
     (kept,), (plain,) = composed.kept, alone.kept
@@ -204,7 +204,7 @@ def test_what_a_policy_keeps_is_compressed():
 
 def test_neighbours_are_compressed_together():
     """Tokens that were kept are in order before they are grouped: their keys come back."""
-    name, row = "tiny-llama", rows("tiny-llama")[0]
+    name, row = LLAMA, rows(LLAMA)[0]
     policy = "sinks{budget=64}+kivi{bits=4,residual=32}"
     opened, full = session(name, policy, "torch"), session(name, "full", "torch")
     for each in (opened, full):
@@ -212,9 +212,9 @@ def test_neighbours_are_compressed_together():
     (kept,) = opened.kept
     states = kept.allocate(1, 64)
     kept.load(opened.executor, 0, opened._row_states(0), states)
-    key = full.states["past_key_values.3.key"][:, :, : len(row)]
+    key = full.states["past_key_values.1.key"][:, :, : len(row)]
     wanted = torch.cat([key[:, :, :4], key[:, :, len(row) - 60 :]], 2)[:, :, : kept.stored_tokens(0)]
-    found = states["past_key_values.3.key"][:, :, : kept.stored_tokens(0)]
+    found = states["past_key_values.1.key"][:, :, : kept.stored_tokens(0)]
     assert kept.stored_tokens(0) == 64
     assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
 
