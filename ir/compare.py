@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from jettison.ir.interpret import run_entry
-from jettison.ir.program import Program, Retention, Storage, input_placeholders, state_name, state_placeholders
+from jettison.ir.program import (
+    LAYER,
+    Program,
+    Retention,
+    Storage,
+    input_placeholders,
+    state_name,
+    state_placeholders,
+)
 
 # Largest error over the largest reference magnitude that counts as rounding, by the dtype under test.
 DEFAULT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -297,8 +305,8 @@ class _Cache:
         taken = list(state_placeholders(self.program.entries[entry]))
         own = [kept.name_in(layer, each) for each in taken]
         given = {each: self.states[actual] for each, actual in zip(taken, own, strict=True)}
-        if "layer" in input_placeholders(self.program.entries[entry]):
-            given["layer"] = torch.tensor([kept.layers.index(layer)])
+        if LAYER in input_placeholders(self.program.entries[entry]):
+            given[LAYER] = torch.tensor([kept.layers.index(layer)])
         new = run_entry(self.program, entry, {**given, **inputs})
         self.states |= dict(zip(own, new, strict=True))
 

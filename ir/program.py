@@ -12,6 +12,9 @@ from torch import fx
 from jettison.ir.constants import Constant, Packed
 
 CACHE = "past_key_values."
+# Input of entries that move tokens, where the layers of a cache have constants of their own: `[1] i64`, which it is of
+# those that the retention lists.
+LAYER = "layer"
 
 
 def state_name(layer: int | str, short: str) -> str:
@@ -81,7 +84,7 @@ class Storage:
     Attributes:
         name: Of the entry that compresses, `store` or `store_N`; also the size of the states' slots. It takes these
             states of one layer, `new_key` and `new_value` `[B, Hkv, N, tokens, D]` and `stored_slots [B, N] i64`, where
-            they go; it returns the states and no output.
+            they go; it returns the states and no output. Both entries may take `LAYER` as well.
         load: Of the entry that decompresses, `load` or `load_N`. It takes the same states and returns `key` and `value`
             `[B, Hkv, C * tokens, D]`, and the states as they are.
         retention: Name of the retention.

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from jettison.ir.program import Retention, State, Storage, state_name
+from jettison.ir.program import LAYER, Retention, State, Storage, state_name
 from jettison.runtime.executor import Executor
 
 
@@ -283,5 +283,5 @@ class KeptStates(SlottedStates):
     ) -> dict[str, Tensor]:
         signature = executor.entries[entry]
         own = {name: states[self.retention.name_in(layer, name)] for name in signature.states}
-        which = {"layer": torch.tensor([self.retention.layers.index(layer)])} if "layer" in signature.inputs else {}
+        which = {LAYER: torch.tensor([self.retention.layers.index(layer)])} if LAYER in signature.inputs else {}
         return executor.run(entry, {**inputs, **which}, own)

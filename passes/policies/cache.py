@@ -13,6 +13,7 @@ from jettison.ir.edit import Edit
 from jettison.ir.match import arguments
 from jettison.ir.ops import next_slots
 from jettison.ir.program import (
+    LAYER,
     Program,
     Retention,
     State,
@@ -27,8 +28,6 @@ from jettison.passes.policies.storing import StoringPolicy
 
 aten = torch.ops.aten
 TOKEN_COUNT = "token_count"
-# Input of the entries that compress and decompress, where layers have constants of their own: which one it is.
-LAYER = "layer"
 
 
 @dataclass(frozen=True)

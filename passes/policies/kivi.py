@@ -19,34 +19,16 @@ from typing import ClassVar, Literal
 from jettison.ir.errors import OptionError
 from jettison.passes.options import option
 from jettison.passes.policies.base import AttentionSite
-from jettison.passes.policies.storing import StoringPolicy
+from jettison.passes.policies.storing import GroupingPolicy
 
 
 @dataclass(frozen=True)
-class Kivi(StoringPolicy):
+class Kivi(GroupingPolicy):
     """See the module docstring."""
 
     name: ClassVar[str] = "kivi"
     bits: Literal[2, 4] = option(2, doc="bits of a code")  # type: ignore[misc]
     group: int = option(32, doc="values that share a range", range="a divisor of the head dimension and the residual")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group < 1 or self.residual % self.group:
-            raise OptionError(
-                f"[kivi] group={self.group}: needed a divisor of residual={self.residual}, because so many tokens "
-                "leave it at a time."
-            )
-
-    @property
-    def granule(self) -> int:
-        """A group of tokens."""
-        return self.group
-
-    @property
-    def keep(self) -> int:
-        """All but a group."""
-        return self.residual - self.group
 
     def applies_to(self, site: AttentionSite) -> str | None:
         """See `StoringPolicy.applies_to`; a group must divide the head dimension."""

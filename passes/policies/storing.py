@@ -145,3 +145,27 @@ class StoringPolicy(Policy):
             )
             for short in self.forms(site)
         }  # fmt: skip
+
+
+class GroupingPolicy(StoringPolicy):
+    """A policy of which `group` tokens leave full precision at a time and fill a slot; subclasses have that option."""
+
+    group: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group < 1 or self.residual % self.group:
+            raise OptionError(
+                f"[{self.name}] group={self.group}: needed a divisor of residual={self.residual}, because so many "
+                "tokens leave it at a time."
+            )
+
+    @property
+    def granule(self) -> int:
+        """A group of tokens."""
+        return self.group
+
+    @property
+    def keep(self) -> int:
+        """All but a group."""
+        return self.residual - self.group

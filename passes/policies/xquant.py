@@ -15,8 +15,8 @@ it as it is and per token: the error is smaller (DESIGN.md). Biases are added be
 normalised per head are kept as they are behind the norm, in the basis of the projection.
 
 Bytes per layer: B * Hkv * residual * (D + Dv) * itemsize + B * T * R * (bits / 8 + 4 / group), T the tokens stored and
-R the numbers per token: Hkv * (D + Dv), or E if that is less. Weights per layer: two times 4 * (Hkv * D)^2 and as much
-for values, or 4 * R * Hkv * (D + Dv). A step computes 2 * T * of as many products.
+R the numbers per token: Hkv * (D + Dv), or E if that is less. A basis has (Hkv * D)^2 numbers for keys and (Hkv * Dv)^2
+for values, or R * Hkv * (D + Dv) for both; a step computes T times as many products in every layer.
 """
 
 from __future__ import annotations
@@ -29,41 +29,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jettison.ir.errors import OptionError
 from jettison.ir.projected_heads import KeyValueProjection
 from jettison.passes.options import option
 from jettison.passes.policies.base import COS, SIN, AttentionSite
-from jettison.passes.policies.storing import StoringPolicy
+from jettison.passes.policies.storing import GroupingPolicy
 
 # Directions in which a projection is this much shorter than in the longest are noise of its weights.
 SHORTEST = 1e-6
 
 
 @dataclass(frozen=True)
-class XQuant(StoringPolicy):
+class XQuant(GroupingPolicy):
     """See the module docstring."""
 
     name: ClassVar[str] = "xquant"
     bits: Literal[2, 4, 8] = option(4, doc="bits of a code")  # type: ignore[misc]
     group: int = option(32, doc="values that share a range, at most", range="a divisor of the residual")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group < 1 or self.residual % self.group:
-            raise OptionError(
-                f"[xquant] group={self.group}: needed a divisor of residual={self.residual}, because so many tokens "
-                "leave it at a time."
-            )
-
-    @property
-    def granule(self) -> int:
-        """A group of tokens."""
-        return self.group
-
-    @property
-    def keep(self) -> int:
-        """All but a group."""
-        return self.residual - self.group
 
     @property
     def rotates(self) -> bool:
