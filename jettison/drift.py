@@ -9,7 +9,6 @@ measured by `jettison eval`.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from jettison.ir.program import PassRecord, Program, input_placeholders, state_p
 from jettison.ir.progress import track
 from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
-from jettison.passes.formats.int_groups import IntGroups
+from jettison.passes.formats import format_from_text
 from jettison.runtime.sampling import Sampler
 from jettison.runtime.session import Session
 
@@ -265,14 +264,16 @@ def dense_value(program: Program, name: str) -> Tensor | None:
         name: Of the dense weight.
 
     Returns:
-        `[N, K] f32`, or None where the format is not one of integer groups.
+        `[N, K] f32`, or None where the format is none of ours.
     """
     packed = program.packed[name]
-    options = re.fullmatch(r"int(\d+)\{group=(\d+),symmetric=(true|false)\}", packed.format)
-    if options is None:
+    try:
+        weight_format = format_from_text(packed.format)
+    except OptionError:
         return None
     parts = {part: program.constants[constant].value() for part, constant in packed.parts.items()}
-    return IntGroups(int(options[1]), int(options[2]), options[3] == "true").decode(parts, packed.shape)
+    rows, columns = packed.shape
+    return weight_format.decode(parts, (rows, columns))
 
 
 def deviation(reference: tuple[Tensor, ...], outputs: tuple[Tensor, ...], *, is_decoder: bool) -> Deviation:

@@ -157,14 +157,14 @@ def to_spec(instance: Any, name: str | None = None) -> Spec:
     """Makes the canonical spec of an option dataclass: all that is set, for a later version may have other defaults.
 
     Args:
-        instance: a frozen dataclass; nested ones are named by their class attribute `name`.
-        name: name of the spec; the class attribute `name` if left out.
+        instance: a frozen dataclass; nested ones are named by their class attribute `id` or `name`.
+        name: name of the spec; that class attribute if left out.
 
     Raises:
         OptionError: a field holds a value of the wrong type.
         PassError: a class has no name, or a default of the wrong type.
     """
-    name = name or getattr(type(instance), "name", None)
+    name = name or getattr(type(instance), "id", getattr(type(instance), "name", None))
     if not isinstance(name, str):
         raise PassError(f"{type(instance).__name__} has no class attribute `name`, so a pipeline cannot print it.")
     options = []

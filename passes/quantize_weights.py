@@ -41,12 +41,12 @@ from jettison.ir.constants import Constant, Packed, scratch_tensor
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call
-from jettison.ir.ops import quantized_embedding, quantized_linear
 from jettison.ir.ops.quantized_linear import row_chunks
 from jettison.ir.program import CACHE, MissRecord, Program, constant_placeholders, placeholders
 from jettison.ir.progress import track
 from jettison.ir.text import dtype_text, target_text
 from jettison.passes.base import Pass, describe_node
+from jettison.passes.formats import format_from_text
 from jettison.passes.formats.int_groups import GROUPS, IntGroups
 from jettison.passes.options import option
 
@@ -167,15 +167,15 @@ class QuantizeWeights(Pass):
     def rewrite(self, match: WeightRead, edit: Edit) -> None:
         """Read the packed parts instead of the weight."""
         packed = edit.program.packed[match.weight]
+        stored = format_from_text(packed.format)
         parts = {part: edit.constant(edit.program.constants[name]) for part, name in packed.parts.items()}
-        stored = (parts["codes"], parts["scales"], parts.get("zeros"))
-        layout = (self.bits, self.group, packed.shape[1])
+        shape = (packed.shape[0], packed.shape[1])
         operands = arguments(match.node)
         with edit.before(match.node):
             if is_call(match.node, aten.linear.default):
-                new = edit.call(quantized_linear, operands["input"], *stored, operands["bias"], *layout)
+                new = stored.call_linear(edit, operands["input"], parts, operands["bias"], shape)
             else:
-                new = edit.call(quantized_embedding, operands["indices"], *stored, *layout)
+                new = stored.call_embedding(edit, operands["indices"], parts, shape)
                 # The lookup returns the dtype of the scales.
                 if new.meta["val"].dtype != match.node.meta["val"].dtype:
                     new = edit.call(aten.to.dtype, new, match.node.meta["val"].dtype)

@@ -29,24 +29,27 @@ Source: ONNX Runtime, MLAS block quantiser (both rules); llama.cpp `Q4_0` (the s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx
 
-from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
-from jettison.ir.ops.quantized_linear import dequantize_rows, pack_codes, row_chunks
+from jettison.ir.edit import Edit
+from jettison.ir.errors import OptionError
+from jettison.ir.ops import quantized_embedding, quantized_linear
+from jettison.ir.ops.quantized_linear import pack_codes, unpack_codes
+from jettison.passes.formats.base import LARGEST_WEIGHT, SMALLEST_SCALE, Grid, WeightFormat
+from jettison.passes.options import option
+
+__all__ = ["BITS", "GROUPS", "LARGEST_WEIGHT", "IntGroups"]
 
 BITS = (8, 4, 2)
 GROUPS = (32, 64, 128)
 
-# Half of the fp32 range: the end of the grid lies up to half a step beyond the largest weight and must stay finite.
-LARGEST_WEIGHT = torch.finfo(torch.float32).max / 2
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-
 
 @dataclass(frozen=True)
-class IntGroups:
+class IntGroups(WeightFormat):
     """A weight format: `bits`-bit codes, a scale and a zero point per `group` columns.
 
     Attributes:
@@ -58,9 +61,10 @@ class IntGroups:
         OptionError: a field is outside its range.
     """
 
-    bits: int
-    group: int
-    symmetric: bool = False
+    id: ClassVar[str] = "int"
+    bits: Literal[8, 4, 2] = option(4, doc="bits per weight")
+    group: Literal[32, 64, 128] = option(32, doc="columns that share a scale and a zero point")
+    symmetric: bool = option(False, doc="no zero points: fewer bytes, a larger error")
 
     def __post_init__(self) -> None:
         for field, value, legal in (("bits", self.bits, BITS), ("group", self.group, GROUPS)):
@@ -78,11 +82,8 @@ class IntGroups:
         """The canonical text, for example `int4{group=32,symmetric=false}`."""
         return f"int{self.bits}{{group={self.group},symmetric={str(self.symmetric).lower()}}}"
 
-    def __str__(self) -> str:
-        return self.name
-
     def part_specs(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every part of a weight `[N, K]`, in storage order: enough to write a file header."""
+        """See `WeightFormat`."""
         rows, columns = shape
         k_blocks = -(-columns // self.group)
         specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -93,154 +94,62 @@ class IntGroups:
             specs["zeros"] = ((rows, -(-k_blocks * self.bits // 8)), torch.uint8)
         return specs
 
-    def bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of all parts of a weight `[N, K]`, padding included."""
-        return sum(torch.Size(dims).numel() * dtype.itemsize for dims, dtype in self.part_specs(shape).values())
-
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Stored bits per weight of `[N, K]`: scales, zero points and padding included."""
-        rows, columns = shape
-        return 8 * self.bytes(shape) / (rows * columns)
-
-    @torch.no_grad()
-    def encode(self, weight: Tensor, where: str = "weight", out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Quantise a weight, half a million entries at a time.
-
-        Beyond the result it needs less than 20 MiB whatever the size of the weight, which may be mapped from a file.
-
-        Args:
-            weight: `[N, K]`, any floating-point dtype and strides.
-            where: name of the weight, for messages.
-            out: tensors that match `part_specs` to fill (mapped from a file, for example) instead of new ones.
-
-        Returns:
-            The parts; `out` if it was given.
-
-        Raises:
-            UnsupportedError: not a non-empty floating-point matrix, or entries are NaN, infinite or beyond 1.7e38.
-            ArtifactError: `out` does not match `part_specs`.
-        """
-        self._check_matrix(weight, where)
-        specs = self.part_specs((weight.shape[0], weight.shape[1]))
-        parts = {name: torch.empty(dims, dtype=dtype) for name, (dims, dtype) in specs.items()} if out is None else out
-        self._check_parts(parts, (weight.shape[0], weight.shape[1]))
-        for rows in row_chunks(weight.shape[0], weight.shape[1]):
-            for name, chunk in self.encode_rows(weight[rows], where, rows.start).items():
-                parts[name][rows] = chunk
-        return parts
-
-    @torch.no_grad()
-    def encode_rows(self, weight: Tensor, where: str = "weight", first_row: int = 0) -> dict[str, Tensor]:
-        """Quantise some rows of a weight at once; the result does not depend on how rows are split.
-
-        Args:
-            weight: `[n, K]`, any floating-point dtype.
-            where: name of the whole weight, for messages.
-            first_row: index of the first row in the whole weight, for messages.
-
-        Returns:
-            The parts of these rows.
-
-        Raises:
-            UnsupportedError: as `encode`.
-        """
-        self._check_matrix(weight, where)
-        groups = self._split_groups(weight)
-        top_code = 2**self.bits - 1
+    def fit(self, groups: Tensor) -> Grid:
+        """See `WeightFormat` and the rules in the module docstring."""
         # Clamping with 0 includes zero in the range, and makes padding (zeros) harmless to the statistics.
         lo, hi = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
-        good = (lo >= -LARGEST_WEIGHT) & (hi <= LARGEST_WEIGHT)  # false for NaN too
-        if not bool(good.all()):
-            self._refuse_values(good, weight, where, first_row)
         if self.symmetric:
             scales = torch.where(hi > -lo, hi, lo) / -(2 ** (self.bits - 1))
-            scales.masked_fill_(scales.abs() < SMALLEST_SCALE, 1.0)
-            zeros = torch.full_like(scales, 2 ** (self.bits - 1))
-        else:
-            scales = (hi - lo) / top_code
-            scales.masked_fill_(scales < SMALLEST_SCALE, 1.0)
-            zeros = (-lo / scales).round_().clamp_(0, top_code)
-        codes = groups.div(scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, top_code)
+            return Grid(scales.masked_fill_(scales.abs() < SMALLEST_SCALE, 1.0))
+        scales = (hi - lo) / self._top_code
+        scales.masked_fill_(scales < SMALLEST_SCALE, 1.0)
+        return Grid(scales, (-lo / scales).round_().clamp_(0, self._top_code))
+
+    def round(self, groups: Tensor, grid: Grid) -> Tensor:
+        """See `WeightFormat`."""
+        codes = groups.div(grid.scales.unsqueeze(-1)).round_().add_(self._zeros(grid)).clamp_(0, self._top_code)
         # Through int16: fp32 to u8 in one step is not vectorised and takes seven times as long.
-        parts = {"codes": pack_codes(codes.to(torch.int16).to(torch.uint8), self.bits), "scales": scales}
-        if not self.symmetric:
-            parts["zeros"] = self._pack_zeros(zeros)
+        return codes.to(torch.int16).to(torch.uint8)
+
+    def values(self, codes: Tensor, grid: Grid) -> Tensor:
+        """See `WeightFormat`: `(code - zero) * scale`."""
+        return codes.to(torch.float32).sub_(self._zeros(grid)).mul_(grid.scales.unsqueeze(-1))
+
+    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """See `WeightFormat`."""
+        parts = {"codes": pack_codes(codes, self.bits), "scales": grid.scales}
+        if grid.zeros is not None:
+            # Every row starts on a byte.
+            padding = -grid.zeros.shape[1] % (8 // self.bits)
+            parts["zeros"] = pack_codes(F.pad(grid.zeros.to(torch.uint8), (0, padding)), self.bits)
         return parts
 
-    @torch.no_grad()
-    def decode(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        """Dequantise: `(code - zero) * scale`.
+    def unpack(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Grid]:
+        """See `WeightFormat`."""
+        scales, zeros = parts["scales"], parts.get("zeros")
+        if zeros is not None:
+            zeros = unpack_codes(zeros, self.bits)[:, : scales.shape[1]].to(torch.float32)
+        return unpack_codes(parts["codes"], self.bits), Grid(scales, zeros)
 
-        Args:
-            parts: what `encode` returned.
-            shape: `(N, K)` of the weight.
+    def call_linear(
+        self, edit: Edit, x: fx.Node, parts: dict[str, fx.Node], bias: fx.Node | None, shape: tuple[int, int]
+    ) -> fx.Node:
+        """See `WeightFormat`."""
+        return edit.call(quantized_linear, x, *_stored(parts), bias, self.bits, self.group, shape[1])
 
-        Returns:
-            `[N, K]` f32, contiguous.
+    def call_embedding(
+        self, edit: Edit, indices: fx.Node, parts: dict[str, fx.Node], shape: tuple[int, int]
+    ) -> fx.Node:
+        """See `WeightFormat`."""
+        return edit.call(quantized_embedding, indices, *_stored(parts), self.bits, self.group, shape[1])
 
-        Raises:
-            ArtifactError: a part is missing, unexpected, or of another shape or dtype.
-        """
-        self._check_parts(parts, shape)
-        weight = torch.empty(shape, dtype=torch.float32)
-        zeros = parts.get("zeros")
-        for rows in row_chunks(*shape):
-            weight[rows] = dequantize_rows(
-                parts["codes"][rows],
-                parts["scales"][rows],
-                None if zeros is None else zeros[rows],
-                self.bits,
-                self.group,
-                shape[1],
-            )
-        return weight
+    @property
+    def _top_code(self) -> int:
+        return 2**self.bits - 1
 
-    def _split_groups(self, weight: Tensor) -> Tensor:
-        """`[n, K]` any float dtype -> `[n, k_blocks, group]` f32, the last group filled with zeros."""
-        rows, columns = weight.shape
-        k_blocks = -(-columns // self.group)
-        if k_blocks * self.group == columns:
-            return weight.to(torch.float32).reshape(rows, k_blocks, self.group)
-        padded = torch.zeros(rows, k_blocks * self.group, dtype=torch.float32)
-        padded[:, :columns] = weight
-        return padded.view(rows, k_blocks, self.group)
-
-    def _pack_zeros(self, zeros: Tensor) -> Tensor:
-        """`[n, k_blocks]` f32 -> `[n, ceil(k_blocks * bits / 8)]` u8: every row starts on a byte."""
-        per_byte = 8 // self.bits
-        padding = -zeros.shape[1] % per_byte
-        return pack_codes(torch.nn.functional.pad(zeros.to(torch.uint8), (0, padding)), self.bits)
-
-    def _check_matrix(self, weight: Tensor, where: str) -> None:
-        if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
-            found = f"{str(weight.dtype).removeprefix('torch.')}{list(weight.shape)}"
-            raise UnsupportedError(
-                f"[{self.name}] {where}: found {found}, needs a non-empty floating-point matrix [N, K], because groups "
-                "are cut along the rows of a matrix. Leave this weight out of the pass (skip='...')."
-            )
-
-    def _refuse_values(self, good: Tensor, weight: Tensor, where: str, first_row: int) -> NoReturn:
-        row, block = (int(index) for index in (~good).nonzero()[0])
-        start = block * self.group
-        entries = weight[row, start : start + self.group].to(torch.float32)
-        column = int((~(entries.abs() <= LARGEST_WEIGHT)).nonzero()[0])
-        raise UnsupportedError(
-            f"[{self.name}] {where}: entry [{first_row + row}, {start + column}] is {float(entries[column])}, needs a "
-            f"finite number of at most {LARGEST_WEIGHT:.2g}, because the scale of its group would not be finite. "
-            "Repair the checkpoint, or leave this weight out of the pass (skip='...')."
-        )
-
-    def _check_parts(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> None:
-        needed = self.part_specs(shape)
-        found = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
-        if found != needed:
-            raise ArtifactError(
-                f"[{self.name}] parts of a weight {list(shape)}: found {_describe(found)}, needs {_describe(needed)}, "
-                "because the format fixes the layout. The packed weight is damaged or was written in another format: "
-                "make it again."
-            )
+    def _zeros(self, grid: Grid) -> Tensor | float:
+        return 2.0 ** (self.bits - 1) if grid.zeros is None else grid.zeros.unsqueeze(-1)
 
 
-def _describe(specs: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
-    parts = (f"{name} {str(dtype).removeprefix('torch.')}{list(dims)}" for name, (dims, dtype) in specs.items())
-    return ", ".join(parts) or "nothing"
+def _stored(parts: dict[str, fx.Node]) -> tuple[fx.Node | None, ...]:
+    return parts["codes"], parts["scales"], parts.get("zeros")
