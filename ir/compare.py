@@ -314,6 +314,24 @@ class _Cache:
         return torch.ones(self.batch, count, dtype=torch.int64)
 
 
+def usual_inputs(input_ids: Tensor, start: int = 0) -> dict[str, Tensor]:
+    """Run-time inputs by name for tokens at positions `start, start + 1, ...`: every token real, logits of every one.
+
+    Args:
+        input_ids: `[B, S] i64`.
+        start: Tokens of each row that came before.
+    """
+    batch, length = input_ids.shape
+    columns = torch.arange(length)[None].repeat(batch, 1)
+    return {
+        "input_ids": input_ids,
+        "position_ids": start + columns,
+        "attention_mask": torch.ones(batch, start + length, dtype=torch.int64),
+        "token_type_ids": torch.zeros_like(input_ids),
+        "logits_positions": columns,
+    }
+
+
 def _call(
     program: Program,
     entry: str,
@@ -323,16 +341,7 @@ def _call(
     given: Mapping[str, Tensor] | None,
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """One call of an entry at positions `start, start + 1, ...`: its outputs, and the new states by name."""
-    batch, length = input_ids.shape
-    columns = torch.arange(length)[None].repeat(batch, 1)
-    usual = {
-        "input_ids": input_ids,
-        "position_ids": start + columns,
-        "attention_mask": torch.ones(batch, start + length, dtype=torch.int64),
-        "token_type_ids": torch.zeros_like(input_ids),
-        "logits_positions": columns,
-    }
-    available = {**usual, **(given or {})}
+    available = {**usual_inputs(input_ids, start), **(given or {})}
     wanted = input_placeholders(program.entries[entry])
     unknown = [name for name in wanted if name not in available]
     if unknown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -192,6 +192,7 @@ class Program:
         outputs: Names of the model's outputs, e.g. `("logits",)`.
         history: One record per pass, in order.
         pipeline: Canonical text of the passes applied so far.
+        calibration: Returns inputs of `forward` by name, for batches of text; None where there is none.
     """
 
     entries: dict[str, fx.GraphModule]
@@ -204,6 +205,7 @@ class Program:
     pipeline: str = ""
     retentions: dict[str, Retention] = field(default_factory=dict)
     storages: dict[str, Storage] = field(default_factory=dict)
+    calibration: Callable[[], Sequence[Mapping[str, torch.Tensor]]] | None = None
 
     def outputs_of(self, entry: str) -> tuple[str, ...]:
         """Names of what an entry returns before its states."""
@@ -223,7 +225,7 @@ class Program:
         entries = {name: copy_graph(entry) for name, entry in self.entries.items()}
         return Program(
             entries, dict(self.constants), self.info, self.outputs, dict(self.packed), dict(self.states),
-            list(self.history), self.pipeline, dict(self.retentions), dict(self.storages),
+            list(self.history), self.pipeline, dict(self.retentions), dict(self.storages), self.calibration,
         )  # fmt: skip
 
     def used_constants(self) -> dict[str, Constant]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from jettison.artifact_files import ArtifactContents, load_artifact, save_artifact, temporary_executor
+from jettison.calibration import LENGTH, WINDOWS, Calibration
 from jettison.codegen.onnx.emit import weight_bytes
 from jettison.codegen.onnx.fast_prefill import fast_bytes
 from jettison.ir.errors import OptionError, UnsupportedError
@@ -20,7 +21,9 @@ from jettison.optimized_model import OptimizedModel
 from jettison.passes import USER_PASSES
 from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.formats import FORMATS, WeightFormat
 from jettison.passes.grammar import format_pipeline, parse_pipeline
+from jettison.passes.methods import METHODS, Method
 from jettison.passes.options import build, lookup, to_spec
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.policies import POLICIES, Policy
@@ -48,7 +51,7 @@ def parse_passes(text: str) -> list[Pass]:
         OptionError: A syntax error (points at the column), an unknown pass or option, or a value out of range.
     """
     registry = {pass_.name: pass_ for pass_ in USER_PASSES}
-    registries: dict[type, Mapping[str, type]] = {Policy: POLICIES}
+    registries: dict[type, Mapping[str, type]] = {Policy: POLICIES, WeightFormat: FORMATS, Method: METHODS}
     return [
         build(lookup(spec.name, registry, "pass", text, spec.column), spec, where=text, registries=registries)
         for spec in parse_pipeline(text)
@@ -79,6 +82,7 @@ def optimize(
     context: int | None = None,
     seed: int = 0,
     calibration: str | Path | None = None,
+    calibration_size: tuple[int, int] = (WINDOWS, LENGTH),
     allow_spinning: bool = True,
     after_each: AfterPass | None = None,
 ) -> OptimizedModel:
@@ -94,8 +98,9 @@ def optimize(
         max_kl: With `check` (which it implies): the KL divergence, in nats per token, that no pass may exceed.
         dtype: What the graph computes in; `onnx` needs `float32`.
         context: Most positions of a sequence, for a module that does not say.
-        seed: Of the tokens that `check` samples.
-        calibration: A text file whose tokens `check` uses instead of sampled ones.
+        seed: Of the tokens that the model writes for passes to be calibrated or checked on.
+        calibration: A text file whose tokens are used instead.
+        calibration_size: Windows, and tokens of each, that passes are calibrated on.
         allow_spinning: Whether idle threads of ONNX Runtime spin: faster steps, but they slow torch in this process.
         after_each: Called with each pass, its record and the program.
 
@@ -118,6 +123,8 @@ def optimize(
         source.calibration_sha256 = hashlib.sha256(Path(calibration).read_bytes()).hexdigest()
     program = source.program
     prepare(program)
+    tokens = Calibration(source, None if calibration is None else Path(calibration), *calibration_size, seed=seed)
+    program.calibration = tokens if tokens.is_possible else None
     raised = [miss for record in program.history for miss in record.misses]
     program.history.clear()
     before = program_text(program)
@@ -137,13 +144,14 @@ def optimize(
             callback(pass_, record, current)
 
     records = apply(program, chosen, strict=strict, after_each=call_all)
+    source.calibration_sha256 = tokens.sha256 or source.calibration_sha256
     report = Report(
         model=program.info.name, source=source.name, pipeline=program.pipeline, target=target, passes=records,
         raised=raised, source_bytes=source.weight_bytes,
         weight_bytes=weight_bytes(program) if target == "onnx" else program.weight_bytes(),
         state_bytes=program.state_bytes(1, program.info.context), context=program.info.context,
         seconds=time.perf_counter() - started, prefill=prefill,
-        prefill_bytes=fast_bytes(program) if prefill == "fast" else 0,
+        prefill_bytes=fast_bytes(program) if prefill == "fast" else 0, calibration=tokens.as_dict(),
     )  # fmt: skip
     optimized = _wrap(source, program, report, before, seed, allow_spinning)
     if drift is not None and prefill == "fast" and program.info.kind == "decoder" and multiplies_int8():

@@ -33,6 +33,7 @@ class Report:
         prefill_bytes: Bytes of the 8-bit copy that the fast form reads, beside `weight_bytes`.
         prefill_kl: KL(captured || artifact) in nats per token of prompts that run through the fast form; None without
             a check, or where this CPU does not run it.
+        calibration: Where the tokens that passes were calibrated on came from; None if none was.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Report:
     prefill: str = "exact"
     prefill_bytes: int = 0
     prefill_kl: float | None = None
+    calibration: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values; the keys are stable."""
@@ -67,6 +69,7 @@ class Report:
             "prefill": self.prefill,
             "prefill_bytes": self.prefill_bytes,
             "prefill_kl": self.prefill_kl,
+            "calibration": self.calibration,
         }
 
     @classmethod
@@ -109,6 +112,10 @@ class Report:
                 else f"its prompts are {self.prefill_kl:.2e} nats per token from the captured model"
             )
             console.print(f"prefill=fast reads an 8-bit copy of the weights, {self.prefill_bytes:,} bytes more; {cost}")
+        if self.calibration is not None:
+            origin = self.calibration.get("text") or f"written by the model (seed {self.calibration['seed']})"
+            size = f"{self.calibration['windows']} windows of {self.calibration['length']} tokens"
+            console.print(f"calibrated on {size}, {origin}", markup=False, highlight=False)
         for record in self.passes:
             for miss in record.misses:
                 console.print(

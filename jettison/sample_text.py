@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
 from jettison.ir.progress import track
-from jettison.optimized_model import OptimizedModel
 from jettison.runtime.executor import Executor
 from jettison.runtime.sampling import Sampler
 from jettison.runtime.session import Session
 from jettison.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jettison.optimized_model import OptimizedModel
 
 # Rows that decode together: beyond this many a step of a small model gains little more.
 MOST_ROWS = 16
@@ -167,17 +170,26 @@ def sample_windows(
 
 
 def start_token(model: OptimizedModel) -> int | None:
+    """The token that begins a text; see `named_start_token`."""
+    return named_start_token(model.config, tokenizer_or_none(model), model.info.vocab_size)
+
+
+def named_start_token(config: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> int | None:
     """The token that begins a text: the model's BOS token, else its EOS token, else the tokenizer's.
+
+    Args:
+        config: The model's config.json.
+        tokenizer: The model's, if it has one.
+        vocab_size: Ids are below it.
 
     Returns:
         The id, or None where nothing names one inside the vocabulary.
     """
-    named: list[object] = [model.config.get("bos_token_id")]
-    eos = model.config.get("eos_token_id")
+    named: list[object] = [config.get("bos_token_id")]
+    eos = config.get("eos_token_id")
     named += eos if isinstance(eos, list) else [eos]
-    tokenizer = tokenizer_or_none(model)
     named.append(None if tokenizer is None else tokenizer.eos_token_id)
-    return next((token for token in named if isinstance(token, int) and 0 <= token < model.info.vocab_size), None)
+    return next((token for token in named if isinstance(token, int) and 0 <= token < vocab_size), None)
 
 
 def tokenizer_or_none(model: OptimizedModel) -> Tokenizer | None:

@@ -29,29 +29,28 @@ Source: round to nearest in groups, as ONNX Runtime's `MatMulNBits` and llama.cp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import fx
 
-from jettison.ir.constants import Constant, Packed, scratch_tensor
+from jettison.ir.constants import Constant, Packed
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call
-from jettison.ir.ops.quantized_linear import row_chunks
 from jettison.ir.program import CACHE, MissRecord, Program, constant_placeholders, placeholders
 from jettison.ir.progress import track
 from jettison.ir.text import dtype_text, target_text
 from jettison.passes.base import Pass, describe_node
-from jettison.passes.formats import format_from_text
-from jettison.passes.formats.int_groups import GROUPS, IntGroups
+from jettison.passes.formats import IntGroups, WeightFormat, format_from_text
+from jettison.passes.layerwise import Encoded, encode_layerwise, encode_weights
+from jettison.passes.methods import RTN, Method
 from jettison.passes.options import option
 
 aten = torch.ops.aten
-BITS = (8, 4)
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Products that canonicalisation could not spell as a linear.
 _PRODUCTS = (
@@ -74,34 +73,65 @@ class QuantizeWeights(Pass):
 
     name: ClassVar[str] = "quantize-weights"
     is_exact: ClassVar[bool] = False
-    bits: Literal[8, 4] = option(4, doc="bits per weight")
-    group: Literal[32, 64, 128] = option(32, doc="columns that share a scale and a zero point")
-    symmetric: bool = option(False, doc="no zero points: fewer bytes, a larger error")
+    bits: Literal[8, 4, 3, 2] | None = option(None, doc="bits per weight; 4 unless there is a format")
+    group: Literal[32, 64, 128] | None = option(None, doc="columns that share a scale; 32 unless there is a format")
+    symmetric: bool | None = option(None, doc="no zero points: fewer bytes, a larger error; false unless given")
+    format: Literal["int8", "int4", "int3", "int2"] | WeightFormat | None = option(
+        None, doc="how weights are stored, instead of the three options before", flat=True
+    )
+    method: Method = option(RTN(), doc="how weights are rounded", flat=True)
     skip: str | None = option(None, doc="regular expression; weights in whose name it is found stay as they are")
+    only: str | None = option(None, doc="regular expression; weights in whose name it is not found stay as they are")
 
     def __post_init__(self) -> None:
-        for field, value, legal in (("bits", self.bits, BITS), ("group", self.group, GROUPS)):
-            if type(value) is not int or value not in legal:
-                choices = " or ".join(str(choice) for choice in legal)
+        chosen = {field: getattr(self, field) for field in ("bits", "group", "symmetric")}
+        if isinstance(self.format, str):
+            bits = int(self.format.removeprefix("int"))
+            if self.bits not in (None, bits):
+                raise OptionError(f"[quantize-weights] format={self.format} with bits={self.bits}: leave one of them out.")
+            chosen["bits"], stored = bits, None
+        else:
+            stored = self.format
+        if stored is not None:
+            given = [f"{field}={value}" for field, value in chosen.items() if value is not None]
+            if given:
                 raise OptionError(
-                    f"[quantize-weights] {field}={value!r}: needs {choices}, because these are the layouts that the "
-                    f"kernels read. Set {field} to one of them."
+                    f"[quantize-weights] format={stored} with {', '.join(given)}: needs the options of the format "
+                    "inside its braces, because bits, group and symmetric are those of integer groups. Leave them out."
                 )
-        if not isinstance(self.symmetric, bool):
-            raise OptionError(f"[quantize-weights] symmetric={self.symmetric!r}: needs true or false.")
-        if self.skip is not None:
-            try:
-                re.compile(self.skip)
-            except (re.error, TypeError) as error:
-                raise OptionError(
-                    f"[quantize-weights] skip={self.skip!r}: needs a regular expression ({error}), because it is "
-                    "searched in names such as model.layers.0.mlp.up_proj.weight. Write skip='mlp' to leave those out."
-                ) from error
+        else:
+            defaults = {"bits": 4, "group": 32, "symmetric": False}
+            chosen = {field: defaults[field] if value is None else value for field, value in chosen.items()}
+            IntGroups(**chosen)
+        for field, value in {**chosen, "format": stored}.items():
+            object.__setattr__(self, field, value)
+        for field in ("skip", "only"):
+            _require_regular_expression(field, getattr(self, field))
+        self.method.adapted(self.stored_format)
 
     @property
-    def format(self) -> IntGroups:
+    def stored_format(self) -> WeightFormat:
         """The weight format that the options ask for."""
-        return IntGroups(self.bits, self.group, self.symmetric)
+        if isinstance(self.format, WeightFormat):
+            return self.method.adapted(self.format)
+        assert self.bits is not None, "filled in"
+        assert self.group is not None, "filled in"
+        return self.method.adapted(IntGroups(self.bits, self.group, bool(self.symmetric)))
+
+    def requires(self, program: Program) -> None:
+        """A method that looks at what linears read runs the captured graph on text."""
+        if not self.method.needs_inputs:
+            return
+        if "forward" not in program.entries:
+            raise OptionError(
+                f"[quantize-weights] method={self.method.name} behind cache-kv: needs the graph of whole sequences, to "
+                "run the calibration text. Put cache-kv last."
+            )
+        if program.calibration is None:
+            raise OptionError(
+                f"[quantize-weights] method={self.method.name}: needs text to calibrate on, and {program.info.name} "
+                "came without. Give a text file (calibration=, --calibration), or use method=rtn, which needs none."
+            )
 
     def match(self, node: fx.Node, program: Program) -> WeightRead | Miss | None:
         """A linear or an embedding of a constant that nothing else reads in another way."""
@@ -139,7 +169,11 @@ class QuantizeWeights(Pass):
 
     def _is_skipped(self, name: str) -> bool:
         # What a cache policy computes with is no weight of the model.
-        return name.startswith(CACHE) or (self.skip is not None and re.search(self.skip, name) is not None)
+        return (
+            name.startswith(CACHE)
+            or (self.skip is not None and re.search(self.skip, name) is not None)
+            or (self.only is not None and re.search(self.only, name) is None)
+        )
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Encode every weight once, then rewrite its readers in every entry."""
@@ -153,9 +187,10 @@ class QuantizeWeights(Pass):
                     misses.setdefault((record.node, record.reason), record)
                 elif found is not None:
                     reads.setdefault(entry_name, []).append(found)
-        if self.skip is not None and not any(re.search(self.skip, name) for name in program.used_constants()):
-            misses["skip", ""] = MissRecord(f"skip={self.skip!r}", "found in the name of no weight")
-        self._encode_all(program, {read.weight for in_entry in reads.values() for read in in_entry})
+        for field, pattern in (("skip", self.skip), ("only", self.only)):
+            if pattern is not None and not any(re.search(pattern, name) for name in program.used_constants()):
+                misses[field, ""] = MissRecord(f"{field}={pattern!r}", "found in the name of no weight")
+        self._encode_all(program, reads)
         for entry_name, in_entry in reads.items():
             edit = Edit(program, entry_name, self.name)
             for read in in_entry:
@@ -193,30 +228,38 @@ class QuantizeWeights(Pass):
                 return f"{name} is packed, but the program has no {missing[0]}"
         return None
 
-    def _encode_all(self, program: Program, names: set[str]) -> None:
+    def _encode_all(self, program: Program, reads: Mapping[str, Sequence[WeightRead]]) -> None:
         """Encode weights into new constants, all of them before any graph changes: one of them may be refused."""
-        weights = [constant for name, constant in program.constants.items() if name in names]
-        made: list[tuple[str, Packed, dict[str, Constant]]] = []
-        with track(self.name, sum(weight.stored_bytes for weight in weights)) as advance, _one_thread():
-            for weight in weights:
-                parts = self._encode(weight, advance)
-                shape = tuple(weight.shape)
-                made.append((weight.name, Packed(self.format.name, shape, _part_names(parts)), parts))
-        for name, packed, parts in made:
-            program.packed[name] = packed
-            program.constants.update({constant.name: constant for constant in parts.values()})
+        names = {read.weight for in_entry in reads.values() for read in in_entry}
+        weights = {name: constant for name, constant in program.constants.items() if name in names}
+        encoded: dict[str, Encoded] = {}
+        with track(self.name, sum(weight.stored_bytes for weight in weights.values())) as advance:
+            if self.method.needs_inputs:
+                linears = [read.node for read in reads.get("forward", ()) if is_call(read.node, aten.linear.default)]
+                encoded |= encode_layerwise(program, linears, self.method, self.stored_format, advance)
+            with _one_thread():
+                rest = [weight for name, weight in weights.items() if name not in encoded]
+                encoded |= encode_weights(rest, self.method, self.stored_format, None, advance)
+        for name in weights:
+            _store(program, name, encoded[name])
 
-    def _encode(self, weight: Constant, advance: Callable[[float], Any]) -> dict[str, Constant]:
-        """The parts of one weight, a few rows at a time: the weight may be mapped from a file larger than memory."""
-        rows_total, columns = weight.shape
-        specs = self.format.part_specs((rows_total, columns))
-        parts = {part: scratch_tensor(shape, dtype) for part, (shape, dtype) in specs.items()}
-        for rows in row_chunks(rows_total, columns):
-            encoded = self.format.encode_rows(weight.rows(rows.start, rows.stop), weight.name, rows.start)
-            for part, chunk in encoded.items():
-                parts[part][rows] = chunk
-            advance(weight.stored_bytes * (rows.stop - rows.start) / rows_total)
-        return {part: Constant(f"{weight.name}.{part}", tensor) for part, tensor in parts.items()}
+
+def _store(program: Program, name: str, encoded: Encoded) -> None:
+    """Put the parts of a weight beside it, as constants."""
+    parts = {part: Constant(f"{name}.{part}", tensor) for part, tensor in encoded.parts.items()}
+    packed = {part: constant.name for part, constant in parts.items()}
+    program.packed[name] = Packed(encoded.format.name, encoded.shape, packed)
+    program.constants.update({constant.name: constant for constant in parts.values()})
+
+
+def _require_regular_expression(field: str, pattern: str | None) -> None:
+    try:
+        re.compile("" if pattern is None else pattern)
+    except (re.error, TypeError) as error:
+        raise OptionError(
+            f"[quantize-weights] {field}={pattern!r}: needs a regular expression ({error}), because it is searched in "
+            f"names such as model.layers.0.mlp.up_proj.weight. Write {field}='mlp' for those."
+        ) from error
 
 
 @contextmanager
@@ -232,10 +275,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _part_names(parts: dict[str, Constant]) -> dict[str, str]:
-    return {part: constant.name for part, constant in parts.items()}
 
 
 def _other_reader(name: str, program: Program) -> fx.Node | None:

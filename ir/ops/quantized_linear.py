@@ -206,9 +206,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return packed.to(torch.uint8)
 
 
-def row_chunks(rows: int, row_weights: int) -> list[slice]:
-    """Cut `rows` rows of `row_weights` weights into slices of at most `CHUNK_WEIGHTS` weights (at least one row)."""
-    step = max(1, CHUNK_WEIGHTS // max(1, row_weights))
+def row_chunks(rows: int, row_weights: int, at_most: int = CHUNK_WEIGHTS) -> list[slice]:
+    """Cut `rows` rows of `row_weights` weights into slices of at most `at_most` weights (at least one row)."""
+    step = max(1, at_most // max(1, row_weights))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

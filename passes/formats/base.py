@@ -238,7 +238,7 @@ class WeightFormat(ABC):
         """
         self._check_matrix(weight, where)
         groups = self.split_groups(weight)
-        self._check_values(groups, where, first_row)
+        self.check_values(groups, where, first_row)
         grid = self.fit(groups)
         return self.pack(self.round(groups, grid), grid)
 
@@ -279,7 +279,17 @@ class WeightFormat(ABC):
                 "are cut along the rows of a matrix. Leave this weight out of the pass (skip='...')."
             )
 
-    def _check_values(self, groups: Tensor, where: str, first_row: int) -> None:
+    def check_values(self, groups: Tensor, where: str, first_row: int) -> None:
+        """Refuse weights that no grid can hold.
+
+        Args:
+            groups: `[n, b, g]` f32, some rows of a weight.
+            where: Name of the weight, for messages.
+            first_row: Index of the first row in the whole weight, for messages.
+
+        Raises:
+            UnsupportedError: An entry is NaN, infinite or beyond 1.7e38.
+        """
         lo, hi = torch.aminmax(groups)
         if not bool((lo >= -LARGEST_WEIGHT) & (hi <= LARGEST_WEIGHT)):  # false for NaN too
             self._refuse_values(groups.flatten(1), where, first_row)

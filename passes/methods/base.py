@@ -1,0 +1,104 @@
+"""What a method is: how weights are rounded to a format, given what their linears read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from jettison.ir.ops.quantized_linear import CHUNK_WEIGHTS
+from jettison.passes.formats import WeightFormat
+
+# Rows of a weight `[n, K]`, its name and the index of the first row, for messages; returns the parts of these rows.
+RowEncoder: TypeAlias = Callable[[Tensor, str, int], dict[str, Tensor]]
+
+
+class InputStatistics:
+    """Sums over the tokens that a linear reads.
+
+    Attributes:
+        tokens: How many.
+        products: `[K, K] f32`, sum of `x xT`: half the Hessian of the squared error of an output in its row of weights.
+        magnitudes: `[K] f32`, sum of `|x|`.
+
+    Args:
+        columns: K.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.tokens = 0
+        self.products = torch.zeros(columns, columns)
+        self.magnitudes = torch.zeros(columns)
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens `[..., K]` of a batch."""
+        flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        self.tokens += len(flat)
+        self.products.addmm_(flat.T, flat)
+        self.magnitudes += flat.abs().sum(0)
+
+    def merge(self, other: InputStatistics) -> None:
+        """Count the tokens of another input of the same width, too."""
+        self.tokens += other.tokens
+        self.products += other.products
+        self.magnitudes += other.magnitudes
+
+    def divided(self, scales: Tensor) -> InputStatistics:
+        """The statistics of `x / scales`.
+
+        Args:
+            scales: `[K] f32`, positive.
+        """
+        found = InputStatistics(0)
+        found.tokens, found.magnitudes = self.tokens, self.magnitudes / scales
+        found.products = self.products / scales / scales[:, None]
+        return found
+
+
+class Method(ABC):
+    """A method. Subclasses are frozen dataclasses whose fields are the options.
+
+    Attributes:
+        name: Text id, the file's name.
+        needs_inputs: Whether it has to see what the linears read.
+        weights_at_once: Most weights to give to a row encoder.
+    """
+
+    name: ClassVar[str]
+    needs_inputs: ClassVar[bool] = False
+    weights_at_once: ClassVar[int] = CHUNK_WEIGHTS
+
+    def adapted(self, weight_format: WeightFormat) -> WeightFormat:
+        """The format that the method stores: the given one, or one with more freedom.
+
+        Raises:
+            OptionError: The method has nothing to choose in this format.
+        """
+        return weight_format
+
+    def input_scales(
+        self, weights: Sequence[Tensor], weight_format: WeightFormat, statistics: InputStatistics
+    ) -> Tensor | None:
+        """Factors for the columns of weights that read one input, which will be divided by them.
+
+        Args:
+            weights: Each `[N, K] f32`, of all linears that read it; or some of their rows.
+            weight_format: What they will be stored in.
+            statistics: Of the input.
+
+        Returns:
+            `[K] f32`, positive; None to leave the input as it is.
+        """
+        return None
+
+    @abstractmethod
+    def row_encoder(self, weight_format: WeightFormat, statistics: InputStatistics | None) -> RowEncoder:
+        """Prepare to encode the weights of linears that read the same input.
+
+        Args:
+            weight_format: What they are stored in.
+            statistics: Of the input; None for tables, and for methods that need none.
+        """
