@@ -236,10 +236,13 @@ class QuantizeWeights(Pass):
         with track(self.name, sum(weight.stored_bytes for weight in weights.values())) as advance:
             if self.method.needs_inputs:
                 linears = [read.node for read in reads.get("forward", ()) if is_call(read.node, aten.linear.default)]
-                encoded |= encode_layerwise(program, linears, self.method, self.stored_format, advance)
+                layerwise = encode_layerwise(program, linears, self.method, self.stored_format, advance)
+                encoded |= layerwise.encoded
             with _one_thread():
                 rest = [weight for name, weight in weights.items() if name not in encoded]
                 encoded |= encode_weights(rest, self.method, self.stored_format, None, advance)
+        if self.method.needs_inputs:
+            encoded |= layerwise.apply(program)
         for name in weights:
             _store(program, name, encoded[name])
 

@@ -1,9 +1,10 @@
 """Methods that round weights to a format, by text id."""
 
+from jettison.passes.methods.awq import AWQ
 from jettison.passes.methods.base import InputStatistics, Method
 from jettison.passes.methods.gptq import GPTQ
 from jettison.passes.methods.rtn import RTN
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (GPTQ, RTN)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (AWQ, GPTQ, RTN)}
 
-__all__ = ["GPTQ", "METHODS", "RTN", "InputStatistics", "Method"]
+__all__ = ["AWQ", "GPTQ", "METHODS", "RTN", "InputStatistics", "Method"]
