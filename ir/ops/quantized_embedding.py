@@ -31,8 +31,8 @@ def quantized_embedding_reference(
         indices: `[...]` int32 or int64, each in `[0, V)`.
         codes: `[V, k_blocks, group * bits / 8]` u8.
         scales: `[V, k_blocks]` floating point.
-        zeros: `[V, ceil(k_blocks * bits / 8)]` u8, or None for the middle of the code range.
-        bits: 2, 4 or 8 bits per code.
+        zeros: `[V, ceil(k_blocks * bits / 8)]` u8, `[V, k_blocks]` floating point, or None for the middle of the codes.
+        bits: 2, 3, 4 or 8 bits per code.
         group: columns that share a scale.
         embedding_dim: K, without the padding of the last group.
 

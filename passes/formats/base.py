@@ -163,6 +163,10 @@ class WeightFormat(ABC):
         """
         raise PassError(f"[{self.name}] has no table form, see has_table.")
 
+    def unsupported_on(self, target: str) -> str | None:
+        """Why a target (`onnx`, `torch`) cannot run weights in this format, or None if it can."""
+        return None
+
     def adapted(self, rows: RowReader, shape: tuple[int, int], where: str) -> WeightFormat:
         """This format with everything fixed that has to be read off the whole weight before its first row is encoded.
 

@@ -11,7 +11,10 @@ from jettison.passes.formats import FORMATS, IntGroups, WeightFormat, format_fro
 from jettison.passes.grammar import Spec, format_pipeline, parse_pipeline
 from jettison.passes.options import build, describe, to_spec
 
-ROUNDING = [IntGroups(8, 32), IntGroups(4, 64), IntGroups(4, 32, symmetric=True), IntGroups(2, 128)]
+ROUNDING = [
+    IntGroups(8, 32), IntGroups(4, 64), IntGroups(4, 32, symmetric=True), IntGroups(3, 64), IntGroups(2, 128),
+    IntGroups(4, 64, float_zeros=True), IntGroups(3, 32, float_zeros=True),
+]  # fmt: skip
 EVERY = [*ROUNDING]
 every_format = pytest.mark.parametrize("weight_format", EVERY, ids=str)
 rounding_format = pytest.mark.parametrize("weight_format", ROUNDING, ids=str)
@@ -47,7 +50,7 @@ def test_every_format_has_defaults_and_describes_its_options(name: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int5{group=32}", "option 'bits' needs 8|4"),
+        ("int5{group=32}", "option 'bits' needs 8|4|3|2"),
         ("int4{group=48}", "option 'group' needs 32|64|128"),
         ("int4{groups=32}", "int has no option 'groups'"),
         ("float4", "unknown weight format 'float4'"),
