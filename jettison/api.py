@@ -20,6 +20,7 @@ from jettison.optimized_model import OptimizedModel
 from jettison.passes import USER_PASSES
 from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.formats import FORMATS, WeightFormat
 from jettison.passes.grammar import format_pipeline, parse_pipeline
 from jettison.passes.options import build, lookup, to_spec
 from jettison.passes.pipeline import apply, prepare
@@ -48,7 +49,7 @@ def parse_passes(text: str) -> list[Pass]:
         OptionError: A syntax error (points at the column), an unknown pass or option, or a value out of range.
     """
     registry = {pass_.name: pass_ for pass_ in USER_PASSES}
-    registries: dict[type, Mapping[str, type]] = {Policy: POLICIES}
+    registries: dict[type, Mapping[str, type]] = {Policy: POLICIES, WeightFormat: FORMATS}
     return [
         build(lookup(spec.name, registry, "pass", text, spec.column), spec, where=text, registries=registries)
         for spec in parse_pipeline(text)
@@ -110,6 +111,7 @@ def optimize(
     """
     _check_target(target, prefill, dtype)
     chosen = parse_passes(passes) if isinstance(passes, str) else list(passes)
+    _check_passes(chosen, target)
     started = time.perf_counter()
     if calibration is not None:
         load_text(calibration)  # refuses a file that cannot be read before the work, not after
@@ -163,6 +165,16 @@ def _check_target(target: str, prefill: str, dtype: str) -> None:
         raise OptionError(
             f"[optimize] dtype={dtype!r} with target='onnx': CPU graphs compute in float32. Leave it out."
         )
+
+
+def _check_passes(chosen: Sequence[Pass], target: str) -> None:
+    for pass_ in chosen:
+        reason = pass_.unsupported_on(target)
+        if reason is not None:
+            raise UnsupportedError(
+                f"[optimize] {pipeline_text([pass_])} with target={target!r}: {reason}. Change the options, or the "
+                "target."
+            )
 
 
 def _calibration_windows(calibration: str | Path, source: ModelSource, program: Program) -> list[list[int]]:
