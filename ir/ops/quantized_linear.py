@@ -121,7 +121,7 @@ def _quantized_linear(
     only split N, so the order of the sum over K is the matrix product's own).
     """
     check_packed(codes, scales, zeros, bits, group, in_features)
-    _check_linear(x, codes, bias, in_features)
+    check_linear(x, codes, bias, in_features)
     n = codes.shape[0]
     wide = x.reshape(-1, in_features).to(torch.float32)
     wide_bias = None if bias is None else bias.to(torch.float32)
@@ -144,7 +144,7 @@ def _fake_quantized_linear(
     in_features: int,
 ) -> Tensor:
     check_packed(codes, scales, zeros, bits, group, in_features)
-    _check_linear(x, codes, bias, in_features)
+    check_linear(x, codes, bias, in_features)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -327,7 +327,15 @@ def check_packed(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
         )
 
 
-def _check_linear(x: Tensor, codes: Tensor, bias: Tensor | None, in_features: int) -> None:
+def check_indices(indices: Tensor) -> None:
+    """Check the indices of an embedding."""
+    torch._check(
+        indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be int32 or int64, found {indices.dtype}"
+    )
+
+
+def check_linear(x: Tensor, codes: Tensor, bias: Tensor | None, in_features: int) -> None:
+    """Check the operands of a linear that are not its weight, as `check_packed` does the weight."""
     torch._check(
         x.dtype in (torch.float32, torch.bfloat16, torch.float16),
         lambda: f"x must be float32, bfloat16 or float16, found {x.dtype}",

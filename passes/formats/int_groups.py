@@ -42,7 +42,7 @@ from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
 from jettison.ir.ops import quantized_embedding, quantized_linear
 from jettison.ir.ops.quantized_linear import pack_codes, pack_zeros, unpack_codes, unpack_zeros
-from jettison.passes.formats.base import LARGEST_WEIGHT, SMALLEST_SCALE, Grid, WeightFormat
+from jettison.passes.formats.base import LARGEST_WEIGHT, SMALLEST_SCALE, Grid, WeightFormat, pad_with_last
 from jettison.passes.options import option
 
 __all__ = ["BITS", "GROUPS", "LARGEST_WEIGHT", "IntGroups"]
@@ -149,8 +149,7 @@ class IntGroups(WeightFormat):
 
     def split_groups(self, weight: Tensor) -> Tensor:
         """See `WeightFormat`; with `float_zeros` padded with the last column, since zero may lie outside the range."""
-        padding = -weight.shape[1] % self.group if self.float_zeros else 0
-        return super().split_groups(torch.cat([weight, weight[:, -1:].expand(-1, padding)], 1) if padding else weight)
+        return super().split_groups(pad_with_last(weight, self.group) if self.float_zeros else weight)
 
     def unsupported_on(self, target: str) -> str | None:
         """See `WeightFormat`."""
