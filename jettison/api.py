@@ -115,6 +115,7 @@ def optimize(
     """
     _check_target(target, prefill, dtype)
     chosen = parse_passes(passes) if isinstance(passes, str) else list(passes)
+    _check_passes(chosen, target)
     started = time.perf_counter()
     if calibration is not None:
         load_text(calibration)  # refuses a file that cannot be read before the work, not after
@@ -171,6 +172,16 @@ def _check_target(target: str, prefill: str, dtype: str) -> None:
         raise OptionError(
             f"[optimize] dtype={dtype!r} with target='onnx': CPU graphs compute in float32. Leave it out."
         )
+
+
+def _check_passes(chosen: Sequence[Pass], target: str) -> None:
+    for pass_ in chosen:
+        reason = pass_.unsupported_on(target)
+        if reason is not None:
+            raise UnsupportedError(
+                f"[optimize] {pipeline_text([pass_])} with target={target!r}: {reason}. Change the options, or the "
+                "target."
+            )
 
 
 def _calibration_windows(calibration: str | Path, source: ModelSource, program: Program) -> list[list[int]]:

@@ -30,7 +30,11 @@ _ITEMSIZE = {
                   torch.int8, torch.uint8, torch.bool)
 }  # fmt: skip
 # Operators that read only the rows they are asked for, and which of their operands are tables.
-_TABLE_OPERANDS = {"aten.embedding": (0,), "jettison.quantized_embedding": (1, 2, 3)}
+_TABLE_OPERANDS = {
+    "aten.embedding": (0,),
+    "jettison.lut_embedding": (1, 3, 4),
+    "jettison.quantized_embedding": (1, 2, 3),
+}
 
 
 @dataclass

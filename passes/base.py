@@ -34,6 +34,9 @@ class Pass:
     entries: ClassVar[tuple[str, ...] | None] = None
     is_exact: ClassVar[bool] = True
 
+    def unsupported_on(self, target: str) -> str | None:
+        """Why a target (`onnx`, `torch`) cannot run what this pass makes, or None. Asked before any work is done."""
+
     def requires(self, program: Program) -> None:
         """Raise OptionError if the pass cannot run on `program` as it stands, naming the order that works."""
 

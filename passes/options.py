@@ -333,7 +333,8 @@ class _Builder:
         raise _MismatchError(value)
 
     def lookup(self, spec: Spec, base: type) -> type:
-        return lookup(spec.name, self.registries[base], base.__name__.lower(), self.text, spec.column)
+        kind = re.sub(r"\B([A-Z])", r" \1", base.__name__).lower()
+        return lookup(spec.name, self.registries[base], kind, self.text, spec.column)
 
     def nest_flat(self, fields: dict[str, _OptionField], spec: Spec) -> Spec:
         """Moves options of a policy that stand beside it into its braces; refuses what belongs nowhere."""

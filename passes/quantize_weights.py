@@ -133,6 +133,10 @@ class QuantizeWeights(Pass):
                 "came without. Give a text file (calibration=, --calibration), or use method=rtn, which needs none."
             )
 
+    def unsupported_on(self, target: str) -> str | None:
+        """See `Pass`: it is the format that a target can run or not."""
+        return self.format.unsupported_on(target)
+
     def match(self, node: fx.Node, program: Program) -> WeightRead | Miss | None:
         """A linear or an embedding of a constant that nothing else reads in another way."""
         if not is_call(node, aten.linear.default, aten.embedding.default):

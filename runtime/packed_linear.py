@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jettison.ir.ops.quantized_linear import unpack_codes
+from jettison.ir.ops.quantized_linear import unpack_codes, unpack_zeros
 
 aten = torch.ops.aten
 
@@ -87,7 +87,8 @@ def pack_weight(
         return None
     if bits == 4 and group in INT4_GROUPS and _has_int4_kernel():
         return Int4Weight(codes, scales, zeros, group, in_features, is_table=is_table)
-    if bits == 8 and _has_int8_kernel():
+    # The int8 layout has zero points among the codes.
+    if bits == 8 and _has_int8_kernel() and (zeros is None or not zeros.is_floating_point()):
         return Int8Weight(codes, scales, zeros, group, in_features)
     return None
 
@@ -153,7 +154,7 @@ class Int4Weight:
     Args:
         codes: `[N, k_blocks, group / 2]` u8.
         scales: `[N, k_blocks]` f32.
-        zeros: `[N, ceil(k_blocks / 2)]` u8, or None.
+        zeros: `[N, ceil(k_blocks / 2)]` u8, `[N, k_blocks]` floating point, or None.
         group: 32, 64, 128 or 256.
         in_features: K.
         is_table: Whether `lookup` is called; then scales and zero points are kept as they are, too.
@@ -178,7 +179,7 @@ class Int4Weight:
         if zeros is not None:
             # (code - zero) * scale = (code - 8) * scale + (8 - zero) * scale; the second scale is the rounded one, so
             # that a code equal to its zero point stays next to nothing.
-            middle = 8.0 - unpack_codes(zeros, 4)[:, :blocks].T.to(torch.float32)
+            middle = 8.0 - unpack_zeros(zeros, 4, blocks).T
             self._scales_offsets[:, :rows, 1] = middle * self._scales_offsets[:, :rows, 0].to(torch.float32)
         # Copies: what is given may be mapped from a file, which then can go.
         self._table = (scales.clone(), None if zeros is None else zeros.clone()) if is_table else None
@@ -211,9 +212,9 @@ class Int4Weight:
         blocks = self._codes.view(-1, 2 * self._codes.shape[1], half)
         found = blocks[flat // (2 * half), :, lane % half]
         codes = (found >> (lane // half * 4).to(torch.uint8)[:, None]) & 15
-        zero = 8.0
+        zero: Tensor | float = 8.0
         if zeros is not None:
-            zero = unpack_codes(zeros[flat], 4)[:, : scales.shape[1], None].to(torch.float32)
+            zero = unpack_zeros(zeros[flat], 4, scales.shape[1])[:, :, None]
         values = (codes.unflatten(1, (-1, self.group)) - zero) * scales[flat][:, :, None]
         return values.flatten(1)[:, : self.columns].reshape(*indices.shape, self.columns)
 

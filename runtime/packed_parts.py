@@ -79,7 +79,7 @@ def joint_weights(program: Program) -> list[JointWeight]:
     # Every set of neighbours that a weight is read with; a weight that an entry reads twice has two.
     groups: dict[PackedParts, list[tuple[PackedParts, ...]]] = {}
     for entry in program.entries.values():
-        for group in _read_together(entry, readers):
+        for group in _read_together(entry, readers, program):
             for parts in group:
                 groups.setdefault(parts, []).append(group)
     joint = {
@@ -119,7 +119,9 @@ def _readers(program: Program) -> dict[PackedParts, list[fx.Node]]:
     }
 
 
-def _read_together(entry: fx.GraphModule, usable: Mapping[PackedParts, object]) -> list[tuple[PackedParts, ...]]:
+def _read_together(
+    entry: fx.GraphModule, usable: Mapping[PackedParts, object], program: Program
+) -> list[tuple[PackedParts, ...]]:
     """Weights of linears that read the same x and have the same layout; an embedding reads its table alone."""
     by_input: dict[object, list[PackedParts]] = {}
     for node in entry.graph.nodes:
@@ -127,6 +129,6 @@ def _read_together(entry: fx.GraphModule, usable: Mapping[PackedParts, object]) 
         if parts is None or parts not in usable:
             continue
         is_linear = is_call(node, ops.quantized_linear)
-        layout = (parts.bits, parts.group, parts.zeros is None)
+        layout = (parts.bits, parts.group, None if parts.zeros is None else program.constants[parts.zeros].dtype)
         by_input.setdefault((arguments(node)["x"], layout) if is_linear else node, []).append(parts)
     return [tuple(group) for group in by_input.values()]

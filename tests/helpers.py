@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from syrupy.assertion import SnapshotAssertion
 from syrupy.data import Snapshot, SnapshotCollection
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from jettison.ir.capture import capture_module
 from jettison.ir.compare import assert_close, example_input_ids, run_program
+from jettison.ir.constants import Constant, Packed
 from jettison.ir.diff import diff_text
-from jettison.ir.program import PassRecord, Program
+from jettison.ir.edit import Edit
+from jettison.ir.match import arguments, constant_name, is_call
+from jettison.ir.program import MissRecord, PassRecord, Program
 from jettison.passes.base import Pass
+from jettison.passes.formats import WeightFormat, format_from_text
 
 SHAPES = ((1, 1), (2, 7), (3, 16))
 
@@ -189,6 +194,49 @@ def assert_same_numbers(
             assert ours.dtype == theirs.dtype
             what = f"{name} at batch {batch}, length {length}"
             assert_close(ours, theirs, tolerance=tolerance, reason=reason, what=what)
+
+
+@dataclass(frozen=True)
+class StoreIn(Pass):
+    """Store every matrix that a linear or an embedding reads in one weight format, and write the readers anew."""
+
+    name: ClassVar[str] = "store-in"
+    is_exact: ClassVar[bool] = False
+    stored: WeightFormat
+    skip: str = "^$"
+
+    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
+        rewrites = 0
+        for entry_name, entry in program.entries.items():
+            edit = Edit(program, entry_name, self.name)
+            for node in list(entry.graph.nodes):
+                if is_call(node, torch.ops.aten.linear.default, torch.ops.aten.embedding.default):
+                    name = constant_name(arguments(node)["weight"])
+                    if name is not None and not re.search(self.skip, name):
+                        self._rewrite(node, name, edit)
+                        rewrites += 1
+            edit.eliminate_dead_code()
+        for name in program.packed:
+            program.constants.pop(name, None)
+        return rewrites, []
+
+    def _rewrite(self, node: fx.Node, name: str, edit: Edit) -> None:
+        program, operands = edit.program, arguments(node)
+        if name not in program.packed:
+            weight = program.constants[name].value()
+            chosen = self.stored.adapted(lambda start, stop: weight[start:stop], tuple(weight.shape), name)
+            parts = {part: Constant(f"{name}.{part}", value) for part, value in chosen.encode(weight, name).items()}
+            program.packed[name] = Packed(chosen.name, tuple(weight.shape), {p: c.name for p, c in parts.items()})
+            program.constants.update({constant.name: constant for constant in parts.values()})
+        packed = program.packed[name]
+        chosen = format_from_text(packed.format)
+        parts = {part: edit.constant(program.constants[constant]) for part, constant in packed.parts.items()}
+        with edit.before(node):
+            if is_call(node, torch.ops.aten.linear.default):
+                new = chosen.call_linear(edit, operands["input"], parts, operands["bias"], packed.shape)
+            else:
+                new = chosen.call_embedding(edit, operands["indices"], parts, packed.shape)
+        edit.replace(node, new)
 
 
 def assert_declines(pass_: Pass, program: Program, *, reason: str | None) -> None:

@@ -20,6 +20,7 @@ from jettison.codegen.onnx.decompositions import decompose_all, spare_decomposit
 from jettison.codegen.onnx.external_data import ExternalDataWriter
 from jettison.codegen.onnx.functions import add_functions
 from jettison.codegen.onnx.lowered_graph import LoweredGraph
+from jettison.codegen.onnx.lowerings import require_kernels
 from jettison.codegen.onnx.packed_projections import pack_projections
 from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
@@ -345,7 +346,12 @@ def emit_program(
 
     Returns:
         One description per file.
+
+    Raises:
+        UnsupportedError: ONNX has no counterpart of an operator, or no kernel for a weight format.
+        CodegenError: A graph cannot be lowered.
     """
+    require_kernels(program)
     program = pack_projections(program)
     entries = [name for name in program.entries if name not in program.state_entries]
     is_one_graph = len(entries) == 1 or (len(entries) == 2 and _same_graph(*map(program.entries.get, entries)))

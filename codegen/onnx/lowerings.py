@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.onnx.ops import rotary_embedding as onnx_rotary_embedding
 from torch.onnx.ops import symbolic
@@ -24,7 +25,10 @@ from jettison.codegen.onnx.written_attention import (
     write_slots,
 )
 from jettison.ir import ops
+from jettison.ir.errors import UnsupportedError
+from jettison.ir.match import arguments, constant_name, is_call
 from jettison.ir.ops.gated_activation import ACTIVATIONS
+from jettison.ir.program import Program
 
 aten = torch.ops.aten
 # 4 lets the kernel quantise activations to int8, which is what makes it fast on a CPU.
@@ -33,23 +37,72 @@ DEFAULT_ACCURACY_LEVEL = 4
 EIGHT_BIT_ACCURACY_LEVEL = 4
 
 
+# Bits for which a kernel exists; the schema of `MatMulNBits` has 2 to 8.
+KERNEL_BITS = (2, 4, 8)
+
+
+def require_kernels(program: Program) -> None:
+    """Refuse weights that no kernel of ONNX Runtime reads, before any file is written.
+
+    Raises:
+        UnsupportedError: Names the first such weight.
+    """
+    for entry in program.entries.values():
+        for node in entry.graph.nodes:
+            if not is_call(node, ops.quantized_linear, ops.quantized_embedding):
+                continue
+            operands = arguments(node)
+            if operands["bits"] not in KERNEL_BITS:
+                where = constant_name(operands["codes"]) or node.meta.get("where") or node.name
+                raise UnsupportedError(
+                    f"[onnx] {where.removesuffix('.codes')}: found {operands['bits']}-bit codes, needs 2, 4 or 8 bits, "
+                    "because the CPU kernels of MatMulNBits and GatherBlockQuantized take no others. Quantise it to "
+                    'one of these, or use target="torch".'
+                )
+
+
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group: int,
     in_features: int, *, accuracy_level: int = DEFAULT_ACCURACY_LEVEL,
 ) -> Tensor:  # fmt: skip
-    """`com.microsoft::MatMulNBits`."""
+    """`com.microsoft::MatMulNBits`; see `_shift_of_zeros` for zero points between the codes."""
     attributes = {
         "K": in_features, "N": codes.shape[0], "bits": bits, "block_size": group,
         "accuracy_level": EIGHT_BIT_ACCURACY_LEVEL if bits != 4 else accuracy_level,
     }  # fmt: skip
-    return symbolic(
+    is_between = zeros is not None and zeros.is_floating_point()
+    product = symbolic(
         "com.microsoft::MatMulNBits",
-        (x, codes, scales, zeros, None, bias),
+        (x, codes, scales, None if is_between else zeros, None, bias),
         attributes,
         dtype=x.dtype,
         shape=(*x.shape[:-1], codes.shape[0]),
         version=1,
     )
+    if zeros is None or not is_between:
+        return product
+    padded = F.pad(x, (0, scales.shape[1] * group - in_features)) if in_features % group else x
+    sums = padded.unflatten(-1, (scales.shape[1], group)).sum(-1)
+    return product + sums @ _shift_of_zeros(zeros, scales, bits).t()
+
+
+def _shift_of_zeros(zeros: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """What zero points between the codes add to each weight of a group that is decoded with the middle of the codes.
+
+    `(code - zero) * scale = (code - middle) * scale + (middle - zero) * scale`, so that a linear is the symmetric one
+    and a product of its sums over groups with the second term: 1 / group of the size. Given to the kernel as they are,
+    float zero points make it decode the whole weight at every call (50 to 350 times the time for one row), and with 8
+    bits it refuses them (benchmarks/results/lut_linear.json).
+
+    Args:
+        zeros: `[N, k_blocks]` floating point.
+        scales: `[N, k_blocks]`.
+        bits: Of the codes.
+
+    Returns:
+        `[N, k_blocks]`.
+    """
+    return (2.0 ** (bits - 1) - zeros) * scales
 
 
 def quantized_embedding(
@@ -57,14 +110,19 @@ def quantized_embedding(
 ) -> Tensor:
     """`com.microsoft::GatherBlockQuantized`; `codes` must come in rank 2 (the same bytes in another shape)."""
     padded_dim = scales.shape[1] * group
+    is_between = zeros is not None and zeros.is_floating_point()
     rows = symbolic(
         "com.microsoft::GatherBlockQuantized",
-        (codes, indices, scales, zeros),
+        (codes, indices, scales, None if is_between else zeros),
         {"bits": bits, "block_size": group, "gather_axis": 0, "quantize_axis": 1},
         dtype=scales.dtype,
         shape=(*indices.shape, padded_dim),
         version=1,
     )
+    if zeros is not None and is_between:
+        # The kernel takes packed zero points only.
+        shift = _shift_of_zeros(F.embedding(indices, zeros), F.embedding(indices, scales), bits)
+        rows = (rows.unflatten(-1, (scales.shape[1], group)) + shift.unsqueeze(-1)).flatten(-2)
     # The kernel also returns the padding of the last group.
     return rows if padded_dim == embedding_dim else rows[..., :embedding_dim]
 

@@ -4,6 +4,8 @@ from jettison.ir.ops.attention import attention
 from jettison.ir.ops.dequantize_slots import dequantize_slots
 from jettison.ir.ops.gated_activation import gated_activation
 from jettison.ir.ops.joint_attention import joint_attention
+from jettison.ir.ops.lut_embedding import lut_embedding
+from jettison.ir.ops.lut_linear import lut_linear
 from jettison.ir.ops.next_slots import next_slots
 from jettison.ir.ops.quantize_slots import quantize_slots
 from jettison.ir.ops.quantized_embedding import quantized_embedding
@@ -19,6 +21,8 @@ __all__ = [
     "dequantize_slots",
     "gated_activation",
     "joint_attention",
+    "lut_embedding",
+    "lut_linear",
     "next_slots",
     "quantize_slots",
     "quantized_embedding",

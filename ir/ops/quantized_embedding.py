@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jettison.ir.ops.quantized_linear import check_packed, dequantize_reference, dequantize_rows, row_chunks
+from jettison.ir.ops.quantized_linear import (
+    check_indices,
+    check_packed,
+    dequantize_reference,
+    dequantize_rows,
+    row_chunks,
+)
 from jettison.ir.ops.registration import define_op
 
 
@@ -31,8 +37,8 @@ def quantized_embedding_reference(
         indices: `[...]` int32 or int64, each in `[0, V)`.
         codes: `[V, k_blocks, group * bits / 8]` u8.
         scales: `[V, k_blocks]` floating point.
-        zeros: `[V, ceil(k_blocks * bits / 8)]` u8, or None for the middle of the code range.
-        bits: 2, 4 or 8 bits per code.
+        zeros: `[V, ceil(k_blocks * bits / 8)]` u8, `[V, k_blocks]` floating point, or None for the middle of the codes.
+        bits: 2, 3, 4 or 8 bits per code.
         group: columns that share a scale.
         embedding_dim: K, without the padding of the last group.
 
@@ -57,7 +63,7 @@ def _quantized_embedding(
     Operands and result as there. An index outside the table is an `IndexError` on CPU, as in `index_select`.
     """
     check_packed(codes, scales, zeros, bits, group, embedding_dim)
-    _check_indices(indices)
+    check_indices(indices)
     flat = indices.reshape(-1)
     out = torch.empty(flat.shape[0], embedding_dim, dtype=scales.dtype, device=codes.device)
     for rows in row_chunks(flat.shape[0], codes.shape[1] * group):
@@ -79,7 +85,7 @@ def _fake_quantized_embedding(
     embedding_dim: int,
 ) -> Tensor:
     check_packed(codes, scales, zeros, bits, group, embedding_dim)
-    _check_indices(indices)
+    check_indices(indices)
     return scales.new_empty((*indices.shape, embedding_dim))
 
 
@@ -89,9 +95,3 @@ quantized_embedding = define_op(
     _quantized_embedding,
     _fake_quantized_embedding,
 )
-
-
-def _check_indices(indices: Tensor) -> None:
-    torch._check(
-        indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be int32 or int64, found {indices.dtype}"
-    )

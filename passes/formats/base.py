@@ -36,10 +36,13 @@ class Grid:
     Attributes:
         scales: `[n, b]` f32.
         zeros: `[n, b]` f32, the code that stands for 0; None where the format has no zero points.
+        tables: `[1, C]` or `[n, C]` f32, not falling, what each code of a row stands for before scaling; None where the
+            format does not choose tables.
     """
 
     scales: Tensor
     zeros: Tensor | None = None
+    tables: Tensor | None = None
 
 
 class WeightFormat(ABC):
@@ -47,12 +50,10 @@ class WeightFormat(ABC):
 
     Attributes:
         id: Text id, by which pipelines name it.
-        shared_parts: Names of the parts that all rows share: `encode_rows` returns them whole.
         group: Columns that share a scale.
     """
 
     id: ClassVar[str]
-    shared_parts: ClassVar[tuple[str, ...]] = ()
     group: int
 
     # ------------------------------------------------------------------------------------- what a format has to define
@@ -107,7 +108,7 @@ class WeightFormat(ABC):
 
         Args:
             codes: `[n, k_blocks, group]` u8.
-            grid: Of `[n, k_blocks]` groups, from `fit` or of the same kind.
+            grid: Of `[n, k_blocks]` groups, what `stored` returned.
 
         Returns:
             The parts of these rows, as in `part_specs`.
@@ -142,6 +143,22 @@ class WeightFormat(ABC):
             `[..., N]` in the dtype of x.
         """
 
+    def stored(self, grid: Grid) -> Grid:
+        """What is left of the grid of whole rows once it is stored; `round` and `values` should be given this.
+
+        Args:
+            grid: Of `[n, k_blocks]` groups, from `fit`.
+
+        Returns:
+            The same where scales are stored as they are.
+        """
+        return grid
+
+    @property
+    def shared_parts(self) -> tuple[str, ...]:
+        """Names of the parts that all rows share: `encode_rows` returns them whole."""
+        return ()
+
     @property
     def has_table(self) -> bool:
         """Whether an embedding can look rows up; where it cannot, `call_embedding` must not be called."""
@@ -162,6 +179,10 @@ class WeightFormat(ABC):
             `[..., K]`; the caller converts the dtype.
         """
         raise PassError(f"[{self.name}] has no table form, see has_table.")
+
+    def unsupported_on(self, target: str) -> str | None:
+        """Why a target (`onnx`, `torch`) cannot run weights in this format, or None if it can."""
+        return None
 
     def adapted(self, rows: RowReader, shape: tuple[int, int], where: str) -> WeightFormat:
         """This format with everything fixed that has to be read off the whole weight before its first row is encoded.
@@ -239,7 +260,7 @@ class WeightFormat(ABC):
         self._check_matrix(weight, where)
         groups = self.split_groups(weight)
         self.check_values(groups, where, first_row)
-        grid = self.fit(groups)
+        grid = self.stored(self.fit(groups))
         return self.pack(self.round(groups, grid), grid)
 
     @torch.no_grad()
@@ -311,6 +332,12 @@ class WeightFormat(ABC):
                 "because the format fixes the layout. The packed weight is damaged or was written in another format: "
                 "make it again."
             )
+
+
+def pad_with_last(weight: Tensor, multiple: int) -> Tensor:
+    """`[n, K]` with its last column repeated until K is a multiple: padding that no statistic of a row notices."""
+    padding = -weight.shape[1] % multiple
+    return torch.cat([weight, weight[:, -1:].expand(-1, padding)], 1) if padding else weight
 
 
 def _describe(specs: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:

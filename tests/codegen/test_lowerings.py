@@ -9,14 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from jettison.codegen.onnx.emit import emit_program
 from jettison.codegen.onnx.lowerings import EIGHT_BIT_ACCURACY_LEVEL
 from jettison.ir import ops
 from jettison.ir.compare import assert_close
+from jettison.ir.errors import UnsupportedError
 from jettison.ir.interpret import run_entry
 from jettison.ir.ops.gated_activation import ACTIVATIONS
 from jettison.ir.program import Program
+from jettison.passes.base import Pass
+from jettison.passes.formats import IntGroups
 from jettison.passes.quantize_weights import QuantizeWeights
 from tests.codegen.running import REASON, TOLERANCE, Emitted, attributes, cached_program, emit
+from tests.helpers import StoreIn
 from tests.models.tiny_models import randomize
 
 VOCAB = 61
@@ -40,7 +45,7 @@ class Heads(nn.Module):
         return self.function(self, *heads, attention_mask)
 
 
-def emitted(module: nn.Module, folder: Path, *passes: QuantizeWeights, accuracy_level: int = 0) -> Emitted:
+def emitted(module: nn.Module, folder: Path, *passes: Pass, accuracy_level: int = 0) -> Emitted:
     program = cached_program(randomize(module).eval(), None, *passes, context=64)
     return emit(program, folder, accuracy_level=accuracy_level)
 
@@ -173,6 +178,25 @@ def test_weights_of_two_formats_in_one_file(tmp_path: Path) -> None:
     model = emitted(Tied(), tmp_path, *passes)
     assert sorted(attributes(node)["bits"] for node in model.nodes("MatMulNBits")) == [4, 4, 8]
     check(model, (2, 7), tolerance=ROUNDED_ACTIVATIONS)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (2, 32), (8, 64)])
+def test_zero_points_between_the_codes(bits: int, group: int, tmp_path: Path) -> None:
+    model = emitted(Tied(), tmp_path, StoreIn(IntGroups(bits, group, float_zeros=True)))
+    # Float zero points as an input of the kernel would make it decode the whole weight.
+    assert all(len(node.input) < 4 or not node.input[3] for node in model.nodes("MatMulNBits"))
+    assert model.operators()["com.microsoft::GatherBlockQuantized"] == 1
+    for shape in ((1, 1), (2, 7), (1, 40)):
+        for name, (actual, expected) in outputs(model, shape).items():
+            tolerance = TOLERANCE if bits == 4 or name == "embedded" else ROUNDED_ACTIVATIONS
+            assert_close(actual, expected, tolerance=tolerance, reason="activations in 8 bits", what=name)
+
+
+def test_codes_without_a_kernel_are_refused_before_a_file_is_written(tmp_path: Path) -> None:
+    program = cached_program(randomize(Tied()).eval(), None, StoreIn(IntGroups(3, 32)), context=64)
+    with pytest.raises(UnsupportedError, match=r"^\[onnx\] embed.weight: found 3-bit codes, needs 2, 4 or 8 bits"):
+        emit_program(program, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # --- linears --------------------------------------------------------------------------------------------------------

@@ -22,10 +22,12 @@ from jettison.ir.ops.quantized_linear import (
     dequantize_reference,
     dequantize_rows,
     pack_codes,
+    pack_zeros,
     quantized_linear,
     quantized_linear_reference,
     row_chunks,
     unpack_codes,
+    unpack_zeros,
 )
 
 # The package exports the operator under the name of its module, so attribute access would find the operator.
@@ -49,7 +51,12 @@ class Packed:
 
 
 def random_packed(
-    rows: int, columns: int, bits: int, group: int, has_zeros: bool = True, dtype: torch.dtype = torch.float32
+    rows: int,
+    columns: int,
+    bits: int,
+    group: int,
+    has_zeros: bool | str = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Packed:
     generator = torch.Generator().manual_seed(rows * columns + bits * group)
     k_blocks = -(-columns // group)
@@ -59,6 +66,8 @@ def random_packed(
 
     codes = packed_bytes(rows, k_blocks, group * bits // 8)
     zeros = packed_bytes(rows, -(-k_blocks * bits // 8)) if has_zeros else None
+    if has_zeros == "float":
+        zeros = torch.rand(rows, k_blocks, generator=generator) * (2**bits - 1)
     scales = (torch.randn(rows, k_blocks, generator=generator) / 2**bits).to(dtype)
     return Packed(codes, scales, zeros, bits, group, columns)
 
@@ -89,17 +98,31 @@ def test_pack_puts_the_first_code_in_the_low_bits():
     ]  # fmt: skip
     assert pack_codes(torch.tensor([0, 1, 2, 3, 3, 0, 0, 1], dtype=torch.uint8), 2).tolist() == [0xE4, 0x43]
     assert pack_codes(torch.tensor([7, 255], dtype=torch.uint8), 8).tolist() == [7, 255]
+    # 24 bits, code i from bit 3 i on: 0b111_110_101_100_011_010_001_000.
+    assert pack_codes(torch.arange(8, dtype=torch.uint8), 3).tolist() == [0b10001000, 0b11000110, 0b11111010]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_unpack_inverts_pack_for_every_byte(bits: int):
-    every_byte = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    # Every byte in each of the three places that a byte has among 3-bit codes.
+    every_byte = torch.arange(256, dtype=torch.uint8).repeat(3).view(4, 192)
     codes = unpack_codes(every_byte, bits)
-    assert codes.shape == (4, 64 * 8 // bits)
+    assert codes.shape == (4, 192 * 8 // bits)
     assert int(codes.max()) == 2**bits - 1
     assert torch.equal(pack_codes(codes, bits), every_byte)
+    assert torch.equal(codes, LINEAR_MODULE._codes_reference(every_byte, bits))
     # A slice of a row is not contiguous; the wider reading must not see the neighbours.
-    assert torch.equal(unpack_codes(every_byte[:, 1:7], bits), codes[:, 8 // bits : 7 * 8 // bits])
+    assert torch.equal(unpack_codes(every_byte[:, 3:9], bits), codes[:, 3 * 8 // bits : 9 * 8 // bits])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_zero_points_of_a_row_end_on_a_byte(bits: int):
+    for k_blocks in range(1, 20):
+        zeros = torch.randint(2**bits, (3, k_blocks), generator=torch.Generator().manual_seed(k_blocks))
+        packed = pack_zeros(zeros, bits)
+        assert packed.shape == (3, -(-k_blocks * bits // 8))
+        assert packed.is_contiguous()
+        assert torch.equal(unpack_zeros(packed, bits, k_blocks), zeros.to(torch.float32))
 
 
 def test_reference_by_hand_with_an_odd_number_of_groups():
@@ -116,13 +139,13 @@ def test_reference_by_hand_with_an_odd_number_of_groups():
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 300),
-    bits=st.sampled_from([2, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     group=st.sampled_from([16, 32, 64, 128]),
-    has_zeros=st.booleans(),
+    has_zeros=st.sampled_from([False, True, "float"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_dequantize_rows_equals_the_reference_exactly(
-    rows: int, columns: int, bits: int, group: int, has_zeros: bool, dtype: torch.dtype
+    rows: int, columns: int, bits: int, group: int, has_zeros: bool | str, dtype: torch.dtype
 ):
     packed = random_packed(rows, columns, bits, group, has_zeros, dtype)
     parts = (packed.codes, packed.scales, packed.zeros)
@@ -141,12 +164,13 @@ def test_row_chunks_cover_every_row_once_and_never_stall():
 
 
 @pytest.mark.parametrize("m", [1, 7, 64])
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 32), (8, 64), (2, 64)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 32), (8, 64), (2, 64), (3, 32), (3, 128)])
 @pytest.mark.parametrize(
-    ("columns", "has_zeros", "has_bias"), [(256, True, False), (193, True, True), (65, False, True)]
+    ("columns", "has_zeros", "has_bias"),
+    [(256, True, False), (193, True, True), (65, False, True), (100, "float", False)],
 )
 def test_linear_matches_the_reference_over_many_chunks(
-    monkeypatch: pytest.MonkeyPatch, m: int, bits: int, group: int, columns: int, has_zeros: bool, has_bias: bool
+    monkeypatch: pytest.MonkeyPatch, m: int, bits: int, group: int, columns: int, has_zeros: bool | str, has_bias: bool
 ):
     monkeypatch.setattr(LINEAR_MODULE, "CHUNK_WEIGHTS", 2000)  # a handful of rows, so that the last chunk is short
     packed = random_packed(37, columns, bits, group, has_zeros)
@@ -179,7 +203,9 @@ def test_linear_reads_x_of_any_strides():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("bits", "columns", "has_zeros"), [(4, 96, True), (8, 75, True), (2, 33, False)])
+@pytest.mark.parametrize(
+    ("bits", "columns", "has_zeros"), [(4, 96, True), (8, 75, True), (2, 33, False), (3, 75, True), (4, 75, "float")]
+)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("shape", [(), (1,), (3, 7), (0,)])
 def test_embedding_equals_the_reference_exactly(
@@ -187,7 +213,7 @@ def test_embedding_equals_the_reference_exactly(
     dtype: torch.dtype,
     bits: int,
     columns: int,
-    has_zeros: bool,
+    has_zeros: bool | str,
     index_dtype: torch.dtype,
     shape: tuple[int, ...],
 ):
@@ -243,7 +269,7 @@ def test_linear_refuses_operands_of_another_layout():
     good = random_packed(6, 96, 4, 32)
     x = torch.randn(2, 96)
     for bad, message in [
-        ({"bits": 3}, "bits must be one of"),
+        ({"bits": 5}, "bits must be one of"),
         ({"group": 0}, "fill whole bytes"),
         ({"group": 64}, r"codes must be u8\[N, 2, 32\]"),
         ({"in_features": 100}, r"codes must be u8\[N, 4, 16\]"),
@@ -251,7 +277,8 @@ def test_linear_refuses_operands_of_another_layout():
         ({"codes": good.codes.flatten(1)}, "codes must be u8"),
         ({"scales": good.scales[:, :2]}, r"scales must be floating point \[6, 3\]"),
         ({"scales": good.scales.to(torch.int32)}, "scales must be floating point"),
-        ({"zeros": good.scales}, r"zeros must be u8\[6, 2\]"),
+        ({"zeros": good.scales[:, :2]}, r"zeros must be u8\[6, 2\] or floating point \[6, 3\]"),
+        ({"zeros": good.zeros[:, :1]}, r"zeros must be u8\[6, 2\] or floating point \[6, 3\]"),
         ({"bias": torch.zeros(5)}, r"bias must be floating point \[6\]"),
         ({"x": x[:, :95]}, "last dimension of x must be 96"),
         ({"x": x.double()}, "x must be float32, bfloat16 or float16"),
@@ -277,8 +304,8 @@ def test_embedding_refuses_operands_of_another_layout():
 
 
 @pytest.mark.parametrize("shape", [(96,), (5, 96), (2, 3, 96)])
-@pytest.mark.parametrize("has_zeros", [True, False])
-def test_schema_and_fake_rule_hold(shape: tuple[int, ...], has_zeros: bool):
+@pytest.mark.parametrize("has_zeros", [True, False, "float"])
+def test_schema_and_fake_rule_hold(shape: tuple[int, ...], has_zeros: bool | str):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     packed = random_packed(11, 96, 4, 32, has_zeros)
     parts = (packed.codes, packed.scales, packed.zeros)
@@ -308,7 +335,7 @@ class TiedModel(torch.nn.Module):
         return logits.view(-1, logits.shape[-1])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, 3])
 def test_export_keeps_both_operators_with_dynamic_batch_and_length(bits: int):
     model = TiedModel(random_packed(40, 72, bits, 32))
     batch, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", max=128)

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import OptionError
-from jettison.passes.formats import FORMATS, IntGroups, WeightFormat, format_from_text
+from jettison.passes.formats import FORMATS, Grid, IntGroups, Lut, Nf4, WeightFormat, format_from_text
 from jettison.passes.grammar import Spec, format_pipeline, parse_pipeline
 from jettison.passes.options import build, describe, to_spec
 
-ROUNDING = [IntGroups(8, 32), IntGroups(4, 64), IntGroups(4, 32, symmetric=True), IntGroups(2, 128)]
-EVERY = [*ROUNDING]
+ROUNDING = [
+    IntGroups(8, 32), IntGroups(4, 64), IntGroups(4, 32, symmetric=True), IntGroups(3, 64), IntGroups(2, 128),
+    IntGroups(4, 64, float_zeros=True), IntGroups(3, 32, float_zeros=True), Nf4(64, double=False), Nf4(32),
+]  # fmt: skip
+EVERY = [*ROUNDING, Lut(), Lut(4), Lut(2, False), Lut(8, True)]
 every_format = pytest.mark.parametrize("weight_format", EVERY, ids=str)
 rounding_format = pytest.mark.parametrize("weight_format", ROUNDING, ids=str)
 
@@ -47,7 +50,7 @@ def test_every_format_has_defaults_and_describes_its_options(name: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int5{group=32}", "option 'bits' needs 8|4"),
+        ("int5{group=32}", "option 'bits' needs 8|4|3|2"),
         ("int4{group=48}", "option 'group' needs 32|64|128"),
         ("int4{groups=32}", "int has no option 'groups'"),
         ("float4", "unknown weight format 'float4'"),
@@ -64,11 +67,13 @@ def test_columns_are_rounded_as_whole_groups_are(weight_format: WeightFormat):
     """What a method that goes column by column relies on."""
     weight = normal(5, 2 * weight_format.group)
     groups = weight_format.split_groups(weight)
-    grid = weight_format.fit(groups)
+    grid = weight_format.stored(weight_format.fit(groups))
     codes = weight_format.round(groups, grid)
     assert (codes.dtype, codes.shape) == (torch.uint8, groups.shape)
     for block in range(2):
-        of_block = weight_format.fit(groups[:, block : block + 1])
+        of_block = Grid(*(None if part is None else part[:, block : block + 1] for part in (grid.scales, grid.zeros)))
+        if not isinstance(weight_format, Nf4) or not weight_format.double:
+            of_block = weight_format.fit(groups[:, block : block + 1])
         for column in (0, 1, weight_format.group - 1):
             one = groups[:, block : block + 1, column : column + 1]
             rounded = weight_format.round(one, of_block)

@@ -14,16 +14,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
-from jettison.ir.ops.quantized_linear import quantized_linear, unpack_codes
+from jettison.ir.ops.quantized_linear import quantized_linear, unpack_codes, unpack_zeros
 from jettison.passes.formats.int_groups import LARGEST_WEIGHT, IntGroups
 
 LINEAR_MODULE = importlib.import_module("jettison.ir.ops.quantized_linear")
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama" / "model.safetensors"
 
 FORMATS = [
-    IntGroups(bits, group, symmetric) for bits in (8, 4, 2) for group in (32, 64, 128) for symmetric in (False, True)
+    IntGroups(bits, group, symmetric) for bits in (8, 4, 3, 2) for group in (32, 64, 128) for symmetric in (False, True)
 ]
+FLOAT_ZEROS = [IntGroups(bits, group, float_zeros=True) for bits in (8, 4, 3, 2) for group in (32, 128)]
 any_format = st.sampled_from(FORMATS)
+every_float = pytest.mark.parametrize("int_groups", FLOAT_ZEROS, ids=str)
 every_format = pytest.mark.parametrize("int_groups", FORMATS, ids=str)
 
 
@@ -58,14 +60,15 @@ def assert_within_bound(int_groups: IntGroups, weight: Tensor, parts: dict[str, 
 def test_name_is_the_canonical_text():
     assert IntGroups(4, 32).name == "int4{group=32,symmetric=false}"
     assert str(IntGroups(bits=8, group=128, symmetric=True)) == "int8{group=128,symmetric=true}"
+    assert IntGroups(3, 64, float_zeros=True).name == "int3{group=64,symmetric=false,float_zeros=true}"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (
-            {"bits": 3, "group": 32},
-            r"^\[int-groups\] bits=3: needs one of 8, 4, 2, because .* Set bits to one of them\.$",
+            {"bits": 5, "group": 32},
+            r"^\[int-groups\] bits=5: needs one of 8, 4, 3, 2, because .* Set bits to one of them\.$",
         ),
         ({"bits": True, "group": 32}, "bits=True: needs one of"),
         ({"bits": "4", "group": 32}, "bits='4': needs one of"),
@@ -73,6 +76,8 @@ def test_name_is_the_canonical_text():
         ({"bits": 4, "group": 0}, "group=0: needs one of"),
         ({"bits": 4, "group": 32.0}, "group=32.0: needs one of"),
         ({"bits": 4, "group": 32, "symmetric": "yes"}, r"^\[int-groups\] symmetric='yes': needs true or false"),
+        ({"bits": 4, "group": 32, "float_zeros": 1}, r"^\[int-groups\] float_zeros=1: needs true or false"),
+        ({"symmetric": True, "float_zeros": True}, "symmetric groups have no zero points"),
     ],
 )
 def test_options_are_validated(options: dict[str, object], message: str):
@@ -195,7 +200,7 @@ def test_padding_decodes_to_zero_and_is_counted(int_groups: IntGroups, columns: 
     codes = unpack_codes(parts["codes"], int_groups.bits).reshape(3, -1)
     zeros = torch.full((3, k_blocks), 2 ** (int_groups.bits - 1), dtype=torch.uint8)
     if not int_groups.symmetric:
-        zeros = unpack_codes(parts["zeros"], int_groups.bits)[:, :k_blocks]
+        zeros = unpack_zeros(parts["zeros"], int_groups.bits, k_blocks).to(torch.uint8)
     padding = codes[:, columns:]
     assert torch.equal(padding, zeros[:, -1:].expand_as(padding))
     padded_columns = k_blocks * int_groups.group
@@ -207,8 +212,13 @@ def test_bits_per_weight_counts_scales_zero_points_and_padding():
     assert IntGroups(4, 32, symmetric=True).bits_per_weight((64, 256)) == 4 + 32 / 32
     assert IntGroups(4, 32).bits_per_weight((64, 256)) == 4 + 32 / 32 + 4 / 32
     assert IntGroups(8, 128).bits_per_weight((64, 256)) == 8 + 32 / 128 + 8 / 128
+    assert IntGroups(3, 128).bits_per_weight((64, 1024)) == 3 + 32 / 128 + 3 / 128
+    assert IntGroups(2, 64, float_zeros=True).bits_per_weight((64, 256)) == 2 + 64 / 64
     # One column pays for a whole group, one scale and one byte of zero point.
     assert IntGroups(4, 32).bytes((1, 1)) == 16 + 4 + 1
+    # Zero points of 3 bits fill whole bytes per row: 6 and 9 bits.
+    assert IntGroups(3, 32).bytes((2, 64)) == 2 * (2 * 12 + 2 * 4 + 1)
+    assert IntGroups(3, 32).bytes((2, 65)) == 2 * (3 * 12 + 3 * 4 + 2)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +230,12 @@ def test_bits_per_weight_counts_scales_zero_points_and_padding():
         (IntGroups(4, 32, symmetric=True), 0.0074),
         (IntGroups(4, 64, symmetric=True), 0.0090),
         (IntGroups(4, 128, symmetric=True), 0.0106),
+        (IntGroups(3, 32), 0.0300),
+        (IntGroups(3, 64), 0.0381),
+        (IntGroups(3, 128), 0.0464),
+        (IntGroups(4, 64, float_zeros=True), 0.0080),
+        (IntGroups(3, 64, float_zeros=True), 0.0370),
+        (IntGroups(2, 64, float_zeros=True), 0.203),
         (IntGroups(8, 32), 2.3e-5),
         (IntGroups(8, 64), 2.9e-5),
         (IntGroups(8, 128), 3.5e-5),
@@ -230,6 +246,48 @@ def test_error_on_normal_weights_is_that_of_round_to_nearest(int_groups: IntGrou
     weight = normal(512, 1024)
     decoded = int_groups.decode(int_groups.encode(weight), (512, 1024))
     assert float((weight - decoded).square().sum() / weight.square().sum()) == pytest.approx(error, rel=0.03)
+
+
+@every_float
+@pytest.mark.parametrize("offset", [0.0, 3.0, -100.0])
+@pytest.mark.parametrize("columns", [1, 33, 300])
+def test_float_zero_points_keep_half_a_step_wherever_zero_lies(int_groups: IntGroups, offset: float, columns: int):
+    weight = normal(5, columns) + offset
+    parts = int_groups.encode(weight)
+    assert parts["zeros"].dtype == torch.float32
+    if offset == 3:
+        assert bool((parts["zeros"] < 0.5).any())
+    error = (int_groups.decode(parts, (5, columns)) - weight).abs()
+    step = per_weight(parts["scales"], int_groups, columns)
+    # The zero point is many steps away where zero is, and is rounded to fp32.
+    far = per_weight(parts["zeros"], int_groups, columns).abs() + 2**int_groups.bits
+    assert bool((error <= step * (0.5 + 2.0**-22 * far)).all()), float((error / step).max())
+    if columns == 300:
+        # The padding of the last group is no part of its range.
+        last = weight[:, 300 - 300 % int_groups.group :]
+        grid = int_groups.fit(last.unsqueeze(1))
+        assert torch.equal(grid.scales, parts["scales"][:, -1:])
+
+
+@every_float
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, -7.7e-20, LARGEST_WEIGHT, -LARGEST_WEIGHT])
+def test_float_zero_points_keep_constant_groups_exactly(int_groups: IntGroups, value: float):
+    weight = torch.full((2, 300), value)
+    assert torch.equal(int_groups.decode(int_groups.encode(weight), (2, 300)), weight)
+
+
+@every_float
+def test_float_zero_points_with_an_outlier_and_zero_rows(int_groups: IntGroups):
+    weight = normal(3, 2 * int_groups.group)
+    weight[1] = 0
+    weight[0, 5] = 1e6
+    parts = int_groups.encode(weight)
+    decoded = int_groups.decode(parts, tuple(weight.shape))
+    assert not decoded[1].any()
+    assert bool(torch.isfinite(decoded).all())
+    assert decoded[0, 5] == pytest.approx(1e6, rel=1e-6)
+    error = (decoded - weight).abs()
+    assert bool((error <= 0.501 * per_weight(parts["scales"], int_groups, weight.shape[1])).all())
 
 
 @every_format
@@ -308,11 +366,18 @@ def test_working_memory_does_not_grow_with_the_weight(columns: int):
     assert 2**20 < watched.nbytes < 1.1 * 4 * LINEAR_MODULE.CHUNK_WEIGHTS
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (8, False)])
-def test_operator_reads_the_parts(bits: int, symmetric: bool):
-    int_groups, weight, x = IntGroups(bits, 64, symmetric), normal(24, 200), normal(7, 200, seed=1)
+@pytest.mark.parametrize(
+    "int_groups",
+    [
+        IntGroups(4, 64), IntGroups(4, 64, symmetric=True), IntGroups(8, 64), IntGroups(3, 64),
+        IntGroups(3, 64, symmetric=True), IntGroups(2, 64, float_zeros=True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_operator_reads_the_parts(int_groups: IntGroups):
+    weight, x = normal(24, 200), normal(7, 200, seed=1)
     parts = int_groups.encode(weight)
-    y = quantized_linear(x, parts["codes"], parts["scales"], parts.get("zeros"), None, bits, 64, 200)
+    y = quantized_linear(x, parts["codes"], parts["scales"], parts.get("zeros"), None, int_groups.bits, 64, 200)
     expected = x @ int_groups.decode(parts, (24, 200)).t()
     assert float((y - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
     assert float((y - x @ weight.t()).abs().max()) > 0

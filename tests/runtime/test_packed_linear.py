@@ -55,6 +55,28 @@ def test_linear_computes_the_reference(bits: int, group: int, symmetric: bool, r
         assert_close(weight.linear(x, bias), expected + bias, what=f"{steps} rows and a bias", **tolerance)
 
 
+@needs_int4
+@pytest.mark.parametrize(("rows", "columns"), [(61, 64), (600, 256), (70, 301)])
+def test_int4_with_zero_points_between_the_codes(rows: int, columns: int) -> None:
+    weight_format = IntGroups(4, 64, float_zeros=True)
+    parts = weight_format.encode(random(rows, columns) + 0.5)
+    operands = parts["codes"], parts["scales"], parts["zeros"]
+    weight = pack_weight(*operands, 4, 64, columns, is_table=True)
+    assert weight is not None
+    for steps in ROWS:
+        x = random(steps, columns, seed=steps)
+        expected = quantized_linear_reference(x, *operands, None, 4, 64, columns)
+        assert_close(weight.linear(x, None), expected, tolerance=INT4_TOLERANCE, reason="bf16 operands")
+    indices = torch.tensor([0, rows - 1, 3])
+    assert torch.equal(weight.lookup(indices), dequantize_reference(*operands, 4, 64, columns)[indices])
+
+
+@pytest.mark.parametrize(("bits", "float_zeros"), [(2, False), (3, False), (3, True), (8, True)])
+def test_no_kernel_reads_other_layouts(bits: int, float_zeros: bool) -> None:
+    parts = IntGroups(bits, 32, float_zeros=float_zeros).encode(random(64, 64))
+    assert pack_weight(parts["codes"], parts["scales"], parts["zeros"], bits, 32, 64, is_table=False) is None
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_shapes_and_dtypes_of_the_operator(bits: int, symmetric: bool) -> None:
