@@ -133,7 +133,7 @@ class Lut(WeightFormat):
 
     def _refuse(self, rows: RowReader, shape: tuple[int, int], where: str) -> None:
         for chunk in row_chunks(*shape):
-            self._check_values(self.split_groups(rows(chunk.start, chunk.stop)), where, chunk.start)
+            self.check_values(self.split_groups(rows(chunk.start, chunk.stop)), where, chunk.start)
         values, most = palette(rows, shape), _most_values_of_a_row(rows, shape)
         found = f"more than {MOST_VALUES}" if values is None else str(len(values))
         in_row = f"more than {MOST_VALUES}" if most > MOST_VALUES else str(most)

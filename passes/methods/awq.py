@@ -55,7 +55,7 @@ class AWQ(Method):
             cost = 0.0
             for weight in sampled:
                 groups = weight_format.split_groups(weight * scales)
-                grid = weight_format.fit(groups)
+                grid = weight_format.stored(weight_format.fit(groups))
                 rounded = weight_format.values(weight_format.round(groups, grid), grid)
                 error = rounded.flatten(1)[:, : weight.shape[1]] / scales - weight
                 cost += float(((error @ statistics.products) * error).sum())
@@ -82,7 +82,9 @@ class AWQ(Method):
                 return weight_format.encode_rows(rows, where, first_row)
             groups = weight_format.split_groups(rows)
             weight_format.check_values(groups, where, first_row)
-            grid = clipped_grid(weight_format, groups, weigh, steps=_CLIP_STEPS, lowest=_CLIP_LOWEST)
+            grid = weight_format.stored(
+                clipped_grid(weight_format, groups, weigh, steps=_CLIP_STEPS, lowest=_CLIP_LOWEST)
+            )
             return weight_format.pack(weight_format.round(groups, grid), grid)
 
         return encode

@@ -74,6 +74,7 @@ class GPTQ(Method):
                 )  # fmt: skip
             else:
                 grid = weight_format.fit(groups)
+            grid = weight_format.stored(grid)
             return weight_format.pack(round_columns(weight_format, groups, grid, columns, factor), grid)
 
         return encode
