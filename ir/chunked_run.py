@@ -6,7 +6,8 @@ there and stopping needs the values that cross that point, of every batch, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 from jettison.ir.constants import Constant
 from jettison.ir.interpret import embedding_of
 from jettison.ir.match import is_call
-from jettison.ir.program import Program
+from jettison.ir.program import Program, output_node
 
 aten = torch.ops.aten
 
@@ -35,15 +36,33 @@ class ChunkedRun:
 
     def __init__(self, program: Program, entry: str, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self.weights: dict[str, Callable[[], Tensor]] = {}
-        self._program = program
+        self._program, self._entry = program, entry
         self._nodes = list(program.entries[entry].graph.nodes)
         self._place = {node: index for index, node in enumerate(self._nodes)}
-        self._last_use = {
-            node: max((self._place[user] for user in node.users), default=-1) for node in self._nodes
-        }
+        self._last_use = {node: max((self._place[user] for user in node.users), default=-1) for node in self._nodes}
         self._inputs = batches
         self._held: list[dict[fx.Node, Any]] = [{} for _ in batches]
         self._next = 0
+
+    def fork(self) -> ChunkedRun:
+        """A run that stands where this one does and goes its own way; values are shared."""
+        other = copy.copy(self)
+        other.weights, other._held = dict(self.weights), [dict(held) for held in self._held]
+        return other
+
+    def outputs(self) -> Iterator[Any]:
+        """Compute every batch to the end, one after the other.
+
+        Yields:
+            The first output of each batch.
+        """
+        node = output_node(self._program.entries[self._entry]).args[0][0]  # type: ignore[index]
+        for index in range(len(self._held)):
+            single = copy.copy(self)
+            single._held, single._inputs = [self._held[index]], [self._inputs[index]]
+            found: list[Any] = []
+            single.advance(node, found.append)
+            yield found[0]
 
     @torch.no_grad()
     def advance(self, node: fx.Node, observe: Callable[[Any], object] | None = None) -> None:
@@ -72,7 +91,10 @@ class ChunkedRun:
                     continue
                 constant = self._program.constants[name]
                 is_table = all(is_call(user, aten.embedding.default) for user in operand.users if user in stretch)
-                values[operand] = constant if is_table else self.weights.get(name, constant.value)()
+                if name in self.weights:
+                    values[operand] = self.weights[name]()
+                else:
+                    values[operand] = constant if is_table else constant.value()
         return values
 
     def _compute(

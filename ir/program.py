@@ -168,6 +168,9 @@ class PassRecord:
     max_error: float | None = None
     top1_agreement: float | None = None
     where: list[str] = field(default_factory=list)
+    plan: str | None = None
+    predicted_kl: float | None = None
+    measured_kl: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON-ready values."""

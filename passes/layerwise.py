@@ -130,7 +130,7 @@ def encode_layerwise(
         UnsupportedError: What a linear reads, or its weight, is not finite.
     """
     assert program.calibration is not None, "the pass requires it"
-    inputs = _inputs_of_weights(program, linears)
+    inputs = inputs_of_weights(program, linears)
     readers: dict[fx.Node, list[str]] = {}
     for name, read in inputs.items():
         for x in read:
@@ -189,7 +189,7 @@ def _divider(
     return divider if has_scales else None
 
 
-def _inputs_of_weights(program: Program, linears: Sequence[fx.Node]) -> dict[str, list[fx.Node]]:
+def inputs_of_weights(program: Program, linears: Sequence[fx.Node]) -> dict[str, list[fx.Node]]:
     """What the linears of each weight read, in the order of the graph."""
     place = {node: index for index, node in enumerate(program.entries["forward"].graph.nodes)}
     inputs: dict[str, dict[fx.Node, None]] = {}

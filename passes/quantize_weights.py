@@ -88,7 +88,9 @@ class QuantizeWeights(Pass):
         if isinstance(self.format, str):
             bits = int(self.format.removeprefix("int"))
             if self.bits not in (None, bits):
-                raise OptionError(f"[quantize-weights] format={self.format} with bits={self.bits}: leave one of them out.")
+                raise OptionError(
+                    f"[quantize-weights] format={self.format} with bits={self.bits}: leave one of them out."
+                )
             chosen["bits"], stored = bits, None
         else:
             stored = self.format
@@ -135,7 +137,7 @@ class QuantizeWeights(Pass):
 
     def unsupported_on(self, target: str) -> str | None:
         """See `Pass`: it is the format that a target can run or not."""
-        return self.format.unsupported_on(target)
+        return self.stored_format.unsupported_on(target)
 
     def match(self, node: fx.Node, program: Program) -> WeightRead | Miss | None:
         """A linear or an embedding of a constant that nothing else reads in another way."""
@@ -179,8 +181,8 @@ class QuantizeWeights(Pass):
             or (self.only is not None and re.search(self.only, name) is None)
         )
 
-    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
-        """Encode every weight once, then rewrite its readers in every entry."""
+    def find(self, program: Program) -> tuple[dict[str, list[WeightRead]], list[MissRecord]]:
+        """What the pass would rewrite in each entry, and what it would miss."""
         reads: dict[str, list[WeightRead]] = {}
         misses: dict[tuple[str, str], MissRecord] = {}
         for entry_name, entry in program.entries.items():
@@ -194,6 +196,11 @@ class QuantizeWeights(Pass):
         for field, pattern in (("skip", self.skip), ("only", self.only)):
             if pattern is not None and not any(re.search(pattern, name) for name in program.used_constants()):
                 misses[field, ""] = MissRecord(f"{field}={pattern!r}", "found in the name of no weight")
+        return reads, list(misses.values())
+
+    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
+        """Encode every weight once, then rewrite its readers in every entry."""
+        reads, misses = self.find(program)
         self._encode_all(program, reads)
         for entry_name, in_entry in reads.items():
             edit = Edit(program, entry_name, self.name)
@@ -201,7 +208,7 @@ class QuantizeWeights(Pass):
                 self.rewrite(read, edit)
             edit.eliminate_dead_code()
         _drop_replaced(program)
-        return sum(len(in_entry) for in_entry in reads.values()), list(misses.values())
+        return sum(len(in_entry) for in_entry in reads.values()), misses
 
     def rewrite(self, match: WeightRead, edit: Edit) -> None:
         """Read the packed parts instead of the weight."""

@@ -8,13 +8,13 @@ product for all that is behind it.
 Columns are taken in falling order of `H_ii` (`order=activation`), so that those that matter find most others still to
 make up for them. Groups stay where they are: their grids are fitted to the original weights beforehand, so that no index
 of groups has to be stored and no input permuted; with `clip` to the part of each group's range with the least
-`sum H_ii e_i^2`.
+`sum |e|^2.4`.
 
 Rows are independent of each other given H. Columns that were zero in every token are rounded to nearest.
 
-Source: GPTQ (arXiv 2210.17323); the static groups with activation order are those of AutoGPTQ and llm-compressor. The
-widespread code sets the weights of columns that were never active to zero; here they stay, since another text may use
-them.
+Source: GPTQ (arXiv 2210.17323), whose code has the power of 2.4; static groups with activation order as in AutoGPTQ and
+llm-compressor. The widespread code sets the weights of columns that were never active to zero; here they stay, since
+another text may use them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jettison.passes.methods.clipping import clipped_grid
 from jettison.passes.options import option
 
 BLOCK = 128
-_CLIP_STEPS, _CLIP_LOWEST = 20, 0.5
+_CLIP_STEPS, _CLIP_LOWEST, _CLIP_POWER = 20, 0.5, 2.4
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,13 @@ class GPTQ(Method):
         if self.order == "activation":
             columns = importance.argsort(descending=True, stable=True)
         factor = inverse_factor(statistics.products[columns[:, None], columns], self.damping)
-        weights = weight_format.split_groups(importance[None])
 
         def encode(rows: Tensor, where: str, first_row: int) -> dict[str, Tensor]:
             groups = weight_format.split_groups(rows)
             weight_format.check_values(groups, where, first_row)
             if self.clip:
                 grid = clipped_grid(
-                    weight_format, groups, lambda error: error.square_().mul_(weights).sum(-1),
+                    weight_format, groups, lambda error: error.abs_().pow_(_CLIP_POWER).sum(-1),
                     steps=_CLIP_STEPS, lowest=_CLIP_LOWEST,
                 )  # fmt: skip
             else:
@@ -101,9 +100,7 @@ def inverse_factor(products: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
 
 
-def round_columns(
-    weight_format: WeightFormat, groups: Tensor, grid: Grid, columns: Tensor, factor: Tensor
-) -> Tensor:
+def round_columns(weight_format: WeightFormat, groups: Tensor, grid: Grid, columns: Tensor, factor: Tensor) -> Tensor:
     """Round rows column by column, correcting the columns to come.
 
     Args:

@@ -1,0 +1,196 @@
+"""Give each weight the format in which the bytes of a budget do least harm.
+
+Every weight that `quantize-weights` would take is priced in every format of the menu: its bytes, and its loss as
+`sensitivity.py` measures it. The choice with the least sum of losses within the budget is found exactly (a
+multiple-choice knapsack, as a mixed-integer linear program), and carried out by one `quantize-weights` per format, which
+take the place of this pass in the pipeline: they can be read, edited and run again.
+
+Fires when: as `quantize-weights`.
+Declines when: as `quantize-weights`; a weight that it leaves alone counts in the budget as it is.
+Numerics: changes precision. The report shows the KL that was predicted, the sum of the losses, beside the KL of the
+    result on the same tokens.
+Saves: the bytes of the program are at most the budget.
+Source: HAWQ-V3 (arXiv 2011.10680) for the integer program; ZeroQ and CLADO for the losses, see `sensitivity.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from jettison.ir.errors import OptionError
+from jettison.ir.match import constant_name, is_call
+from jettison.ir.program import MissRecord, PassRecord, Program
+from jettison.ir.progress import track
+from jettison.passes.base import Pass
+from jettison.passes.formats import IntGroups, WeightFormat
+from jettison.passes.grammar import format_pipeline
+from jettison.passes.methods import RTN, Method
+from jettison.passes.options import option, to_spec
+from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.passes.sensitivity import Choice, Meter, Probe
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AllocateBits(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "allocate-bits"
+    is_exact: ClassVar[bool] = False
+    budget: int = option(doc="most bytes of all weights together", unit="bytes")
+    formats: tuple[WeightFormat, ...] = option(
+        (IntGroups(8, 128), IntGroups(4, 32), IntGroups(4, 128), IntGroups(2, 32)), doc="the menu"
+    )
+    metric: Literal["kl", "hessian"] = option("kl", doc="losses by weight, or shared out in each layer")
+    method: Method = option(RTN(), doc="how weights are rounded", flat=True)
+    skip: str | None = option(None, doc="regular expression; weights in whose name it is found stay as they are")
+
+    def __post_init__(self) -> None:
+        if self.budget <= 0 or not self.formats:
+            raise OptionError("[allocate-bits] needs a budget above 0 and at least one format.")
+        self._everything()
+
+    def unsupported_on(self, target: str) -> str | None:
+        """See `Pass`: every format of the menu may be taken."""
+        reasons = (each.unsupported_on(target) for each in self.formats)
+        return next((f"{reason} (formats)" for reason in reasons if reason is not None), None)
+
+    def requires(self, program: Program) -> None:
+        """It runs the captured graph on text, and compares next-token probabilities."""
+        if "forward" not in program.entries:
+            raise OptionError("[allocate-bits] behind cache-kv: needs the graph of whole sequences. Put cache-kv last.")
+        if program.info.kind != "decoder" or program.calibration is None:
+            raise OptionError(
+                f"[allocate-bits] {program.info.name}: needs a decoder and text to calibrate on, because losses are KL "
+                "divergences of next-token probabilities. Choose the formats by hand, with quantize-weights{only='...'}."
+            )
+
+    def run(self, program: Program, *, strict: bool = False) -> PassRecord:
+        """See `Pass`; the record also has the plan, and its loss as predicted and as measured."""
+        self.requires(program)
+        assert program.calibration is not None, "required"
+        probe = Probe(program, program.calibration())
+        plan, predicted = self._plan(program, probe)
+        record = _Planned(tuple(plan), self._everything()).run(program, strict=strict)
+        record.plan = format_pipeline([to_spec(step, step.name) for step in plan])
+        record.predicted_kl, record.measured_kl = predicted, probe.loss_of(program)
+        return record
+
+    def _everything(self) -> QuantizeWeights:
+        """What takes the weights that this pass allocates."""
+        return QuantizeWeights(format=self.formats[0], method=self.method, skip=self.skip)
+
+    def _plan(self, program: Program, probe: Probe) -> tuple[list[QuantizeWeights], float]:
+        reads, _ = self._everything().find(program)
+        nodes = [read.node for read in reads.get("forward", ())]
+        names = {read.weight for read in reads.get("forward", ())}
+        linears = [node for node in nodes if is_call(node, aten.linear.default)]
+        heads = {constant_name(node.args[1]) for node in linears}
+        tables = {constant_name(node.args[0]) for node in nodes if not is_call(node, aten.linear.default)}
+        meter = Meter(program, linears, tables, self.formats, self.method, probe)
+        with track(self.name, len(names)) as advance:
+            choices = meter.by_hessian(advance) if self.metric == "hessian" else meter.by_kl(advance)
+            for name in sorted(names - heads):
+                choices[name] = meter.table(program.constants[name])
+                advance(1)
+        used = program.used_constants()
+        fixed = sum(constant.stored_bytes for name, constant in used.items() if name not in names)
+        taken = cheapest(choices, self.budget - fixed, fixed)
+        chosen = {name: choices[name][index] for name, index in taken.items()}
+        return self._steps_of(chosen), sum(choice.loss for choice in chosen.values())
+
+    def _steps_of(self, chosen: Mapping[str, Choice]) -> list[QuantizeWeights]:
+        """One pass per format, in the order of the menu."""
+        steps = []
+        for each in self.formats:
+            names = [name for name, choice in chosen.items() if choice.format == self.method.adapted(each)]
+            if names:
+                options = {"format": each}
+                if isinstance(each, IntGroups) and not each.float_zeros:
+                    options = {"bits": each.bits, "group": each.group, "symmetric": each.symmetric}
+                steps.append(QuantizeWeights(**options, method=self.method, only=names_pattern(names)))
+        return steps
+
+
+@dataclass(frozen=True)
+class _Planned(Pass):
+    """Carries a plan out.
+
+    Attributes:
+        steps: One per format.
+        everything: What takes all weights that were allocated; its misses are those of the pass.
+    """
+
+    name: ClassVar[str] = AllocateBits.name
+    is_exact: ClassVar[bool] = False
+    steps: tuple[QuantizeWeights, ...]
+    everything: QuantizeWeights
+
+    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
+        """Rewrite with each step."""
+        _, misses = self.everything.find(program)
+        return sum(step.transform(program)[0] for step in self.steps), misses
+
+
+def cheapest(choices: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 0) -> dict[str, int]:
+    """The choices with the least sum of losses within a budget: a multiple-choice knapsack, solved exactly.
+
+    Args:
+        choices: Of each weight.
+        budget: Most bytes of all.
+        fixed: Bytes of what is not chosen, for the message.
+
+    Returns:
+        Index of the choice, by name.
+
+    Raises:
+        OptionError: The smallest choices are larger than the budget.
+    """
+    least = sum(min(choice.bytes for choice in each) for each in choices.values())
+    if least > budget:
+        raise OptionError(
+            f"[allocate-bits] budget={budget + fixed:,} bytes: the smallest formats of the menu take {least + fixed:,}, "
+            f"of which {fixed:,} are not quantised. Allow at least that much, or add a format with fewer bits."
+        )
+    flat = [(name, index, choice) for name, each in choices.items() for index, choice in enumerate(each)]
+    # In units in which the numbers are near one: the solver's tolerances are absolute.
+    losses = np.array([max(choice.loss, 0.0) for _, _, choice in flat])
+    sizes = np.array([choice.bytes for _, _, choice in flat], dtype=float)
+    places = {name: row for row, name in enumerate(choices)}
+    once = np.zeros((len(choices), len(flat)))
+    once[[places[name] for name, _, _ in flat], range(len(flat))] = 1
+    result = milp(
+        losses / max(losses.max(initial=0.0), 1e-30),
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(sizes[None] / max(budget, 1), ub=1)],
+        options={"mip_rel_gap": 0.0},
+    )
+    assert result.success, f"a choice fits the budget, but the solver says: {result.message}"
+    return {name: index for (name, index, _), value in zip(flat, result.x, strict=True) if value > 0.5}
+
+
+def names_pattern(names: Sequence[str]) -> str:
+    """A regular expression that is found in these names of weights and no others, layers listed together.
+
+    Args:
+        names: Such as `model.layers.3.mlp.up_proj.weight`.
+    """
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        found = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        key = (found[1], found[3]) if found is not None else (name, "")
+        layers.setdefault(key, []).append(found[2] if found is not None else "")
+    each = []
+    for (before, after), numbers in layers.items():
+        middle = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+        each.append(f"{re.escape(before)}{middle}{re.escape(after)}")
+    return f"^({'|'.join(each)})$"
