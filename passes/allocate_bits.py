@@ -1,5 +1,14 @@
 """Give each weight the format in which the bytes of a budget do least harm.
 
+Before:
+    %1: f32[s0,s1,72] = aten.linear(%0, @up.weight, @up.bias)
+    %2: f32[s0,s1,40] = aten.linear(%1, @down.weight)
+After:
+    packed @up.weight: int2{group=32,symmetric=false}[72,40]
+    packed @down.weight: int8{group=128,symmetric=false}[40,72]
+    %1: f32[s0,s1,72] = jettison.quantized_linear(%0, @up.weight.codes, ..., @up.bias, 2, 32, 40)
+    %2: f32[s0,s1,40] = jettison.quantized_linear(%1, @down.weight.codes, ..., None, 8, 128, 72)
+
 Every weight that `quantize-weights` would take is priced in every format of the menu: its bytes, and its loss as
 `sensitivity.py` measures it. The choice with the least sum of losses within the budget is found exactly (a
 multiple-choice knapsack, as a mixed-integer linear program), and carried out by one `quantize-weights` per format, which
@@ -34,7 +43,7 @@ from jettison.passes.grammar import format_pipeline
 from jettison.passes.methods import RTN, Method
 from jettison.passes.options import option, to_spec
 from jettison.passes.quantize_weights import QuantizeWeights
-from jettison.passes.sensitivity import Choice, Meter, Probe
+from jettison.passes.methods.sensitivity import Choice, Meter, Probe
 
 aten = torch.ops.aten
 
@@ -45,7 +54,9 @@ class AllocateBits(Pass):
 
     name: ClassVar[str] = "allocate-bits"
     is_exact: ClassVar[bool] = False
-    budget: int = option(doc="most bytes of all weights together", unit="bytes")
+    budget: int | None = option(
+        None, doc="most bytes of all weights together; none for what int4{group=128} would take", unit="bytes"
+    )
     formats: tuple[WeightFormat, ...] = option(
         (IntGroups(8, 128), IntGroups(4, 32), IntGroups(4, 128), IntGroups(2, 32)), doc="the menu"
     )
@@ -54,8 +65,10 @@ class AllocateBits(Pass):
     skip: str | None = option(None, doc="regular expression; weights in whose name it is found stay as they are")
 
     def __post_init__(self) -> None:
-        if self.budget <= 0 or not self.formats:
-            raise OptionError("[allocate-bits] needs a budget above 0 and at least one format.")
+        if self.budget is not None and (type(self.budget) is not int or self.budget <= 0):
+            raise OptionError(f"[allocate-bits] budget={self.budget!r}: needs bytes above 0, such as 3MB.")
+        if not self.formats:
+            raise OptionError("[allocate-bits] formats=none: needs at least one, such as int{bits=4}+int{bits=8}.")
         self._everything()
 
     def unsupported_on(self, target: str) -> str | None:
@@ -103,7 +116,9 @@ class AllocateBits(Pass):
                 advance(1)
         used = program.used_constants()
         fixed = sum(constant.stored_bytes for name, constant in used.items() if name not in names)
-        taken = cheapest(choices, self.budget - fixed, fixed)
+        shapes = [(shape[0], shape[1]) for shape in (program.constants[name].shape for name in choices)]
+        uniform = fixed + sum(IntGroups(4, 128).bytes(shape) for shape in shapes)
+        taken = cheapest(choices, (self.budget or uniform) - fixed, fixed)
         chosen = {name: choices[name][index] for name, index in taken.items()}
         return self._steps_of(chosen), sum(choice.loss for choice in chosen.values())
 

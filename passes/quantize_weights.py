@@ -46,7 +46,7 @@ from jettison.ir.progress import track
 from jettison.ir.text import dtype_text, target_text
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.formats import IntGroups, WeightFormat, format_from_text
-from jettison.passes.layerwise import Encoded, encode_layerwise, encode_weights
+from jettison.passes.methods.layerwise import Encoded, encode_layerwise, encode_weights
 from jettison.passes.methods import RTN, Method
 from jettison.passes.options import option
 
@@ -104,7 +104,10 @@ class QuantizeWeights(Pass):
         else:
             defaults = {"bits": 4, "group": 32, "symmetric": False}
             chosen = {field: defaults[field] if value is None else value for field, value in chosen.items()}
-            IntGroups(**chosen)
+            try:
+                IntGroups(**chosen)
+            except OptionError as error:
+                raise OptionError(str(error).replace("[int-groups]", "[quantize-weights]")) from None
         for field, value in {**chosen, "format": stored}.items():
             object.__setattr__(self, field, value)
         for field in ("skip", "only"):

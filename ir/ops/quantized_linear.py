@@ -289,9 +289,9 @@ def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
     return pack_codes(padded, bits)[:, : -(-zeros.shape[1] * bits // 8)].contiguous()
 
 
-def row_chunks(rows: int, row_weights: int, at_most: int = CHUNK_WEIGHTS) -> list[slice]:
-    """Cut `rows` rows of `row_weights` weights into slices of at most `at_most` weights (at least one row)."""
-    step = max(1, at_most // max(1, row_weights))
+def row_chunks(rows: int, row_weights: int, at_most: int | None = None) -> list[slice]:
+    """Cut `rows` rows of `row_weights` weights into slices of at most `at_most` (`CHUNK_WEIGHTS`) weights, at least one row."""
+    step = max(1, (at_most or CHUNK_WEIGHTS) // max(1, row_weights))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -9,7 +9,6 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from jettison.ir.ops.quantized_linear import CHUNK_WEIGHTS
 from jettison.passes.formats import WeightFormat
 
 # Rows of a weight `[n, K]`, its name and the index of the first row, for messages; returns the parts of these rows.
@@ -64,12 +63,12 @@ class Method(ABC):
     Attributes:
         name: Text id, the file's name.
         needs_inputs: Whether it has to see what the linears read.
-        weights_at_once: Most weights to give to a row encoder.
+        weights_at_once: Most weights to give to a row encoder; None for as many as operators decode at a time.
     """
 
     name: ClassVar[str]
     needs_inputs: ClassVar[bool] = False
-    weights_at_once: ClassVar[int] = CHUNK_WEIGHTS
+    weights_at_once: ClassVar[int | None] = None
 
     def adapted(self, weight_format: WeightFormat) -> WeightFormat:
         """The format that the method stores: the given one, or one with more freedom.

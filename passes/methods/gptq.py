@@ -41,7 +41,7 @@ class GPTQ(Method):
 
     name: ClassVar[str] = "gptq"
     needs_inputs: ClassVar[bool] = True
-    weights_at_once: ClassVar[int] = 1 << 24
+    weights_at_once: ClassVar[int | None] = 1 << 24
     damping: float = option(0.01, doc="added to the diagonal, as a part of its mean", range="above 0, at most 1")
     order: Literal["activation", "none"] = option("activation", doc="columns that matter first, or as they come")
     clip: bool = option(True, doc="search the range of each group, instead of all of it")
@@ -91,8 +91,8 @@ def inverse_factor(products: Tensor, damping: float) -> Tensor:
     """
     mean = float(products.diagonal().mean())
     products.diagonal().add_(damping * (mean or 1.0))
-    # H reversed is L LT, so H is R RT with R = L reversed, upper triangular; and U is the inverse of R. One factorisation
-    # and no inverse of H, which fp32 would not survive.
+    # H reversed is L LT, so H is R RT with R = L reversed, upper triangular; and U is the inverse of R. One
+    # factorisation, and no inverse of H, which fp32 would not survive.
     lower, failed = torch.linalg.cholesky_ex(products.flip(0, 1))
     if int(failed) and damping < 1:
         return inverse_factor(products, 10 * damping)

@@ -1,7 +1,7 @@
 """How much a model loses when one weight is stored in one format: what allocation decides by.
 
-The model runs once over the calibration batches; it stops before the linears that read a value, encodes their weights in
-every format from the statistics of that value, and asks what each would cost.
+The model runs once over the calibration batches; it stops before the linears that read a value, encodes their weights
+in every format from the statistics of that value, and asks what each would cost.
 
 `kl`: KL divergence of the next-token probabilities from those of the model as it stands, with this weight alone in the
 format, in nats per token, over a few of the batches: a second run stands at the same place and goes on to the end once
@@ -31,8 +31,8 @@ from jettison.ir.constants import Constant
 from jettison.ir.match import layer_index
 from jettison.ir.program import Program
 from jettison.passes.formats import WeightFormat
-from jettison.passes.layerwise import Encoded, encode_weights, inputs_of_weights
-from jettison.passes.methods import InputStatistics, Method
+from jettison.passes.methods.layerwise import Encoded, encode_weights, inputs_of_weights
+from jettison.passes.methods.base import InputStatistics, Method
 
 # Tokens that losses are measured on, and bytes of their logits, which are kept.
 PROBE_TOKENS = 4096
