@@ -179,8 +179,8 @@ class Lut(WeightFormat):
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """See `WeightFormat`; bits and tables are read off the parts if they are not known."""
         if (self.bits is None or self.per_row is None) and "lut" in parts and parts["lut"].dim() == 2:
-            bits = next((bits for bits in BITS if 2**bits >= parts["lut"].shape[1]), 8)
-            return Lut(self.bits or bits, parts["lut"].shape[0] > 1).decode(parts, shape)
+            found: Literal[2, 4, 8] = next((bits for bits in BITS if 2**bits >= parts["lut"].shape[1]), 8)
+            return Lut(self.bits or found, parts["lut"].shape[0] > 1).decode(parts, shape)
         return super().decode(parts, shape)
 
     def split_groups(self, weight: Tensor) -> Tensor:
