@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from jettison.ir.match import arguments, constant_name, is_call
-from jettison.ir.ops import quantized_linear
+from jettison.ir.ops import lut_linear, quantized_linear
+from jettison.ir.ops.lut_linear import group_scales, look_up_reference
 from jettison.ir.ops.quantized_linear import dequantize_reference
 from jettison.ir.program import Program
 
@@ -22,6 +23,12 @@ _SORTING = (
     aten.chunk.default, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default,
     aten.clone.default, operator.getitem,
 )  # fmt: skip
+# Linears, and the operands of each that must be constants.
+_LINEARS = {
+    aten.linear.default: ("weight",),
+    quantized_linear: ("codes", "scales"),
+    lut_linear: ("codes", "lut"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class ProjectedHeads:
 
     Attributes:
         source: The layer's input.
-        linear: The product, of `aten.linear` or `jettison.quantized_linear`.
+        linear: The product, of `aten.linear`, `jettison.quantized_linear` or `jettison.lut_linear`.
         columns: `[Hkv * D] i64`, the column of the product that each channel is.
         factors: `[Hkv * D] f32`, weights of the norm behind the product; None without a norm.
     """
@@ -53,6 +60,13 @@ class ProjectedHeads:
             zeros = None if operands["zeros"] is None else _value(operands["zeros"], program)
             layout = operands["bits"], operands["group"], operands["in_features"]
             weight = dequantize_reference(codes, scales, zeros, *layout)
+        elif is_call(self.linear, lut_linear):
+            codes, lut = (_value(operands[part], program) for part in ("codes", "lut"))
+            scales, steps = (
+                None if operands[part] is None else _value(operands[part], program) for part in ("scales", "steps")
+            )
+            layout = operands["bits"], operands["group"], operands["in_features"]
+            weight = look_up_reference(codes, lut, group_scales(scales, steps), *layout)
         else:
             weight = _value(operands["weight"], program)
         rows = weight[self.columns].to(torch.float32)
@@ -125,13 +139,13 @@ def projected_heads(node: fx.Node, program: Program) -> ProjectedHeads | str:
         How they come about, or why that cannot be told: a clause about them.
     """
     path: list[fx.Node] = []
-    while not is_call(node, aten.linear.default, quantized_linear):
+    while not is_call(node, *_LINEARS):
         if not is_call(node, *_SORTING, aten.rms_norm.default):
             return f"are computed by {node.target if node.op == 'call_function' else node.name} from their projection"
         path.insert(0, node)
         node = node.args[0]
     operands = arguments(node)
-    stored = ("codes", "scales") if is_call(node, quantized_linear) else ("weight",)
+    stored = _LINEARS[node.target]
     if any(constant_name(operands[part]) is None for part in stored):
         return "come from a projection whose weight is computed"
     bias = operands["bias"]

@@ -4,6 +4,9 @@
 |------|---------------------------------------------------|--------------------------------------------------|
 | 4    | `aten::_weight_int4pack_mm_for_cpu`               | x, scales and result bf16, sums fp32             |
 | 8    | `quantized::embedding_bag_byte_rowwise_offsets`   | fp32 throughout                                  |
+| 2    | `quantized::embedding_bag_2bit_rowwise_offsets`   | fp32 throughout, on one thread                   |
+
+No kernel reads 3 bits.
 
 For many rows either decodes a block of the weight at a time and multiplies: the kernels decode per row, or per four.
 
@@ -27,13 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jettison.ir.ops.quantized_linear import unpack_codes, unpack_zeros
+from jettison.ir.ops.quantized_linear import pack_codes, unpack_codes, unpack_zeros
 
 aten = torch.ops.aten
 
 # From this many rows of x on, decoding blocks and multiplying them is faster; the kernels' time grows with the rows.
 INT4_MANY_ROWS = {torch.bfloat16: 64, torch.float32: 256}  # by the dtype of the product
-INT8_MANY_ROWS = 16
+BAG_MANY_ROWS = 16
 # Weights decoded at a time for many rows: 4 MiB, as two halves in bf16 or one in fp32. Of 2**17 ... 2**22 the fastest.
 BLOCK_WEIGHTS = 1 << 21
 INT4_GROUPS = (32, 64, 128, 256)
@@ -87,9 +90,9 @@ def pack_weight(
         return None
     if bits == 4 and group in INT4_GROUPS and _has_int4_kernel():
         return Int4Weight(codes, scales, zeros, group, in_features, is_table=is_table)
-    # The int8 layout has zero points among the codes.
-    if bits == 8 and _has_int8_kernel() and (zeros is None or not zeros.is_floating_point()):
-        return Int8Weight(codes, scales, zeros, group, in_features)
+    # The layout of bags has zero points among the codes.
+    if bits in (2, 8) and _has_bag_kernel() and (zeros is None or not zeros.is_floating_point()):
+        return BagWeight(codes, scales, zeros, bits, group, in_features)
     return None
 
 
@@ -100,7 +103,7 @@ def _has_int4_kernel() -> bool:
 
 
 @functools.cache
-def _has_int8_kernel() -> bool:
+def _has_bag_kernel() -> bool:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return is_x86 and "fbgemm" in torch.backends.quantized.supported_engines
 
@@ -251,38 +254,53 @@ def _bags(blocks: int, steps: int, bag: int) -> tuple[Tensor, Tensor]:
     return rows.reshape(-1), torch.arange(0, blocks * steps * bag, bag, dtype=torch.int32)
 
 
-class Int8Weight:
-    """An 8-bit weight as a table whose rows are added up: `out[n] = sum over k of x[k] * codes[k, n]`.
+_BAG_KERNELS = {
+    8: torch.ops.quantized.embedding_bag_byte_rowwise_offsets,
+    2: torch.ops.quantized.embedding_bag_2bit_rowwise_offsets,
+}
+
+
+class BagWeight:
+    """An 8- or 2-bit weight as a table whose rows are added up: `out[n] = sum over k of x[k] * codes[k, n]`.
 
     Rows of the weight are cut into strips of 512; a row of the table is one column of a strip, and a bag is a group of
-    columns. The kernel adds -128 to each code by itself. Zero points are one more row of each bag, weighted with minus
-    the sum of its x, so that a bag is `sum of x * (code - zero)` and only its scale is left to apply.
+    columns. The kernel takes the middle of the codes off each by itself. Zero points are one more row of each bag,
+    weighted with minus the sum of its x, so that a bag is `sum of x * (code - zero)` and only its scale is left to
+    apply.
 
     Args:
-        codes: `[N, k_blocks, group]` u8.
+        codes: `[N, k_blocks, group * bits / 8]` u8.
         scales: `[N, k_blocks]` f32.
-        zeros: `[N, k_blocks]` u8, or None.
+        zeros: `[N, ceil(k_blocks * bits / 8)]` u8, or None.
+        bits: 8 or 2.
         group: Columns that share a scale.
         in_features: K.
     """
 
-    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, in_features: int) -> None:
+    def __init__(
+        self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, in_features: int
+    ) -> None:
         rows, blocks = scales.shape
-        self.rows, self.columns, self.group = rows, in_features, group
+        self.rows, self.columns, self.bits, self.group = rows, in_features, bits, group
         self._padding = blocks * group - in_features
         self._has_zeros = zeros is not None
-        width = min(_STRIP, rows)
+        width = min(_STRIP, -(-rows // 4) * 4)
         strips, bag = -(-rows // width), group + self._has_zeros
-        # A row of the table ends with the scale and the bias that the kernel applies to it: 1 and -128.
-        self._table = torch.zeros(strips, blocks, bag, width + 8, dtype=torch.uint8)
-        self._table[..., width:] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+        # A row of the table ends with the scale and the bias that the kernel applies to it: 1 and minus the middle.
+        dtype = torch.float32 if bits == 8 else torch.float16
+        tail = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=dtype).view(torch.uint8)
+        self._codes_bytes = width * bits // 8
+        self._table = torch.zeros(strips, blocks, bag, self._codes_bytes + len(tail), dtype=torch.uint8)
+        self._table[..., self._codes_bytes :] = tail
         self._scales = torch.zeros(strips, blocks, 1, width)
         for strip in range(strips):
             part = slice(strip * width, min((strip + 1) * width, rows))
             filled = slice(0, part.stop - part.start)
-            self._table[strip, :, :group, filled] = codes[part].permute(1, 2, 0)
+            column = torch.zeros(blocks, bag, width, dtype=torch.uint8)
+            column[:, :group, filled] = unpack_codes(codes[part], bits).permute(1, 2, 0)
             if zeros is not None:
-                self._table[strip, :, group, filled] = zeros[part].T
+                column[:, group, filled] = unpack_zeros(zeros[part], bits, blocks).T.to(torch.uint8)
+            self._table[strip, :, :, : self._codes_bytes] = pack_codes(column, bits)
             self._scales[strip, :, 0, filled] = scales[part].T
         self.nbytes = self._table.nbytes + self._scales.nbytes
 
@@ -291,7 +309,7 @@ class Int8Weight:
         flat = x.reshape(-1, self.columns).to(torch.float32)
         if self._padding:
             flat = F.pad(flat, (0, self._padding))
-        out = self._multiply_decoded(flat) if len(flat) >= INT8_MANY_ROWS else self._sum_bags(flat)
+        out = self._multiply_decoded(flat) if len(flat) >= BAG_MANY_ROWS else self._sum_bags(flat)
         if out.shape[1] != self.rows:
             out = out[:, : self.rows].contiguous()
         if bias is not None:
@@ -303,8 +321,12 @@ class Int8Weight:
         flat = _checked_rows(indices, self.rows)
         width = self._scales.shape[-1]
         strip, lane = flat // width, flat % width
-        codes = self._table[strip, :, :, lane].to(torch.float32)
-        zero = codes[:, :, self.group :] if self._has_zeros else 128.0
+        per_byte = 8 // self.bits
+        found = (
+            self._table[strip, :, :, lane // per_byte] >> (lane % per_byte * self.bits).to(torch.uint8)[:, None, None]
+        )
+        codes = (found & (2**self.bits - 1)).to(torch.float32)
+        zero = codes[:, :, self.group :] if self._has_zeros else 2.0 ** (self.bits - 1)
         values = (codes[:, :, : self.group] - zero) * self._scales[strip, :, :, lane]
         return values.flatten(1)[:, : self.columns].reshape(*indices.shape, self.columns)
 
@@ -320,7 +342,7 @@ class Int8Weight:
         done = []
         for first in range(0, strips, at_once):
             scales = self._scales[first : first + at_once]
-            sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            sums = _BAG_KERNELS[self.bits](
                 self._table[first : first + at_once].view(-1, row_bytes),
                 *_bags(len(scales) * blocks, steps, bag),
                 per_sample_weights=grouped.expand(len(scales), -1, -1, -1).reshape(-1),
@@ -337,9 +359,9 @@ class Int8Weight:
         at_once = max(1, BLOCK_WEIGHTS // 2 // (width * self.group))
         for strip in range(strips):
             for first in range(0, blocks, at_once):
-                codes = self._table[strip, first : first + at_once, :, :width]
+                codes = unpack_codes(self._table[strip, first : first + at_once, :, : self._codes_bytes], self.bits)
                 weight = _scratch(torch.float32, len(codes), self.group, width).copy_(codes[:, : self.group])
-                weight -= codes[:, self.group :].to(torch.float32) if self._has_zeros else 128.0
+                weight -= codes[:, self.group :].to(torch.float32) if self._has_zeros else 2.0 ** (self.bits - 1)
                 weight *= self._scales[strip, first : first + at_once]
                 columns = slice(first * self.group, (first + len(codes)) * self.group)
                 out[:, strip].addmm_(x[:, columns], weight.flatten(0, 1))

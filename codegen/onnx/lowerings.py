@@ -16,6 +16,7 @@ from torch.onnx.ops import rotary_embedding as onnx_rotary_embedding
 from torch.onnx.ops import symbolic
 
 from jettison.codegen.onnx.joint_attention import joint_attention, scored_joint_attention
+from jettison.codegen.onnx.lut_weights import lut_embedding, lut_linear
 from jettison.codegen.onnx.quantized_slots import dequantize_slots, quantize_slots
 from jettison.codegen.onnx.written_attention import (
     attention,
@@ -149,6 +150,8 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.dequantize_slots: dequantize_slots,
     ops.gated_activation: gated_activation,
     ops.joint_attention: joint_attention,
+    ops.lut_embedding: lut_embedding,
+    ops.lut_linear: lut_linear,
     ops.next_slots: next_slots,
     ops.quantized_embedding: quantized_embedding,
     ops.quantize_slots: quantize_slots,

@@ -22,12 +22,12 @@ from torch import Tensor, fx
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.ops import lut_embedding, lut_linear
-from jettison.ir.ops.lut_linear import LUT_BITS
 from jettison.ir.ops.quantized_linear import pack_codes, row_chunks, unpack_codes
 from jettison.passes.formats.base import Grid, RowReader, WeightFormat, pad_with_last
 from jettison.passes.options import option
 
-MOST_VALUES = 2 ** max(LUT_BITS)
+BITS: tuple[Literal[2, 4, 8], ...] = (2, 4, 8)
+MOST_VALUES = 2 ** max(BITS)
 
 
 def palette(rows: RowReader, shape: tuple[int, int]) -> Tensor | None:
@@ -79,7 +79,7 @@ class Lut(WeightFormat):
     table: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.bits is not None and (type(self.bits) is not int or self.bits not in LUT_BITS):
+        if self.bits is not None and (type(self.bits) is not int or self.bits not in BITS):
             raise OptionError(f"[lut] bits={self.bits!r}: needs one of 2, 4, 8 or none. Set bits to one of them.")
         if self.per_row is not None and not isinstance(self.per_row, bool):
             raise OptionError(f"[lut] per_row={self.per_row!r}: needs true, false or none. Set one of them.")
@@ -123,7 +123,7 @@ class Lut(WeightFormat):
 
     def _choices(self, count: int, *, per_row: bool, table: Tensor | None) -> list[Lut]:
         """The layout for so many values, if there is one."""
-        fitting = [bits for bits in LUT_BITS if count <= 2**bits and self.bits in (None, bits)]
+        fitting = [bits for bits in BITS if count <= 2**bits and self.bits in (None, bits)]
         chosen = [replace(self, bits=bits, per_row=per_row) for bits in fitting[:1]]
         for each in chosen:
             if table is not None:
@@ -179,9 +179,8 @@ class Lut(WeightFormat):
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """See `WeightFormat`; bits and tables are read off the parts if they are not known."""
         if (self.bits is None or self.per_row is None) and "lut" in parts and parts["lut"].dim() == 2:
-            bits = {2**bits: bits for bits in LUT_BITS}.get(parts["lut"].shape[1], 8)
-            known = Lut(bits if self.bits is None else self.bits, parts["lut"].shape[0] > 1)
-            return known.decode(parts, shape)
+            found: Literal[2, 4, 8] = next((bits for bits in BITS if 2**bits >= parts["lut"].shape[1]), 8)
+            return Lut(self.bits or found, parts["lut"].shape[0] > 1).decode(parts, shape)
         return super().decode(parts, shape)
 
     def split_groups(self, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from jettison.ir.interpret import run_entry
 from jettison.ir.ops.gated_activation import ACTIVATIONS
 from jettison.ir.program import Program
 from jettison.passes.base import Pass
-from jettison.passes.formats import IntGroups
+from jettison.passes.formats import IntGroups, Lut, Nf4
 from jettison.passes.quantize_weights import QuantizeWeights
 from tests.codegen.running import REASON, TOLERANCE, Emitted, attributes, cached_program, emit
 from tests.helpers import StoreIn
@@ -197,6 +197,40 @@ def test_codes_without_a_kernel_are_refused_before_a_file_is_written(tmp_path: P
     with pytest.raises(UnsupportedError, match=r"^\[onnx\] embed.weight: found 3-bit codes, needs 2, 4 or 8 bits"):
         emit_program(program, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("group", [32, 64])
+def test_nf4_runs_as_8_bit_weights(double: bool, group: int, tmp_path: Path) -> None:
+    model = emitted(Tied(), tmp_path, StoreIn(Nf4(group, double)))
+    assert {attributes(node)["bits"] for node in model.nodes("MatMulNBits")} == {8}
+    assert model.operators()["com.microsoft::MatMulNBits"] == 3
+    for shape in ((1, 1), (2, 7), (1, 40)):
+        for name, (actual, expected) in outputs(model, shape).items():
+            tolerance = TOLERANCE if name == "embedded" else ROUNDED_ACTIVATIONS
+            assert_close(actual, expected, tolerance=tolerance, reason="levels and activations in 8 bits", what=name)
+    stored = {initializer.name: initializer for initializer in model.model.graph.initializer}
+    assert list(stored["up.weight.codes"].dims) == [100, -(-72 // group), group // 2], (
+        "four bits per weight in the file"
+    )
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("count", [3, 16, 200])
+def test_palettes_stay_exact(count: int, per_row: bool, tmp_path: Path) -> None:
+    module = randomize(Tied()).eval()
+    with torch.no_grad():
+        for weight in (module.embed.weight, module.up.weight, module.down.weight):
+            generator = torch.Generator().manual_seed(count)
+            weight.copy_(
+                torch.randn(count, generator=generator)[torch.randint(count, weight.shape, generator=generator)]
+            )
+    model = emit(cached_program(module, None, StoreIn(Lut(per_row=per_row)), context=64), tmp_path)
+    for shape in ((1, 1), (2, 7)):
+        found = outputs(model, shape)
+        assert torch.equal(*found["embedded"])
+        for name, (actual, expected) in found.items():
+            assert_close(actual, expected, tolerance=TOLERANCE, reason=REASON, what=name)
 
 
 # --- linears --------------------------------------------------------------------------------------------------------

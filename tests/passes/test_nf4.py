@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
 from jettison.ir.ops import lut_embedding, lut_linear
+from jettison.passes.formats.base import Grid
 from jettison.passes.formats.nf4 import LEVELS, Nf4
 
 FORMATS = [Nf4(group, double) for group in (32, 64, 128) for double in (True, False)]
@@ -40,6 +41,18 @@ def test_encode_by_hand():
     assert parts["codes"].tolist() == [[[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2]]
     assert parts["scales"].tolist() == [[3.0]]
     assert torch.equal(Nf4(32, double=False).decode(parts, (1, 32)), weight)
+
+
+def test_every_ratio_is_rounded_to_the_nearest_level():
+    levels = torch.tensor(LEVELS)
+    borders = (levels[1:] + levels[:-1]) / 2
+    ends = torch.arange(65) / 32 - 1
+    near = torch.cat([levels, borders, ends])
+    ratios = torch.cat([near, near.nextafter(near + 1), near.nextafter(near - 1), torch.linspace(-1, 1, 20001)])
+    ratios = ratios.clamp(-1.01, 1.01).view(1, 1, -1)
+    codes = Nf4().round(3 * ratios, Grid(torch.full((1, 1), 3.0)))
+    # Where 3 * ratio is rounded the ratio that is seen may lie on the other side of a border.
+    assert torch.equal(codes, torch.bucketize(3 * ratios / 3, borders).to(torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from jettison.ir.compare import compare_programs
 from jettison.ir.huggingface import source_from_model
 from jettison.ir.program import State, state_name
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.formats import Nf4
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
 from jettison.passes.pipeline import prepare
 from jettison.passes.policies import Kivi, XQuant
 from jettison.passes.quantize_weights import QuantizeWeights
-from tests.helpers import run_pass
+from tests.helpers import StoreIn, run_pass
 from tests.models.tiny_models import tiny_model
 
 
@@ -96,11 +97,13 @@ def test_other_layers_keep_full():
     assert not after.storages
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt_neox"])
-def test_it_follows_other_passes(name):
+@pytest.mark.parametrize(("name", "quantize"), [
+    ("qwen2", QuantizeWeights(group=32)), ("gpt_neox", QuantizeWeights(group=32)), ("qwen2", StoreIn(Nf4(32))),
+])  # fmt: skip
+def test_it_follows_other_passes(name, quantize):
     """Merged projections and packed weights are read as the model computes with them."""
     before, _ = run_pass(MergeQkvProjections(), prepared(name))
-    before, _ = run_pass(QuantizeWeights(group=32), before)
+    before, _ = run_pass(quantize, before)
     after, record = run_pass(CacheKV(UNROUNDED), before)
     assert not record.misses
     full, _ = run_pass(CacheKV(), before)

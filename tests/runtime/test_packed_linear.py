@@ -12,7 +12,7 @@ from jettison.ir.compare import assert_close, difference
 from jettison.ir.ops.quantized_linear import dequantize_reference, quantized_linear_reference
 from jettison.passes.formats.int_groups import IntGroups
 from jettison.runtime import packed_linear
-from jettison.runtime.packed_linear import INT4_MANY_ROWS, INT8_MANY_ROWS, PackedWeight, pack_weight
+from jettison.runtime.packed_linear import BAG_MANY_ROWS, INT4_MANY_ROWS, PackedWeight, pack_weight
 from tests.runtime.allocations import Allocations
 
 # x, scales, offsets and results are each rounded to bf16: four times up to 2**-8, measured 6e-3 at most.
@@ -20,8 +20,8 @@ INT4_TOLERANCE = 1e-2
 ROWS = (1, 2, 3, 4, 5, 15, 16, 17, 33, 63, 64)
 
 needs_int4 = pytest.mark.skipif(not packed_linear._has_int4_kernel(), reason="no int4 kernel for this processor")
-needs_int8 = pytest.mark.skipif(not packed_linear._has_int8_kernel(), reason="no int8 kernel for this processor")
-BITS = [pytest.param(4, marks=needs_int4), pytest.param(8, marks=needs_int8)]
+needs_bags = pytest.mark.skipif(not packed_linear._has_bag_kernel(), reason="no bag kernel for this processor")
+BITS = [pytest.param(4, marks=needs_int4), *(pytest.param(bits, marks=needs_bags) for bits in (8, 2))]
 
 
 def packed(bits: int, group: int, symmetric: bool, rows: int, columns: int) -> tuple[PackedWeight, tuple]:
@@ -71,7 +71,7 @@ def test_int4_with_zero_points_between_the_codes(rows: int, columns: int) -> Non
     assert torch.equal(weight.lookup(indices), dequantize_reference(*operands, 4, 64, columns)[indices])
 
 
-@pytest.mark.parametrize(("bits", "float_zeros"), [(2, False), (3, False), (3, True), (8, True)])
+@pytest.mark.parametrize(("bits", "float_zeros"), [(2, True), (3, False), (3, True), (8, True)])
 def test_no_kernel_reads_other_layouts(bits: int, float_zeros: bool) -> None:
     parts = IntGroups(bits, 32, float_zeros=float_zeros).encode(random(64, 64))
     assert pack_weight(parts["codes"], parts["scales"], parts["zeros"], bits, 32, 64, is_table=False) is None
@@ -131,7 +131,7 @@ def test_int4_is_closer_than_8_bit_activations() -> None:
     assert ours < 5e-3 * expected.norm()
 
 
-@needs_int8
+@needs_bags
 def test_int8_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few strips at a time give what all at once give."""
     weight, _ = packed(8, 32, False, 1600, 96)
@@ -139,7 +139,7 @@ def test_int8_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = weight.linear(x, None)
     monkeypatch.setattr(packed_linear, "_SUMS_BYTES", 1)
     assert torch.equal(weight.linear(x, None), whole)
-    assert len(x) < INT8_MANY_ROWS
+    assert len(x) < BAG_MANY_ROWS
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -166,20 +166,22 @@ def test_bytes_held(bits: int, is_table: bool) -> None:
                 held[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
     assert weight.nbytes == sum(held.values())
     stored = sum(part.nbytes for part in parts.values())
-    # Besides the codes 4 bytes a group where 4.5 were stored, and 4.5 more for exact lookups; or 8 in 520 bytes.
+    # Besides the codes 4 bytes a group where 4.5 were stored, and 4.5 more for exact lookups; or 8 in 520 bytes,
+    # or 4 in 132.
     most = {(4, False): 1.0, (4, True): 1.07, (8, False): 1.02, (8, True): 1.02}
+    most |= {(2, False): 1.04, (2, True): 1.04}
     assert 0.98 * stored < weight.nbytes <= most[bits, is_table] * stored
 
 
 def test_what_no_kernel_reads_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = IntGroups(2, 32, True).encode(random(8, 64))
-    assert pack_weight(parts["codes"], parts["scales"], None, 2, 32, 64, is_table=False) is None
+    parts = IntGroups(3, 32, True).encode(random(8, 64))
+    assert pack_weight(parts["codes"], parts["scales"], None, 3, 32, 64, is_table=False) is None
     parts = IntGroups(4, 32, True).encode(random(8, 64))
     half = parts["scales"].half()
     assert pack_weight(parts["codes"], half, None, 4, 32, 64, is_table=False) is None
     codes = parts["codes"].view(8, 4, 8)
     assert pack_weight(codes, parts["scales"].repeat_interleave(2, 1), None, 4, 16, 64, is_table=False) is None
-    for bits, kernel in ((4, "_has_int4_kernel"), (8, "_has_int8_kernel")):
+    for bits, kernel in ((4, "_has_int4_kernel"), (8, "_has_bag_kernel"), (2, "_has_bag_kernel")):
         monkeypatch.setattr(packed_linear, kernel, lambda: False)
         parts = IntGroups(bits, 32, True).encode(random(8, 64))
         assert pack_weight(parts["codes"], parts["scales"], None, bits, 32, 64, is_table=False) is None

@@ -27,7 +27,7 @@ from jettison.runtime.executor import allocate_states
 from jettison.runtime.torch_executor import TorchExecutor
 from tests.models.tiny_models import VOCAB_SIZE, WINDOW, randomize
 from tests.runtime.allocations import Allocations
-from tests.runtime.test_packed_linear import needs_int4, needs_int8
+from tests.runtime.test_packed_linear import needs_bags, needs_int4
 
 CONTEXT, WIDTH, HEADS, KV_HEADS, DIM = 256, 16, 4, 2, 6
 LAYERS = 2
@@ -214,7 +214,7 @@ def test_without_a_kernel_the_operator_runs(monkeypatch: pytest.MonkeyPatch) -> 
     assert_runs_like_the_program(executor, program, 1e-5)
 
 
-@pytest.mark.parametrize("bits", [pytest.param(4, marks=needs_int4), pytest.param(8, marks=needs_int8)])
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=needs_int4), pytest.param(8, marks=needs_bags)])
 def test_packed_weights_replace_their_parts(bits: int) -> None:
     program = quantised(bits)
     executor = TorchExecutor(program)
@@ -232,7 +232,7 @@ def test_packed_weights_replace_their_parts(bits: int) -> None:
 
 
 @needs_int4
-@needs_int8
+@needs_bags
 def test_linears_of_different_layout_stay_apart() -> None:
     """Keys and values in 4 bits, queries in 8, the head as it is."""
     passes = [QuantizeWeights(bits=8, skip=r"layers\..\.[12]|embed|outs"), QuantizeWeights(bits=4, skip="embed")]
@@ -242,7 +242,7 @@ def test_linears_of_different_layout_stay_apart() -> None:
     assert held == {
         f"{name}.weight.codes": kind
         for name, kind in [
-            ("layers.0.0", "Int8Weight"), ("layers.0.1", "Int4Weight"), ("layers.1.0", "Int8Weight"),
+            ("layers.0.0", "BagWeight"), ("layers.0.1", "Int4Weight"), ("layers.1.0", "BagWeight"),
             ("layers.1.1", "Int4Weight"), ("outs.0", "Int4Weight"), ("outs.1", "Int4Weight"),
         ]
     }  # fmt: skip
