@@ -265,14 +265,19 @@ def dense_value(program: Program, name: str) -> Tensor | None:
         name: Of the dense weight.
 
     Returns:
-        `[N, K] f32`, or None where the format is not one of integer groups.
+        `[N, K] f32` or `[X, N, K] f32`, or None where the format is not one of integer groups.
     """
     packed = program.packed[name]
     options = re.fullmatch(r"int(\d+)\{group=(\d+),symmetric=(true|false)\}", packed.format)
     if options is None:
         return None
-    parts = {part: program.constants[constant].value() for part, constant in packed.parts.items()}
-    return IntGroups(int(options[1]), int(options[2]), options[3] == "true").decode(parts, packed.shape)
+    *rows, columns = packed.shape
+    # Parts of a stack (experts) have its first axis; the format knows matrices.
+    parts = {
+        part: program.constants[constant].value().flatten(0, len(rows) - 1) for part, constant in packed.parts.items()
+    }
+    matrix = (math.prod(rows), columns)
+    return IntGroups(int(options[1]), int(options[2]), options[3] == "true").decode(parts, matrix).reshape(packed.shape)
 
 
 def deviation(reference: tuple[Tensor, ...], outputs: tuple[Tensor, ...], *, is_decoder: bool) -> Deviation:
