@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import jettison
@@ -15,38 +14,16 @@ from jettison.codegen.onnx.emit import MINIMUM_ORT
 from jettison.codegen.onnx.routed_experts import InterleavedConstant, spell_out_experts
 from jettison.ir.compare import assert_close, example_input_ids, run_program
 from jettison.ir.constants import Constant
-from jettison.ir.ops import experts
 from jettison.ir.program import Program
-from jettison.passes.pipeline import prepare
 from jettison.passes.quantize_weights import QuantizeWeights
 from tests.codegen.running import Emitted, attributes, emit
-from tests.helpers import Apply, Embedded, export_tiny
+from tests.models.tiny_mixture import EXPERTS, LAYERS, WIDTH, mixture_program
 from tests.models.tiny_models import random_ids, randomize
 
 MOE, QMOE, LINEAR = "com.microsoft::MoE", "com.microsoft::QMoE", "com.microsoft::MatMulNBits"
-EXPERTS, WIDTH, LAYERS = 4, 64, 2
 SHAPES = ((1, 1), (2, 7), (1, 33))
 # Activations in 8-bit integers, through both layers.
 INT8_TOLERANCE = 5e-2
-
-
-def layers(inner: int, activation: str = "silu") -> Program:
-    """Two layers in a row: what a kernel does to its input shows in the second."""
-
-    def function(self: Any, x: Tensor) -> Tensor:
-        for number in range(LAYERS):
-            tokens = (x * 4).reshape(-1, WIDTH)
-            shares, indices = torch.softmax(F.linear(tokens, self.get_parameter(f"router{number}")), -1).topk(2)
-            stacks = (self.get_parameter(f"{name}{number}") for name in ("gate_up", "down"))
-            x = x + experts(tokens, indices, shares * (1 + number), *stacks, activation).reshape(x.shape)
-        return x
-
-    shapes = {"router": (EXPERTS, WIDTH), "gate_up": (EXPERTS, 2 * inner, WIDTH), "down": (EXPERTS, WIDTH, inner)}
-    named = {f"{name}{number}": shape for number in range(LAYERS) for name, shape in shapes.items()}
-    module = Apply(function, **named)
-    program = export_tiny(Embedded(module, width=WIDTH), kind="encoder")
-    prepare(program)
-    return program
 
 
 def packed(program: Program, *options: Any, **more: Any) -> Program:
@@ -66,7 +43,7 @@ def check(emitted: Emitted, tolerance: float | None = 1e-5) -> None:
 
 def test_experts_run_in_the_kernel_and_leave_their_input_alone(tmp_path: Path):
     """The weights of the second layer sum up to more than one: a softmax inside the kernel could not return them."""
-    emitted = emit(layers(48), tmp_path)
+    emitted = emit(mixture_program(48), tmp_path)
     assert emitted.operators()[MOE] == LAYERS
     assert emitted.graphs[0].minimum_ort == MINIMUM_ORT["experts"]
     check(emitted)
@@ -74,7 +51,7 @@ def test_experts_run_in_the_kernel_and_leave_their_input_alone(tmp_path: Path):
 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 32, False), (4, 64, True), (8, 32, False)])
 def test_packed_experts_run_in_the_kernel(bits: int, group: int, symmetric: bool, tmp_path: Path):
-    emitted = emit(packed(layers(128), bits, group, symmetric), tmp_path)
+    emitted = emit(packed(mixture_program(128), bits, group, symmetric), tmp_path)
     assert emitted.operators()[QMOE] == LAYERS
     for node in emitted.nodes("QMoE"):
         assert attributes(node).items() >= {"k": 2, "expert_weight_bits": bits, "block_size": group}.items()
@@ -85,14 +62,14 @@ def test_packed_experts_run_in_the_kernel(bits: int, group: int, symmetric: bool
 
 @pytest.mark.parametrize("accuracy_level", [0, 4])
 def test_accuracy_level_reaches_the_kernel(accuracy_level: int, tmp_path: Path):
-    emitted = emit(packed(layers(64)), tmp_path, accuracy_level=accuracy_level)
+    emitted = emit(packed(mixture_program(64)), tmp_path, accuracy_level=accuracy_level)
     assert {attributes(node)["accuracy_level"] for node in emitted.nodes("QMoE")} == {accuracy_level}
     check(emitted, 1e-5 if accuracy_level == 0 else INT8_TOLERANCE)
 
 
 def test_experts_that_no_kernel_takes_become_linears(tmp_path: Path):
     """48 columns are no whole groups of 32; each expert is a view of the stack."""
-    program = packed(layers(48))
+    program = packed(mixture_program(48))
     emitted = emit(program, tmp_path)
     assert (emitted.operators()[QMOE], emitted.operators()[LINEAR]) == (0, 2 * LAYERS * EXPERTS)
     check(emitted)
@@ -103,13 +80,13 @@ def test_experts_that_no_kernel_takes_become_linears(tmp_path: Path):
 
 
 def test_another_activation_than_silu_becomes_linears(tmp_path: Path):
-    emitted = emit(layers(48, "gelu_tanh"), tmp_path)
+    emitted = emit(mixture_program(48, "gelu_tanh"), tmp_path)
     assert emitted.operators()[MOE] == 0
     check(emitted)
 
 
 def test_spelling_out_changes_nothing_where_kernels_fit():
-    program = layers(48)
+    program = mixture_program(48)
     assert spell_out_experts(program) is program
 
 
