@@ -1,7 +1,7 @@
 """Run an entry over many batches of inputs at once, one stretch of nodes after the other.
 
-Calibration looks at what a linear reads, changes the weight, and goes on with the changed one. Running all batches up to
-there and stopping needs the values that cross that point, of every batch, and nothing else: about one layer's worth.
+Calibration looks at what a linear reads, changes the weight, and goes on with the changed one. Running all batches up
+to there and stopping needs the values that cross that point, of every batch, and nothing else: about one layer's worth.
 """
 
 from __future__ import annotations

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jettison.ir.capture_source import DEFAULT_CONTEXT, CaptureSource, module_inputs
 from jettison.ir.checkpoint import Checkpoint
 from jettison.ir.errors import CaptureError, UnsupportedError
+from jettison.ir.huggingface_experts import experts_forward
 from jettison.ir.ops.attention import visible_keys
 
 # Under this name transformers finds our attention, mask builder and experts.
@@ -148,47 +148,6 @@ def _probe(mask_function: Callable[..., Tensor], context: int) -> _Visible | Non
     return _Visible(is_causal, window)
 
 
-def _experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What a captured model calls instead of its kernel for experts: every expert as ordinary linears.
-
-    Each token is weighted with zero where it was not routed, so all experts read all tokens: passes, formats and
-    targets see nothing but linears, for N / k times the multiplications.
-
-    Args:
-        self: The module that holds the stacked weights of N experts.
-        hidden: `[T, E]`.
-        top_k_index: `[T, k] i64`, experts of each token.
-        top_k_weights: `[T, k]`.
-
-    Returns:
-        `[T, E]`.
-    """
-    if getattr(self, "_is_expert_parallel", False):
-        raise UnsupportedError("its experts are spread over devices. Load the model on one device.")
-    has_bias, is_transposed = getattr(self, "has_bias", False), getattr(self, "is_transposed", False)
-    has_gate = getattr(self, "has_gate", True)
-    experts = torch.arange(self.num_experts, device=hidden.device)
-    chosen = (top_k_index.unsqueeze(-1) == experts).to(hidden.dtype)
-    routing = (chosen * top_k_weights.to(hidden.dtype).unsqueeze(-1)).sum(1)
-
-    def project(x: Tensor, name: str, expert: int) -> Tensor:
-        weight = getattr(self, name)[expert]
-        bias = getattr(self, f"{name}_bias")[expert] if has_bias else None
-        if not is_transposed:
-            return F.linear(x, weight, bias)
-        return x @ weight if bias is None else x @ weight + bias
-
-    total = torch.zeros_like(hidden)
-    for expert in range(self.num_experts):
-        inner = project(hidden, "gate_up_proj" if has_gate else "up_proj", expert)
-        inner = self._apply_gate(inner) if has_gate else self.act_fn(inner)
-        out = project(inner, "down_proj", expert)
-        if getattr(self, "has_post_expert_norm", False):
-            out = self.post_expert_norm(out)
-        total = total + out * routing[:, expert : expert + 1]
-    return total
-
-
 def register_implementations() -> None:
     """Register our attention, mask builder and experts in transformers.
 
@@ -201,7 +160,7 @@ def register_implementations() -> None:
         transformers.AttentionMaskInterface.register(IMPLEMENTATION, _attention_mask)
         from transformers.integrations.moe import ExpertsInterface
 
-        ExpertsInterface.register(IMPLEMENTATION, _experts_forward)
+        ExpertsInterface.register(IMPLEMENTATION, experts_forward)
     except (AttributeError, ImportError) as error:
         raise CaptureError(
             f"[capture] transformers {transformers.__version__} is too old: needed {OLDEST_TRANSFORMERS} or newer, "

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from jettison.ir.constants import CHUNK_BYTES, Constant
+from jettison.ir.ops.experts import experts, run_expert, sum_over_experts
 from jettison.ir.program import Program, output_node
 
 aten = torch.ops.aten
@@ -34,6 +35,18 @@ def embedding_of(weight: Constant, indices: Tensor) -> Tensor:
     return F.embedding(indices, weight.blocks[0]).to(weight.dtype)
 
 
+def experts_of(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Constant, down: Constant, activation: str
+) -> Tensor:
+    """`jettison::experts` with constant stacks, converting only the experts that were chosen."""
+
+    def expert(number: int, rows: Tensor) -> Tensor:
+        own = number, number + 1
+        return run_expert(rows, gate_up.rows(*own)[0], down.rows(*own)[0], activation)
+
+    return sum_over_experts(x, indices, weights, expert)
+
+
 def _call(node: fx.Node, environment: dict[fx.Node, Any]) -> Any:
     operands = [environment.get(argument) if isinstance(argument, fx.Node) else argument for argument in node.args]
     if node.target is aten.linear.default and isinstance(operands[1], Constant):
@@ -44,6 +57,8 @@ def _call(node: fx.Node, environment: dict[fx.Node, Any]) -> Any:
             return linear_by_rows(_value(operands[0]), weight, _value(bias))
     if node.target is aten.embedding.default and isinstance(operands[0], Constant):
         return embedding_of(operands[0], _value(operands[1]))
+    if node.target is experts and all(isinstance(stack, Constant) for stack in operands[3:5]):
+        return experts_of(*map(_value, operands[:3]), *operands[3:])
     args = fx.map_arg(node.args, lambda n: _value(environment[n]))
     kwargs = fx.map_arg(node.kwargs, lambda n: _value(environment[n]))
     return node.target(*args, **kwargs)

@@ -31,10 +31,11 @@ _ITEMSIZE = {
 }  # fmt: skip
 # Operators that read only the rows they are asked for, and which of their operands are tables.
 _TABLE_OPERANDS = {
-    "aten.embedding": (0,),
-    "jettison.lut_embedding": (1, 3, 4),
-    "jettison.quantized_embedding": (1, 2, 3),
-}
+    "aten.embedding": (0,), "jettison.lut_embedding": (1, 3, 4), "jettison.quantized_embedding": (1, 2, 3),
+    "jettison.experts": (3, 4), "jettison.quantized_experts": (3, 4, 5, 6, 7, 8),
+}  # fmt: skip
+# Operators that are asked for as many rows (experts) by each token as one of their operands has columns.
+_CHOICES_OPERAND = {"jettison.experts": 1, "jettison.quantized_experts": 1}
 
 
 @dataclass
@@ -211,12 +212,18 @@ def weight_bytes_per_step(graph: str, batch: int) -> int:
     }
     lookups: Counter[str] = Counter()
     whole: set[str] = set()
-    for operator, arguments in re.findall(r"^  %\d+: .*? = ([\w.]+)\((.*)\)$", _entry_text(graph, "decode"), re.M):
+    columns: dict[str, int] = {}
+    for value, type_, operator, arguments in re.findall(
+        r"^  (%\d+): (.*?) = ([\w.]+)\((.*)\)$", _entry_text(graph, "decode"), re.MULTILINE
+    ):
+        columns[value] = int((re.findall(r",(\d+)\]$", type_) or ["1"])[0])
+        operands = arguments.split(", ")
+        rows = columns[operands[_CHOICES_OPERAND[operator]]] if operator in _CHOICES_OPERAND else 1
         tables = _TABLE_OPERANDS.get(operator, ())
-        for position, argument in enumerate(arguments.split(", ")):
+        for position, argument in enumerate(operands):
             for name in re.findall(r"@([^\s,\[\]()]+)", argument):
                 if position in tables:
-                    lookups[name] += 1
+                    lookups[name] += rows
                 else:
                     whole.add(name)
     total = 0
@@ -224,7 +231,7 @@ def weight_bytes_per_step(graph: str, batch: int) -> int:
         if name in whole:
             total += itemsize * torch.Size(sizes).numel()
         else:
-            total += itemsize * torch.Size(sizes[1:]).numel() * batch * lookups[name]
+            total += itemsize * torch.Size(sizes[1:]).numel() * min(sizes[0], batch * lookups[name])
     return total
 
 

@@ -264,16 +264,19 @@ def dense_value(program: Program, name: str) -> Tensor | None:
         name: Of the dense weight.
 
     Returns:
-        `[N, K] f32`, or None where the format is none of ours.
+        `[N, K] f32` or `[X, N, K] f32`, or None where the format is none of ours.
     """
     packed = program.packed[name]
     try:
         weight_format = format_from_text(packed.format)
     except OptionError:
         return None
-    parts = {part: program.constants[constant].value() for part, constant in packed.parts.items()}
-    rows, columns = packed.shape
-    return weight_format.decode(parts, (rows, columns))
+    *rows, columns = packed.shape
+    # Parts of a stack (experts) have its first axis; the format knows matrices.
+    parts = {
+        part: program.constants[constant].value().flatten(0, len(rows) - 1) for part, constant in packed.parts.items()
+    }
+    return weight_format.decode(parts, (math.prod(rows), columns)).reshape(packed.shape)
 
 
 def deviation(reference: tuple[Tensor, ...], outputs: tuple[Tensor, ...], *, is_decoder: bool) -> Deviation:

@@ -11,8 +11,8 @@ After:
 
 Every weight that `quantize-weights` would take is priced in every format of the menu: its bytes, and its loss as
 `sensitivity.py` measures it. The choice with the least sum of losses within the budget is found exactly (a
-multiple-choice knapsack, as a mixed-integer linear program), and carried out by one `quantize-weights` per format, which
-take the place of this pass in the pipeline: they can be read, edited and run again.
+multiple-choice knapsack, as a mixed-integer linear program), and carried out by one `quantize-weights` per format,
+which take the place of this pass in the pipeline: they can be read, edited and run again.
 
 Fires when: as `quantize-weights`.
 Declines when: as `quantize-weights`; a weight that it leaves alone counts in the budget as it is.
@@ -41,9 +41,9 @@ from jettison.passes.base import Pass
 from jettison.passes.formats import IntGroups, WeightFormat
 from jettison.passes.grammar import format_pipeline
 from jettison.passes.methods import RTN, Method
+from jettison.passes.methods.sensitivity import Choice, Meter, Probe
 from jettison.passes.options import option, to_spec
 from jettison.passes.quantize_weights import QuantizeWeights
-from jettison.passes.methods.sensitivity import Choice, Meter, Probe
 
 aten = torch.ops.aten
 
@@ -83,7 +83,7 @@ class AllocateBits(Pass):
         if program.info.kind != "decoder" or program.calibration is None:
             raise OptionError(
                 f"[allocate-bits] {program.info.name}: needs a decoder and text to calibrate on, because losses are KL "
-                "divergences of next-token probabilities. Choose the formats by hand, with quantize-weights{only='...'}."
+                "divergences of next-token probabilities. Choose the formats by hand: quantize-weights{only='...'}."
             )
 
     def run(self, program: Program, *, strict: bool = False) -> PassRecord:
@@ -172,8 +172,8 @@ def cheapest(choices: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 
     least = sum(min(choice.bytes for choice in each) for each in choices.values())
     if least > budget:
         raise OptionError(
-            f"[allocate-bits] budget={budget + fixed:,} bytes: the smallest formats of the menu take {least + fixed:,}, "
-            f"of which {fixed:,} are not quantised. Allow at least that much, or add a format with fewer bits."
+            f"[allocate-bits] budget={budget + fixed:,} bytes: the smallest formats of the menu take "
+            f"{least + fixed:,}, of which {fixed:,} are not quantised. Allow at least that much, or add a format with fewer bits."
         )
     flat = [(name, index, choice) for name, each in choices.items() for index, choice in enumerate(each)]
     # In units in which the numbers are near one: the solver's tolerances are absolute.

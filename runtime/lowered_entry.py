@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
+from jettison.runtime.packed_experts import ExpertParts, experts_read, run_experts
 from jettison.runtime.packed_linear import PackedWeight
 from jettison.runtime.packed_parts import JointWeight, PackedParts, parts_read
 from jettison.runtime.state_operators import attend_both, attend_slots, slot_range, windowed_attention_, write_range_
@@ -38,21 +39,25 @@ class LoweredEntry:
 
     Attributes:
         call: Takes the constants, then the states, then the inputs; returns what the graph returns.
-        constants: Names of the constants it takes; that of a `JointWeight` stands for the packed weight.
+        constants: Names of the constants it takes; that of a `JointWeight` stands for the packed weight, that of
+            `ExpertParts` for the packed experts.
     """
 
     call: Callable[..., tuple[Tensor, ...]]
     constants: tuple[str, ...]
 
 
-def lower_entry(entry: fx.GraphModule, packed: Sequence[JointWeight]) -> LoweredEntry:
+def lower_entry(
+    entry: fx.GraphModule, packed: Sequence[JointWeight], experts: Sequence[ExpertParts] = ()
+) -> LoweredEntry:
     """Generate the code of an entry.
 
     Args:
         entry: Its graph; not changed.
         packed: Weights that are given as one `PackedWeight` each, under their name.
+        experts: Stacks that are given as one `PackedExperts` each, under their name.
     """
-    lowering = _Lowering({parts: joint for joint in packed for parts in joint.parts})
+    lowering = _Lowering({parts: joint for joint in packed for parts in joint.parts}, experts)
     for node in entry.graph.nodes:
         lowering.add(node)
     return LoweredEntry(fx.GraphModule(nn.Module(), lowering.graph).forward, tuple(lowering.constants))
@@ -61,10 +66,12 @@ def lower_entry(entry: fx.GraphModule, packed: Sequence[JointWeight]) -> Lowered
 class _Lowering:
     """A graph being copied; each node is replaced or copied in order."""
 
-    def __init__(self, packed: Mapping[PackedParts, JointWeight]) -> None:
+    def __init__(self, packed: Mapping[PackedParts, JointWeight], experts: Sequence[ExpertParts]) -> None:
         self.graph = fx.Graph()
         self.constants: list[str] = []
         self._packed = packed
+        # What each constant of packed experts is a part of.
+        self._experts = {name: parts for parts in experts for name in parts.names}
         self._weights: dict[str, fx.Node] = {}
         self._new: dict[fx.Node, fx.Node] = {}
         # What is computed once and read several times, by what it is computed from.
@@ -79,6 +86,8 @@ class _Lowering:
 
     def _add_constant(self, node: fx.Node) -> None:
         name = node.meta["constant"]
+        if name in self._experts and name != self._experts[name].name:
+            return
         reads = [parts_read(user) for user in node.users]
         packed = [parts for parts in reads if parts is not None and parts in self._packed]
         is_weight = any(self._packed[parts].name == name for parts in packed)
@@ -98,6 +107,11 @@ class _Lowering:
         parts = parts_read(node)
         if parts is not None and parts in self._packed:
             return self._packed_read(node, parts)
+        stacks = experts_read(node)
+        if stacks is not None and stacks.name in self._experts:
+            read = arguments(node)
+            operands = self._translated([read[name] for name in ("gate_up_codes", "x", "indices", "weights")])
+            return self._call(run_experts, *operands, read["activation"])
         if is_call(node, ops.write_slots) and _is_own_state(node.args[0]):
             state, values, slots = self._translated(node.args)
             return self._call(write_range_, state, values, self._once(slot_range, slots))

@@ -21,12 +21,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jettison.ir.errors import ArtifactError
+from jettison.ir.errors import ArtifactError, UnsupportedError
 from jettison.runtime.artifact import Artifact
 
 _LISTING = "prepared.json"
 # Packed and plain form, with sums and padding between them: 2.25 times the weights was seen for int4 in groups of 128.
 _BYTES_PER_WEIGHT_BYTE = 2.5
+# ONNX Runtime 1.31 writes the packed weights of this operator, and crashes when it runs on what it reads back.
+_UNPREPARABLE = "QMoE"
 
 
 def cache_folder() -> Path:
@@ -87,7 +89,14 @@ def prepare(artifact: Artifact, graphs: Sequence[str], advance: Callable[[float]
 
     Raises:
         ArtifactError: The cache cannot be written, or has no space.
+        UnsupportedError: The artifact has quantised experts.
     """
+    # The name of an operator stands in the file as it is; weights are in another.
+    if any(_UNPREPARABLE.encode() in artifact.path(name).read_bytes() for name in graphs):
+        raise UnsupportedError(
+            f"[prepare] {artifact.path(graphs[0]).parent}: it has quantised experts ({_UNPREPARABLE}), and ONNX "
+            "Runtime crashes on their prepared form. Run the artifact as it is: it is packed at every start."
+        )
     folder = prepared_folder(artifact)
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     needed = int(_BYTES_PER_WEIGHT_BYTE * artifact.path("model.onnx.data").stat().st_size) * len(graphs)

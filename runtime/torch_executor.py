@@ -12,6 +12,7 @@ from jettison.ir.errors import OptionError
 from jettison.ir.program import Program, input_placeholders, state_placeholders
 from jettison.runtime.executor import EntrySignature
 from jettison.runtime.lowered_entry import lower_entry
+from jettison.runtime.packed_experts import PackedExperts, pack_experts, packable_experts
 from jettison.runtime.packed_linear import PackedWeight, pack_weight
 from jettison.runtime.packed_parts import JointWeight, joint_weights
 
@@ -38,15 +39,22 @@ class TorchExecutor:
         self.info = program.info
         self.states = dict(program.states)
         self.retentions, self.storages = dict(program.retentions), dict(program.storages)
-        self._values: dict[str, Tensor | PackedWeight] = {}
+        self._values: dict[str, Tensor | PackedWeight | PackedExperts] = {}
         wanted = joint_weights(program) if kernels == "packed" else []
         packed = [joint for joint in wanted if self._pack(program, joint)]
-        lowered = {name: lower_entry(entry, packed) for name, entry in program.entries.items()}
+        experts = []
+        for parts in packable_experts(program) if kernels == "packed" else []:
+            with torch.no_grad():
+                stacks = pack_experts(program, parts)
+            if stacks is not None:
+                self._values[parts.name] = stacks
+                experts.append(parts)
+        lowered = {name: lower_entry(entry, packed, experts) for name, entry in program.entries.items()}
         for constant in {name: None for entry in lowered.values() for name in entry.constants}:
             if constant not in self._values:
                 value = program.constants[constant].value()
                 # One small tensor mapped from a file would keep all of it mapped, packed weights' codes included.
-                self._values[constant] = value.clone() if packed and value.nbytes < SMALL_BYTES else value
+                self._values[constant] = value.clone() if (packed or experts) and value.nbytes < SMALL_BYTES else value
         self._calls = {name: entry.call for name, entry in lowered.items()}
         self._constants = {
             name: [self._values[constant] for constant in entry.constants] for name, entry in lowered.items()

@@ -22,6 +22,7 @@ from jettison.codegen.onnx.functions import add_functions
 from jettison.codegen.onnx.lowered_graph import LoweredGraph
 from jettison.codegen.onnx.lowerings import require_kernels
 from jettison.codegen.onnx.packed_projections import pack_projections
+from jettison.codegen.onnx.routed_experts import spell_out_experts
 from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
 from jettison.ir.match import is_call
@@ -29,8 +30,9 @@ from jettison.ir.program import Program, constant_placeholders, output_node, pla
 from jettison.ir.torch_export import export_module
 
 OPSET = 23
-# GroupQueryAttention with sliding_window_cache and MatMulNBits with a bias input.
-MINIMUM_ORT = {"default": "1.24", "windowed_cache": "1.31"}
+# MatMulNBits with a bias input; GroupQueryAttention with sliding_window_cache; QMoE with router_weights and
+# accuracy_level.
+MINIMUM_ORT = {"default": "1.24", "windowed_cache": "1.31", "experts": "1.31"}
 AXES: dict[str, tuple[str | int, ...]] = {
     "input_ids": ("batch_size", "sequence_length"),
     "position_ids": ("batch_size", "sequence_length"),
@@ -188,6 +190,8 @@ def emit_entry(
     emitted.states = {state: (state, present) for state, present in presents.items()}
     if any(is_call(node, ops.windowed_attention) for node in entry.graph.nodes):
         emitted.minimum_ort = MINIMUM_ORT["windowed_cache"]
+    if any(is_call(node, ops.experts, ops.quantized_experts) for node in entry.graph.nodes):
+        emitted.minimum_ort = MINIMUM_ORT["experts"]
     return emitted
 
 
@@ -352,7 +356,7 @@ def emit_program(
         CodegenError: A graph cannot be lowered.
     """
     require_kernels(program)
-    program = pack_projections(program)
+    program = pack_projections(spell_out_experts(program))
     entries = [name for name in program.entries if name not in program.state_entries]
     is_one_graph = len(entries) == 1 or (len(entries) == 2 and _same_graph(*map(program.entries.get, entries)))
     if is_one_graph:

@@ -23,8 +23,9 @@ from jettison.codegen.onnx.cached_attention import (
 from jettison.codegen.onnx.external_data import DTYPES, ComputedConstant, TransposedConstant
 from jettison.codegen.onnx.fast_prefill import Int8Weight, int8_linear, weight_operands
 from jettison.codegen.onnx.joint_attention import over_both
-from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_linear
+from jettison.codegen.onnx.lowerings import LOWERINGS, quantized_experts, quantized_linear
 from jettison.codegen.onnx.residual_norm import norm_of_sum, sum_and_norm
+from jettison.codegen.onnx.routed_experts import InterleavedConstant, stack_layout
 from jettison.codegen.onnx.written_attention import received
 from jettison.ir import ops
 from jettison.ir.constants import Constant
@@ -118,6 +119,8 @@ class LoweredGraph(nn.Module):
             return "rows"
         if is_call(node, aten.linear.default) and node.args[1] is operand and len(operand.users) == 1:
             return "transposed"
+        if is_call(node, ops.experts, ops.quantized_experts):
+            return stack_layout(node, operand)
         return "plain"
 
     def _buffer(self, name: str, layout: str) -> str:
@@ -130,6 +133,11 @@ class LoweredGraph(nn.Module):
             elif layout == "transposed":
                 constant = TransposedConstant(f"{name}.T", constant)
                 shape, onnx_name = constant.shape, f"{name}.T"
+            elif layout == "interleaved":
+                constant = InterleavedConstant(f"{name}.interleaved", constant)
+                shape, onnx_name = constant.shape, f"{name}.interleaved"
+            elif layout == "stacked":
+                shape, onnx_name = (*constant.shape[:2], constant.shape[2] * constant.shape[3]), f"{name}.stacked"
             self._register(onnx_name, shape, constant)
             self._buffers_of[key] = onnx_name
         return self._buffers_of[key]
@@ -213,6 +221,8 @@ class LoweredGraph(nn.Module):
             environment[node] = self._linear(node, *args)
         elif is_call(node, ops.quantized_linear):
             environment[node] = quantized_linear(*args, accuracy_level=self.accuracy_level)
+        elif is_call(node, ops.quantized_experts):
+            environment[node] = quantized_experts(*args, accuracy_level=self.accuracy_level)
         else:
             if is_call(node, ops.write_slots):
                 _require_positions(node)

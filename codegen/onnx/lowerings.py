@@ -18,6 +18,7 @@ from torch.onnx.ops import symbolic
 from jettison.codegen.onnx.joint_attention import joint_attention, scored_joint_attention
 from jettison.codegen.onnx.lut_weights import lut_embedding, lut_linear
 from jettison.codegen.onnx.quantized_slots import dequantize_slots, quantize_slots
+from jettison.codegen.onnx.routed_experts import experts, quantized_experts
 from jettison.codegen.onnx.written_attention import (
     attention,
     next_slots,
@@ -148,6 +149,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.attention: attention,
     ops.dequantize_slots: dequantize_slots,
+    ops.experts: experts,
     ops.gated_activation: gated_activation,
     ops.joint_attention: joint_attention,
     ops.lut_embedding: lut_embedding,
@@ -155,6 +157,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.next_slots: next_slots,
     ops.quantized_embedding: quantized_embedding,
     ops.quantize_slots: quantize_slots,
+    ops.quantized_experts: quantized_experts,
     ops.quantized_linear: quantized_linear,
     ops.rotary_embedding: rotary_embedding,
     ops.scored_attention: scored_attention,

@@ -2,6 +2,7 @@
 
 from jettison.ir.ops.attention import attention
 from jettison.ir.ops.dequantize_slots import dequantize_slots
+from jettison.ir.ops.experts import experts
 from jettison.ir.ops.gated_activation import gated_activation
 from jettison.ir.ops.joint_attention import joint_attention
 from jettison.ir.ops.lut_embedding import lut_embedding
@@ -9,6 +10,7 @@ from jettison.ir.ops.lut_linear import lut_linear
 from jettison.ir.ops.next_slots import next_slots
 from jettison.ir.ops.quantize_slots import quantize_slots
 from jettison.ir.ops.quantized_embedding import quantized_embedding
+from jettison.ir.ops.quantized_experts import quantized_experts
 from jettison.ir.ops.quantized_linear import quantized_linear
 from jettison.ir.ops.rotary_embedding import rotary_embedding
 from jettison.ir.ops.scored_attention import scored_attention
@@ -19,6 +21,7 @@ from jettison.ir.ops.write_slots import write_slots
 __all__ = [
     "attention",
     "dequantize_slots",
+    "experts",
     "gated_activation",
     "joint_attention",
     "lut_embedding",
@@ -26,6 +29,7 @@ __all__ = [
     "next_slots",
     "quantize_slots",
     "quantized_embedding",
+    "quantized_experts",
     "quantized_linear",
     "rotary_embedding",
     "scored_attention",

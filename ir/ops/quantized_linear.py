@@ -290,7 +290,13 @@ def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
 
 
 def row_chunks(rows: int, row_weights: int, at_most: int | None = None) -> list[slice]:
-    """Cut `rows` rows of `row_weights` weights into slices of at most `at_most` (`CHUNK_WEIGHTS`) weights, at least one row."""
+    """Cut `rows` rows of `row_weights` weights into slices of at most so many weights, and at least one row.
+
+    Args:
+        rows: How many.
+        row_weights: Of each.
+        at_most: Default `CHUNK_WEIGHTS`.
+    """
     step = max(1, (at_most or CHUNK_WEIGHTS) // max(1, row_weights))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 

@@ -6,8 +6,8 @@ error of its outputs. `UT U = (H + damping * mean(diag H) * I)^-1`, U upper tria
 product for all that is behind it.
 
 Columns are taken in falling order of `H_ii` (`order=activation`), so that those that matter find most others still to
-make up for them. Groups stay where they are: their grids are fitted to the original weights beforehand, so that no index
-of groups has to be stored and no input permuted; with `clip` to the part of each group's range with the least
+make up for them. Groups stay where they are: their grids are fitted to the original weights beforehand, so that no
+index of groups has to be stored and no input permuted; with `clip` to the part of each group's range with the least
 `sum |e|^2.4`.
 
 Rows are independent of each other given H. Columns that were zero in every token are rounded to nearest.

@@ -22,8 +22,8 @@ from jettison.ir.ops.quantized_linear import row_chunks
 from jettison.ir.program import Program
 from jettison.passes.base import describe_node
 from jettison.passes.formats import WeightFormat
-from jettison.passes.methods.input_scaling import Divider, divide_vectors, divided_rows, find_divider
 from jettison.passes.methods.base import InputStatistics, Method
+from jettison.passes.methods.input_scaling import Divider, divide_vectors, divided_rows, find_divider
 
 aten = torch.ops.aten
 

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import onnx
 import onnxruntime
 import pytest
 
 import jettison
+from jettison.ir.errors import UnsupportedError
 from jettison.runtime import prepared
 from jettison.runtime.artifact import Artifact
 
@@ -124,3 +127,14 @@ def test_ctrl_c_leaves_nothing(run, onnx_artifact, cache, monkeypatch):
 
 def test_a_torch_artifact_has_nothing_to_prepare(run, torch_artifact):
     run("prepare", torch_artifact).fails(2, "its target is torch")
+
+
+def test_quantised_experts_are_refused(tmp_path: Path, cache: Path):
+    """With them, a session on prepared weights ends the process."""
+    node = onnx.helper.make_node("QMoE", ["x"], ["y"], domain="com.microsoft")
+    graph = onnx.helper.make_graph([node], "g", [], [])
+    (tmp_path / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    artifact = SimpleNamespace(path=lambda name: tmp_path / name)
+    with pytest.raises(UnsupportedError, match="quantised experts"):
+        prepared.prepare(artifact, ["model.onnx"])
+    assert not cache.exists()

@@ -77,7 +77,7 @@ CASES = [
     case("gemma2", Full(), {ATTENTION: 2}, {**ROTATED, "softcap": 2.0}, head_dim=16),
     case("mistral", Full(), {ATTENTION: 1}, {**ROTATED, "local_window_size": WINDOW}, head_dim=16, **ONE),
     case("mistral", Window(), {ATTENTION: 1}, {"do_rotary": 0, "sliding_window_cache": 1}, **ONE),
-    case("mixtral", Full(), {ATTENTION: 1, "TopK": 1}, {}, **ONE),
+    case("mixtral", Full(), {ATTENTION: 1, "TopK": 1, "com.microsoft::MoE": 1}, {}, **ONE),
     # One layer windowed and one full, both with sinks.
     case("gpt_oss", Window(), {ATTENTION: 2}, {}, head_dim=16),
 ]

@@ -39,7 +39,7 @@ REQUIRED: dict[str, dict[str, int]] = {
     "gpt_neox": {"attention": 2, "layer_norm": 5, "rotary_embedding": 4},
     "phi3": _LLAMA,
     "gemma2": {**_LLAMA, "rms_norm": 9},
-    "mixtral": {**_LLAMA, "gated_activation": 3 * LAYERS},
+    "mixtral": {**_LLAMA, "gated_activation": 0, "experts": LAYERS},
     "falcon": {"attention": 2, "layer_norm": 3, "rotary_embedding": 4},
     "gptj": {"attention": 2, "layer_norm": 3, "rotary_embedding": 4},
 }
@@ -47,7 +47,8 @@ FURTHER: dict[str, dict[str, int]] = {
     "llama_rope_dynamic": _LLAMA,
     "phi3_longrope": _LLAMA,
     "gemma3": {**_LLAMA, "rms_norm": 13},
-    "qwen2_moe": {**_LLAMA, "gated_activation": 4 * LAYERS},
+    "qwen2_moe": {**_LLAMA, "experts": LAYERS},  # beside a shared one
+    "qwen3_moe": {**_LLAMA, "gated_activation": 0, "rms_norm": 9, "experts": LAYERS},
     "olmo2": {**_LLAMA, "rms_norm": 9},
     "stablelm": {"attention": 2, "layer_norm": 5, "rotary_embedding": 4, "gated_activation": 2},
     "cohere": {"attention": 2, "rotary_embedding": 4, "gated_activation": 2},
@@ -58,7 +59,7 @@ FURTHER: dict[str, dict[str, int]] = {
     "gpt_oss": {"attention": 2, "rms_norm": 5, "rotary_embedding": 4},
     "smollm3": {**_LLAMA, "rotary_embedding": 2},
     "glm": _LLAMA,
-    "deepseek_v3": {"attention": 2, "rms_norm": 9},
+    "deepseek_v3": {"attention": 2, "rms_norm": 9, "experts": 1},
 }
 # Captured correctly, and refused by cache-kv, which says why.
 ENCODE_ONLY = {"bloom": "computes positions itself", "mpt": "computes positions itself"}

@@ -179,8 +179,9 @@ def test_experts_merged_at_load(tmp_path: Path):
     folder = _save(model, tmp_path)
     assert any("experts.0.w1" in name for name in Checkpoint.open(folder).names)
     program = _capture_folder(folder)
-    experts = [name for name in program.constants if "experts.down_proj." in name]
-    assert len(experts) == LAYERS * TINY_MODELS["mixtral"].options["num_local_experts"]
+    stacks = [name for name in program.constants if name.endswith("experts.down_proj")]
+    assert len(stacks) == LAYERS
+    assert program.constants[stacks[0]].shape[0] == TINY_MODELS["mixtral"].options["num_local_experts"]
     _assert_computes(program, model)
 
 
@@ -303,6 +304,14 @@ def test_a_live_model_is_left_as_it_was():
 
 def test_a_live_model_with_experts_is_left_as_it_was_and_shares_their_stacks():
     model, program = _capture_in_training("mixtral")
+    stack = model.model.layers[1].mlp.experts.down_proj
+    block = program.constants["model.layers.1.mlp.experts.down_proj"].blocks[0]
+    assert (block.data_ptr(), block.shape) == (stack.data_ptr(), stack.shape)
+
+
+def test_experts_that_become_linears_share_their_stacks_too():
+    """Experts of another kind than `jettison::experts`: each is a constant of its own, and a view."""
+    model, program = _capture_in_training("gpt_oss")
     stack = model.model.layers[1].mlp.experts.down_proj
     for expert in range(stack.shape[0]):
         block = program.constants[f"model.layers.1.mlp.experts.down_proj.{expert}"].blocks[0]

@@ -101,6 +101,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         "Gemma3Text", head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"],
     ),
+    "qwen3_moe": _like_llama("Qwen3Moe", **_EXPERTS, head_dim=8),
     "qwen2_moe": _like_llama("Qwen2Moe", **_EXPERTS, shared_expert_intermediate_size=24),
     "olmo2": _like_llama("Olmo2"),
     "stablelm": _like_llama("StableLm", partial_rotary_factor=0.5),
