@@ -56,7 +56,7 @@ class ChunkedRun:
         Yields:
             The first output of each batch.
         """
-        node = output_node(self._program.entries[self._entry]).args[0][0]  # type: ignore[index]
+        node = output_node(self._program.entries[self._entry]).args[0][0]
         for index in range(len(self._held)):
             single = copy.copy(self)
             single._held, single._inputs = [self._held[index]], [self._inputs[index]]
@@ -111,12 +111,12 @@ class ChunkedRun:
             return
         if node.op != "call_function" or not node.users:
             return
-        table = constants.get(node.args[0]) if node.target is aten.embedding.default else None  # type: ignore[call-overload]
+        table = constants.get(node.args[0]) if node.target is aten.embedding.default else None
         if isinstance(table, Constant):
-            held[node] = embedding_of(table, value(node.args[1]))  # type: ignore[arg-type]
+            held[node] = embedding_of(table, value(node.args[1]))
         else:
             args, kwargs = (fx.map_arg(given, value) for given in (node.args, node.kwargs))
-            held[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            held[node] = node.target(*args, **kwargs)
         here = self._place[node]
         for operand in node.all_input_nodes:
             if self._last_use[operand] <= here:

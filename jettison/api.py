@@ -124,8 +124,7 @@ def optimize(
         source.calibration_sha256 = hashlib.sha256(Path(calibration).read_bytes()).hexdigest()
     program = source.program
     prepare(program)
-    tokens = Calibration(source, None if calibration is None else Path(calibration), *calibration_size, seed=seed)
-    program.calibration = tokens if tokens.is_possible else None
+    tokens = Calibration.of(source, calibration, calibration_size, seed)
     raised = [miss for record in program.history for miss in record.misses]
     program.history.clear()
     before = program_text(program)
@@ -145,6 +144,9 @@ def optimize(
             callback(pass_, record, current)
 
     records = apply(program, chosen, strict=strict, after_each=call_all)
+    # What a pass planned takes its place: the text says what was done.
+    texts = [record.plan or pipeline_text([pass_]) for pass_, record in zip(chosen, records, strict=True)]
+    program.pipeline = ",".join(texts)
     source.calibration_sha256 = tokens.sha256 or source.calibration_sha256
     report = Report(
         model=program.info.name, source=source.name, pipeline=program.pipeline, target=target, passes=records,

@@ -58,6 +58,13 @@ class Calibration:
         # What the model writes is written by the model as it came, whatever passes do before they ask.
         self._program = self.source.program.copy()
 
+    @classmethod
+    def of(cls, source: ModelSource, text: str | Path | None, size: tuple[int, int], seed: int) -> Calibration:
+        """The calibration of a source, which its program can ask from now on, unless there is no text for it."""
+        made = cls(source, None if text is None else Path(text), *size, seed=seed)
+        source.program.calibration = made if made.is_possible else None
+        return made
+
     @property
     def is_possible(self) -> bool:
         """Whether there is a text, or a model that can write one."""

@@ -117,6 +117,12 @@ class Report:
             size = f"{self.calibration['windows']} windows of {self.calibration['length']} tokens"
             console.print(f"calibrated on {size}, {origin}", markup=False, highlight=False)
         for record in self.passes:
+            if record.plan is not None:
+                console.print(
+                    f"{record.name}: predicted {record.predicted_kl:.2e} nats per token, measured "
+                    f"{record.measured_kl:.2e} on the calibration text",
+                    highlight=False,
+                )
             for miss in record.misses:
                 console.print(
                     f"{record.name} did not fire at {miss.node}: {miss.reason}", markup=False, highlight=False

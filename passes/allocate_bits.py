@@ -27,23 +27,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from jettison.ir.errors import OptionError
-from jettison.ir.match import constant_name, is_call
+from jettison.ir.match import is_call
 from jettison.ir.program import MissRecord, PassRecord, Program
 from jettison.ir.progress import track
-from jettison.passes.base import Pass
+from jettison.passes.base import Pass, describe_node
 from jettison.passes.formats import IntGroups, WeightFormat
 from jettison.passes.grammar import format_pipeline
 from jettison.passes.methods import RTN, Method
 from jettison.passes.methods.sensitivity import Choice, Meter, Probe
 from jettison.passes.options import option, to_spec
-from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.passes.quantize_weights import QuantizeWeights, WeightRead
 
 aten = torch.ops.aten
 
@@ -103,11 +103,11 @@ class AllocateBits(Pass):
 
     def _plan(self, program: Program, probe: Probe) -> tuple[list[QuantizeWeights], float]:
         reads, _ = self._everything().find(program)
-        nodes = [read.node for read in reads.get("forward", ())]
-        names = {read.weight for read in reads.get("forward", ())}
-        linears = [node for node in nodes if is_call(node, aten.linear.default)]
-        heads = {constant_name(node.args[1]) for node in linears}
-        tables = {constant_name(node.args[0]) for node in nodes if not is_call(node, aten.linear.default)}
+        priced = [read for read in reads.get("forward", ()) if isinstance(read, WeightRead)]
+        names = {read.weight for read in priced}
+        linears = [read.node for read in priced if is_call(read.node, aten.linear.default)]
+        heads = {read.weight for read in priced if is_call(read.node, aten.linear.default)}
+        tables = {read.weight for read in priced if is_call(read.node, aten.embedding.default)}
         meter = Meter(program, linears, tables, self.formats, self.method, probe)
         with track(self.name, len(names)) as advance:
             choices = meter.by_hessian(advance) if self.metric == "hessian" else meter.by_kl(advance)
@@ -128,7 +128,7 @@ class AllocateBits(Pass):
         for each in self.formats:
             names = [name for name, choice in chosen.items() if choice.format == self.method.adapted(each)]
             if names:
-                options = {"format": each}
+                options: dict[str, Any] = {"format": each}
                 if isinstance(each, IntGroups) and not each.float_zeros:
                     options = {"bits": each.bits, "group": each.group, "symmetric": each.symmetric}
                 steps.append(QuantizeWeights(**options, method=self.method, only=names_pattern(names)))
@@ -151,7 +151,11 @@ class _Planned(Pass):
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Rewrite with each step."""
-        _, misses = self.everything.find(program)
+        found, misses = self.everything.find(program)
+        for read in found.get("forward", ()):
+            if not isinstance(read, WeightRead):
+                reason = "routed experts are not priced; quantize-weights{only='...'} before this pass takes them"
+                misses.append(MissRecord(describe_node(read.node), reason))
         return sum(step.transform(program)[0] for step in self.steps), misses
 
 
@@ -173,7 +177,7 @@ def cheapest(choices: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 
     if least > budget:
         raise OptionError(
             f"[allocate-bits] budget={budget + fixed:,} bytes: the smallest formats of the menu take "
-            f"{least + fixed:,}, of which {fixed:,} are not quantised. Allow at least that much, or add a format with fewer bits."
+            f"{least + fixed:,}, of which {fixed:,} are not quantised. Allow that much, or add a format with fewer bits."
         )
     flat = [(name, index, choice) for name, each in choices.items() for index, choice in enumerate(each)]
     # In units in which the numbers are near one: the solver's tolerances are absolute.

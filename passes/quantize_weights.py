@@ -162,11 +162,10 @@ class QuantizeWeights(Pass):
     def match(self, node: fx.Node, program: Program) -> WeightRead | ExpertsRead | Miss | None:
         """A linear, an embedding or experts of constants that nothing else reads in another way."""
         if is_call(node, experts):
-            found = match_experts(node, program, self._is_skipped)
-            stored = self.stored_format
-            if isinstance(found, ExpertsRead) and (not isinstance(stored, IntGroups) or stored.float_zeros):
+            read, stored = match_experts(node, program, self._is_skipped), self.stored_format
+            if isinstance(read, ExpertsRead) and (not isinstance(stored, IntGroups) or stored.float_zeros):
                 return Miss(f"routed experts are read in integer groups with whole zero points, not in {stored}", node)
-            return found
+            return read
         if not is_call(node, aten.linear.default, aten.embedding.default):
             return self._unquantized_product(node)
         weight = arguments(node)["weight"]

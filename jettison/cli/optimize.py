@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jettison.cli.console import Terminal, size_text
-from jettison.cli.parser import count, divergence, seed
+from jettison.cli.parser import count, divergence, seed, window_size
 from jettison.cli.signals import import_torch
 from jettison.ir.errors import OptionError
 
@@ -43,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text for --check (default: sampled from the model)",
+        help="text that passes are calibrated and checked on (default: written by the model)",
+    )
+    parser.add_argument(
+        "--calibration-size",
+        type=window_size,
+        metavar="WxL",
+        help="windows of that text, and tokens of each, to calibrate on (default: 64x512)",
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of everything random (default: 0)")
     parser.add_argument(
@@ -57,11 +63,6 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         raise OptionError(
             "jettison optimize: nowhere to write the artifact. Add --out DIR, or --dry-run to see the report only."
         )
-    if args.calibration is not None and not args.check and args.max_kl is None:
-        raise OptionError(
-            "jettison optimize: --calibration: no pass calibrates yet (rounding to nearest needs no data), so the "
-            "text would not be read. Add --check or --max-kl to measure the drift on it."
-        )
     if args.out is not None and not args.dry_run:
         from jettison.runtime.artifact import check_destination
 
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     model = jettison.optimize(
         args.model, args.passes, target=args.target, prefill=args.prefill, strict=args.strict, check=args.check,
         max_kl=args.max_kl, calibration=args.calibration, context=args.context, seed=args.seed,
+        **({} if args.calibration_size is None else {"calibration_size": args.calibration_size}),
     )  # fmt: skip
     if not args.dry_run:
         model.save_pretrained(args.out, overwrite=args.overwrite)

@@ -101,6 +101,15 @@ def divergence(text: str) -> float:
     return value
 
 
+def window_size(text: str) -> tuple[int, int]:
+    """Windows of a text and tokens of each, such as 64x512."""
+    windows, _, length = text.partition("x")
+    try:
+        return count(windows), count(length)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"needs windows and tokens of each, such as 64x512, found {text!r}") from error
+
+
 def token_ids(text: str) -> list[int]:
     """Token ids separated by commas or blanks."""
     try:

@@ -1,4 +1,4 @@
-"""`jettison passes`: list every pass and KV-cache policy with its options."""
+"""`jettison passes`: list every pass, KV-cache policy, weight format and rounding method with its options."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from jettison.cli.signals import import_torch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("name", metavar="NAME", nargs="?", help="show all that is documented about this pass or policy")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="show all that is documented about this one")
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Carry the subcommand out; returns the exit code."""
     import_torch()
     from jettison.passes import USER_PASSES
+    from jettison.passes.formats import FORMATS
+    from jettison.passes.methods import METHODS
     from jettison.passes.policies import POLICIES
 
-    passes = [_describe(cls) for cls in USER_PASSES]
-    policies = [_describe(cls) for cls in POLICIES.values()]
+    kinds: dict[str, list[dict[str, Any]]] = {
+        "passes": [_describe(cls) for cls in USER_PASSES],
+        "policies": [_describe(cls) for cls in POLICIES.values()],
+        "formats": [_describe(cls) for cls in FORMATS.values()],
+        "methods": [_describe(cls) for cls in METHODS.values()],
+    }
     if args.name is not None:
         from jettison.passes.options import lookup
 
-        found = lookup(args.name, {entry["name"]: entry for entry in (*passes, *policies)}, "pass or policy", "")
-        passes, policies = ([entry for entry in entries if entry is found] for entries in (passes, policies))
+        named = {entry["name"]: entry for entries in kinds.values() for entry in entries}
+        found = lookup(args.name, named, "pass, policy, format or method", "")
+        kinds = {kind: [entry for entry in entries if entry is found] for kind, entries in kinds.items()}
     if terminal.is_json:
-        terminal.document({"passes": passes, "policies": policies})
+        terminal.document(kinds)
         return 0
     if args.name is not None:
-        _print_document((*passes, *policies)[0], terminal)
+        _print_document(next(entry for entries in kinds.values() for entry in entries), terminal)
         return 0
-    for title, entries in (("Passes", passes), ("\nPolicies of cache-kv", policies)):
+    titles = ("Passes", "\nPolicies of cache-kv", "\nFormats of quantize-weights", "\nMethods of quantize-weights")
+    for title, entries in zip(titles, kinds.values(), strict=True):
         terminal.line(title, style="bold")
         for entry in entries:
             terminal.line()
@@ -51,7 +59,8 @@ def _describe(cls: type) -> dict[str, Any]:
     summary = text.partition("\n\n")[0].replace("\n", " ").strip()
     columns = ("name", "type", "default", "doc")
     options = [dict(zip(columns, row, strict=True)) for row in describe(cls)]
-    return {"name": cls.name, "summary": summary, "options": options, "doc": text}  # type: ignore[attr-defined]
+    name = getattr(cls, "id", None) or cls.name  # type: ignore[attr-defined]
+    return {"name": name, "summary": summary, "options": options, "doc": text}
 
 
 def _print_document(entry: dict[str, Any], terminal: Terminal) -> None:

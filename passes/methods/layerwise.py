@@ -22,7 +22,7 @@ from jettison.ir.ops.quantized_linear import row_chunks
 from jettison.ir.program import Program
 from jettison.passes.base import describe_node
 from jettison.passes.formats import WeightFormat
-from jettison.passes.methods.base import InputStatistics, Method
+from jettison.passes.methods.base import InputStatistics, Method, RowEncoder
 from jettison.passes.methods.input_scaling import Divider, divide_vectors, divided_rows, find_divider
 
 aten = torch.ops.aten
@@ -69,7 +69,7 @@ def encode_weights(
         By name.
     """
     encoded: dict[str, Encoded] = {}
-    encoders = {}
+    encoders: dict[WeightFormat, RowEncoder] = {}
     for weight in weights:
         shape = (weight.shape[0], weight.shape[1])
         chosen = weight_format.adapted(weight.rows, shape, weight.name)
