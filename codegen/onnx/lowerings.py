@@ -93,7 +93,7 @@ def _shift_of_zeros(zeros: Tensor, scales: Tensor, bits: int) -> Tensor:
 
     `(code - zero) * scale = (code - middle) * scale + (middle - zero) * scale`, so that a linear is the symmetric one
     and a product of its sums over groups with the second term: 1 / group of the size. Given to the kernel as they are,
-    float zero points make it decode the whole weight at every call (50 to 350 times the time for one row), and with 8
+    float zero points make it decode the whole weight at every call (15 to 200 times the time for one row), and with 8
     bits it refuses them (benchmarks/results/lut_linear.json).
 
     Args:

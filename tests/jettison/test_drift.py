@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,9 +31,11 @@ from jettison.ir.program import MissRecord, PassRecord, Program
 from jettison.ir.text import program_text
 from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.formats import IntGroups, Lut, Nf4
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.source import open_source
+from tests.helpers import StoreIn
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
 INT4 = "quantize-weights{bits=4,group=32}"
@@ -308,6 +310,19 @@ def test_a_packed_weight_is_read_back(small, options):
     value = dense_value(program, name)
     step = 2 * original.abs().max() / (2 ** options["bits"] - 1)
     assert 0 < (value - original).abs().max() <= step
+
+
+@pytest.mark.parametrize("weight_format", [Nf4(32), Lut(8, per_row=True), IntGroups(3, 32, float_zeros=True)], ids=str)
+def test_a_weight_of_any_format_is_read_back(small, weight_format):
+    program = small.copy()
+    StoreIn(weight_format).run(program)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    original = small.constants[name].value()
+    value = dense_value(program, name)
+    assert float((value - original).norm()) < 0.2 * float(original.norm())
+    assert torch.equal(value, original) == isinstance(weight_format, Lut)
+    program.packed[name] = replace(program.packed[name], format="of-another-tool{bits=1}")
+    assert dense_value(program, name) is None
 
 
 def test_an_encoder_is_compared_by_its_outputs(encoder):

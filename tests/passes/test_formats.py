@@ -40,6 +40,12 @@ def test_pipeline_text_is_read_back(weight_format: WeightFormat):
     assert format_from_text(text) == weight_format
 
 
+def test_only_three_bits_have_no_kernel_on_onnx():
+    refused = [each for each in EVERY if each.unsupported_on("onnx") is not None]
+    assert refused == [each for each in EVERY if isinstance(each, IntGroups) and each.bits == 3]
+    assert all(each.unsupported_on("torch") is None and each.has_table for each in EVERY)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_defaults_and_describes_its_options(name: str):
     made = build(FORMATS[name], Spec(name), where="", registries={})
