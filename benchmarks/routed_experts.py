@@ -52,7 +52,7 @@ class Layer(nn.Module):
         self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, INNER) / INNER**0.5)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits of tokens, through one layer of experts."""
+        """`[B, S]` ids to `[B, S, E]`."""
         x = self.embed(input_ids).reshape(-1, WIDTH)
         weights, indices = torch.softmax(F.linear(x, self.router), -1).topk(CHOICES)
         if not self.gathered:

@@ -120,7 +120,7 @@ class Meter:
         """Each weight alone; see the module docstring. `advance` is told how many weights are done."""
         choices: dict[str, list[Choice]] = {}
         run = ChunkedRun(self._program, "forward", self._probe.batches)
-        for x, names, statistics in self._sites():
+        for x, names, statistics in self._sites(has_statistics=self._method.needs_inputs):
             run.advance(x)
             for name, encoded in self._encoded(names, statistics).items():
                 losses = [self._loss_with({name: each}, run) for each in encoded]
@@ -133,7 +133,7 @@ class Meter:
         choices: dict[str, list[Choice]] = {}
         run = ChunkedRun(self._program, "forward", self._probe.batches)
         block: _Block | None = None
-        for x, names, statistics in self._sites():
+        for x, names, statistics in self._sites(has_statistics=True):
             index = layer_index(names[0])
             if block is None or index is None or block.index != index:
                 choices |= self._close(block)
@@ -152,13 +152,14 @@ class Meter:
         encoded = self._encoded([weight.name], None)[weight.name]
         return _choices(encoded, [self._loss_with({weight.name: each}, None) for each in encoded])
 
-    def _sites(self) -> Iterator[tuple[fx.Node, list[str], InputStatistics]]:
-        """What linears read, in the order of the graph, their weights, and the statistics."""
+    def _sites(self, *, has_statistics: bool) -> Iterator[tuple[fx.Node, list[str], InputStatistics]]:
+        """What linears read, in the order of the graph, their weights, and the statistics, which may be left empty."""
         assert self._program.calibration is not None, "the pass requires it"
         run = ChunkedRun(self._program, "forward", self._program.calibration())
         for x in sorted(self._readers, key=lambda node: self._place[node]):
             statistics = InputStatistics(x.meta["val"].shape[-1])
-            run.advance(x, statistics.add)
+            if has_statistics:
+                run.advance(x, statistics.add)
             yield x, self._readers[x], statistics
 
     def _encoded(self, names: Sequence[str], statistics: InputStatistics | None) -> dict[str, list[Encoded]]:

@@ -27,8 +27,10 @@ from jettison.ir.errors import OptionError
 from jettison.ir.huggingface import source_from_model
 from jettison.optimized_model import OptimizedModel
 from jettison.passes.pipeline import apply, prepare
+from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
+from tests.models.tiny_mixture import mixture_program
 
 KEYS = [
     "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes", "peak_anon_bytes", "weight_bytes", "state_bytes",
@@ -232,3 +234,18 @@ def test_bench_needs_a_decoder(torch_model, monkeypatch):
     monkeypatch.setattr(torch_model, "info", dataclasses.replace(torch_model.info, kind="encoder"))
     with pytest.raises(OptionError, match="is an encoder"):
         bench(torch_model)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_of_experts_a_step_reads_those_that_are_chosen(bits):
+    """Two of four for one row; with many rows all of them, once."""
+    program = mixture_program(48)
+    if bits is not None:
+        QuantizeWeights(bits, skip="embed").run(program)
+    text = str(program).replace("entry forward(", "entry decode(")
+    constants = program.used_constants()
+    stacks = sum(constant.nbytes for name, constant in constants.items() if "gate_up" in name or "down" in name)
+    routers = sum(constant.nbytes for name, constant in constants.items() if "router" in name)
+    row = 4 * constants["embed.weight"].shape[1]
+    assert weight_bytes_per_step(text, 1) == stacks // 2 + routers + row
+    assert weight_bytes_per_step(text, 50) == stacks + routers + 50 * row

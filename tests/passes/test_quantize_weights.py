@@ -17,9 +17,11 @@ from jettison.ir.ops import quantized_embedding, quantized_linear
 from jettison.ir.progress import listening
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.canonicalize_linear import CanonicalizeLinear
+from jettison.passes.formats import FORMATS, Nf4, WeightFormat
 from jettison.passes.formats.int_groups import IntGroups
 from jettison.passes.grammar import format_pipeline, parse_pipeline
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
+from jettison.passes.methods import GPTQ, METHODS, Method
 from jettison.passes.options import build, describe, to_spec
 from jettison.passes.pipeline import prepare
 from jettison.passes.quantize_weights import QuantizeWeights
@@ -36,6 +38,7 @@ from tests.helpers import (
 
 # The package `jettison.ir.ops` has the operator under the name of its module.
 quantized_linear_module = importlib.import_module("jettison.ir.ops.quantized_linear")
+REGISTRIES = {WeightFormat: FORMATS, Method: METHODS}
 # Not a multiple of any group: the last group of a row is padded.
 WIDTH = 40
 
@@ -248,7 +251,7 @@ def test_no_weight_is_ever_held_dense(monkeypatch):
     monkeypatch.setattr(quantized_linear_module, "CHUNK_WEIGHTS", 200)
     monkeypatch.setattr(Constant, "rows", watched_rows)
     monkeypatch.setattr(Constant, "value", watched_value)
-    monkeypatch.setattr("jettison.passes.quantize_weights.scratch_tensor", watched_scratch)
+    monkeypatch.setattr("jettison.passes.methods.layerwise.scratch_tensor", watched_scratch)
     QuantizeWeights().run(program)
     assert max(asked) == 200
     assert sum(asked) == 61 * 40 + 72 * 40 + 40 * 72
@@ -413,12 +416,14 @@ def test_refuses_weights_that_are_not_finite(value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, r"bits=3: needs 8 or 4"),
-        ({"bits": 2}, r"bits=2: needs 8 or 4"),
-        ({"bits": "4"}, r"bits='4': needs 8 or 4"),
-        ({"bits": True}, r"bits=True: needs 8 or 4"),
-        ({"group": 48}, r"group=48: needs 32 or 64 or 128"),
+        ({"bits": 5}, r"bits=5: needs one of 8, 4, 3, 2"),
+        ({"bits": "4"}, r"bits='4': needs one of 8, 4, 3, 2"),
+        ({"bits": True}, r"bits=True: needs one of 8, 4, 3, 2"),
+        ({"group": 48}, r"group=48: needs one of 32, 64, 128"),
         ({"symmetric": 1}, r"symmetric=1: needs true or false"),
+        ({"bits": 4, "format": "int8"}, r"format=int8 with bits=4: leave one of them out"),
+        ({"bits": 4, "format": Nf4()}, r"format=nf4.* with bits=4: needs the options of the format inside its braces"),
+        ({"only": "mlp["}, r"only='mlp\[': needs a regular expression"),
         ({"skip": "mlp["}, r"skip='mlp\[': needs a regular expression \(unterminated character set"),
         ({"skip": 3}, r"skip=3: needs a regular expression"),
     ],
@@ -434,24 +439,28 @@ def test_refuses_options(options, message):
         ("quantize-weights", QuantizeWeights()),
         ("quantize-weights{bits=8,group=128,symmetric=true}", QuantizeWeights(8, 128, True)),
         (r"quantize-weights{skip='lm_head|\.0\.'}", QuantizeWeights(skip=r"lm_head|\.0\.")),
+        ("quantize-weights{format=int8,group=64}", QuantizeWeights(8, 64)),
+        ("quantize-weights{format=nf4{group=64}}", QuantizeWeights(format=Nf4(group=64))),
+        ("quantize-weights{method=gptq,damping=0.05}", QuantizeWeights(method=GPTQ(damping=0.05))),
     ],
 )
 def test_text(text, expected):
     (spec,) = parse_pipeline(text)
-    built = build(QuantizeWeights, spec, where=text, registries={})
+    built = build(QuantizeWeights, spec, where=text, registries=REGISTRIES)
     assert built == expected
     (again,) = parse_pipeline(format_pipeline([to_spec(built)]))
-    assert build(QuantizeWeights, again, where="", registries={}) == expected
+    assert build(QuantizeWeights, again, where="", registries=REGISTRIES) == expected
 
 
 def test_text_that_is_wrong_points_at_the_column():
     text = "quantize-weights{skip='mlp['}"
     (spec,) = parse_pipeline(text)
     with pytest.raises(OptionError, match="pipeline, column 1"):
-        build(QuantizeWeights, spec, where=text, registries={})
+        build(QuantizeWeights, spec, where=text, registries=REGISTRIES)
 
 
 def test_options_are_described():
     assert [(name, default) for name, _, default, _ in describe(QuantizeWeights)] == [
-        ("bits", "4"), ("group", "32"), ("symmetric", "false"), ("skip", "none"),
+        ("bits", "none"), ("group", "none"), ("symmetric", "none"), ("format", "none"), ("method", "rtn"),
+        ("skip", "none"), ("only", "none"),
     ]  # fmt: skip
