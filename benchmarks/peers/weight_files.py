@@ -1,4 +1,4 @@
-"""What every weight quantiser of this folder reads and writes; `weights_peers.py` calls them and scores what they wrote.
+"""What every weight quantiser of this folder reads and writes; `weights_peers.py` calls them and scores what they make.
 
 Each runs as `python run_TOOL.py MODEL_FOLDER REQUEST.json OUT_FOLDER` in the virtual environment of its tool.
 REQUEST.json holds `settings` (a list; each has a `name`, and what the docstring of the script says) and `windows`
@@ -101,16 +101,18 @@ def relative_error(weight: Tensor, decoded: Tensor) -> float:
     return ((weight - decoded).double().square().sum() / weight.double().square().sum()).item()
 
 
+def _encoded_linears(original: dict[str, Tensor], found: Found) -> list[str]:
+    return [name for name in found.stored if name in original and is_linear(name, original[name])]
+
+
 def byte_counts(original: dict[str, Tensor], found: Found) -> dict[str, Any]:
     """Bytes of the linears and of the whole model, in full.
 
-    In `linear_bytes_16` every scale counts as 16 bits, so that a tool that was given an fp32 model and keeps fp32 scales
-    compares with one that keeps 16-bit ones. A head that the tool encoded beside its tied table counts on top of it.
+    In `linear_bytes_16` every scale counts as 16 bits, so that a tool that was given an fp32 model, and so keeps fp32
+    scales, compares with one that keeps 16-bit ones. A head that was encoded beside its tied table counts on top of it.
     """
-    linears = [each for name, each in found.stored.items() if name in original and is_linear(name, original[name])]
-    weights = sum(
-        original[name].numel() for name in found.stored if name in original and is_linear(name, original[name])
-    )
+    names = _encoded_linears(original, found)
+    linears, weights = [found.stored[name] for name in names], sum(original[name].numel() for name in names)
     linear_bytes = sum(each.total for each in linears)
     linear_bytes_16 = linear_bytes - sum(each.floats * (each.float_itemsize - 2) for each in linears)
     dense = sum(value.numel() for name, value in original.items() if name not in found.stored)
@@ -129,11 +131,7 @@ def byte_counts(original: dict[str, Tensor], found: Found) -> dict[str, Any]:
 
 def _errors(original: dict[str, Tensor], found: Found) -> dict[str, float]:
     """Relative errors of the decoded linears: largest and mean."""
-    errors = [
-        relative_error(original[name], found.weights[name])
-        for name in found.stored
-        if name in original and is_linear(name, original[name])
-    ]
+    errors = [relative_error(original[name], found.weights[name]) for name in _encoded_linears(original, found)]
     return {"largest": max(errors), "mean": sum(errors) / len(errors)} if errors else {}
 
 

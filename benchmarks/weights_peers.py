@@ -1,0 +1,293 @@
+"""What the weights of other quantisers cost in KL and bytes, beside our own `quantize-weights`, scored in one place.
+
+    python benchmarks/weights_peers.py --text FILE --calibration FILE --scratch FOLDER [--llm-compressor PYTHON]
+        [--nncf PYTHON] [--onnxruntime PYTHON] [--models FOLDER ...] [--encoder FOLDER]
+
+Each PYTHON is that of a virtual environment with one tool; `peers/run_*.py` say how to make it, and what the settings
+mean. They leave dequantised weights and byte counts in SCRATCH; a setting whose figures are there is not run again.
+Every tool is given the same calibration windows. A decoder with the weights of a tool in fp32, its own where the tool
+left them alone, is scored by `jettison.evaluate` against the eager model. An encoder is scored on sentences of the
+text: the mean cosine between its embedding of a sentence and that of the original, and the rank correlation (Spearman)
+of all pairs' similarities. Writes benchmarks/results/weights_peers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from record import environment, write
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import jettison
+from jettison.evaluate import EagerReference, evaluate
+from jettison.sample_text import cut_windows, text_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "examples" / "models"
+SCRIPTS = {"llm-compressor": "run_llm_compressor.py", "nncf": "run_nncf.py", "onnxruntime": "run_ort_quantizer.py"}
+CALIBRATION_WINDOWS, CALIBRATION_TOKENS, ENCODER_TOKENS = 64, 512, 128
+# AWQ of llm-compressor runs every parent module twenty times per window; a quarter of the windows keeps it in minutes.
+AWQ_WINDOWS = 16
+WINDOW = 1024
+SENTENCES = 200
+CACHE = "cache-kv{policy=full}"
+OURS = tuple(
+    f"quantize-weights{{bits=4,group={group},symmetric={symmetric},skip='embed|lm_head'}},{CACHE}"
+    for group in (32, 64, 128)
+    for symmetric in ("false", "true")
+)
+Setting = dict[str, Any]
+
+
+def llm_compressor_settings() -> list[Setting]:
+    """Linears only unless `whole`; fp32 but for one in the dtype of the checkpoints."""
+
+    def one(method: str, bits: int, group: int, symmetric: bool, **more: Any) -> Setting:
+        kind = "sym" if symmetric else "asym"
+        extra = "".join(f"-{value if isinstance(value, str) else key}" for key, value in more.items())
+        name = f"{method}-w{bits}g{group}-{kind}{extra}"
+        base = {"name": name, "method": method, "bits": bits, "group": group, "symmetric": symmetric}
+        return {**base, "dtype": "float32", "whole": False, **more}
+
+    gptq = [one("gptq", bits, group, True) for bits in (4, 3) for group in (128, 32)]
+    gptq += [one("gptq", bits, 128, False) for bits in (4, 3)] + [one("gptq", 4, 32, False)]
+    gptq += [one("gptq", bits, 128, False, observer="mse") for bits in (4, 3)]
+    gptq += [one("gptq", 4, 128, True, dtype="bfloat16"), one("gptq", 4, 128, True, whole=True)]
+    rounded = [one("rtn", bits, 128, symmetric) for bits in (4, 3) for symmetric in (True, False)]
+    return [*gptq, *rounded, one("awq", 4, 128, False, windows=AWQ_WINDOWS)]
+
+
+def nncf_settings() -> list[Setting]:
+    """Without and with data; `tables` say what becomes of the embedding and the head."""
+
+    def one(mode: str, group: int, tables: str = "dense", **options: bool) -> Setting:
+        name = "-".join([mode.replace("_", "-"), f"g{group}", *options, *([tables] if tables != "dense" else [])])
+        return {"name": name, "mode": mode, "group": group, "tables": tables, "options": options}
+
+    plain = [one(mode, group) for mode in ("int4_asym", "int4_sym") for group in (128, 64, 32)]
+    with_data: list[Setting] = []
+    for mode in ("int4_asym", "int4_sym", "int3_sym"):
+        with_data += [one(mode, 128, gptq=True), one(mode, 128, scale_estimation=True)]
+        with_data.append(one(mode, 128, gptq=True, scale_estimation=True))
+    with_data += [one("int4_asym", 32, gptq=True), one("int4_asym", 128, awq=True)]
+    with_data.append(one("int4_asym", 128, awq=True, scale_estimation=True))
+    whole = [one("int4_asym", 128, "backup"), one("int4_asym", 128, "primary"), one("int4_sym", 128, "primary")]
+    return [*plain, one("int3_sym", 128), one("int3_sym", 32), one("nf4", 64), *with_data, *whole]
+
+
+def onnxruntime_settings() -> list[Setting]:
+    """Its round to nearest (`default`), HQQ, k_quant, and the round to nearest of its copy of Neural Compressor."""
+
+    def one(method: str, bits: int, group: int, symmetric: bool = False, whole: bool = False) -> Setting:
+        name = f"{method}-w{bits}g{group}-{'sym' if symmetric else 'asym'}{'-whole' if whole else ''}"
+        base = {"name": name, "method": method, "bits": bits, "group": group, "symmetric": symmetric}
+        return {**base, "dtype": "float32", "whole": whole}
+
+    found = []
+    for group in (128, 64, 32):
+        found += [one("default", 4, group, True), one("default", 4, group), one("hqq", 4, group)]
+        found.append(one("k_quant", 4, group))
+    found += [one("rtn", 4, 128, True), one("default", 2, 32), one("hqq", 2, 32), one("default", 3, 128)]
+    return [*found, one("default", 4, 128, whole=True), one("hqq", 4, 128, whole=True)]
+
+
+SETTINGS: dict[str, Callable[[], list[Setting]]] = {
+    "llm-compressor": llm_compressor_settings,
+    "nncf": nncf_settings,
+    "onnxruntime": onnxruntime_settings,
+}
+
+
+def calibration_windows(folder: Path, text: str, is_encoder: bool) -> list[list[int]]:
+    """Windows of equal length, spread evenly over the text; those of an encoder begin and end with its tokens."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    length = ENCODER_TOKENS - 2 if is_encoder else CALIBRATION_TOKENS
+    windows = cut_windows(tokens, length)
+    chosen = [windows[index * len(windows) // CALIBRATION_WINDOWS] for index in range(CALIBRATION_WINDOWS)]
+    if is_encoder:
+        return [[tokenizer.cls_token_id, *window, tokenizer.sep_token_id] for window in chosen]
+    return chosen
+
+
+def run_peer(tool: str, python: str, folder: Path, windows: list[list[int]], scratch: Path) -> None:
+    """Let a tool do the settings whose figures are not there yet, a process for each number of windows."""
+    out = scratch / folder.name / tool
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [each for each in SETTINGS[tool]() if not (out / f"{each['name']}.json").is_file()]
+    for count in sorted({each.get("windows", len(windows)) for each in todo}, reverse=True):
+        settings = [each for each in todo if each.get("windows", len(windows)) == count]
+        spread = [windows[index * len(windows) // count] for index in range(count)]
+        request = out / "request.txt"
+        request.write_text(json.dumps({"settings": settings, "windows": spread}))
+        script = ROOT / "benchmarks" / "peers" / SCRIPTS[tool]
+        with (out / "log.txt").open("a") as log:
+            command = [python, str(script), str(folder), str(request), str(out)]
+            subprocess.run(command, check=True, stdout=log, stderr=log)
+
+
+def write_folder(source: Path, changed: dict[str, Tensor], target: Path) -> None:
+    """A copy of a model's folder in fp32 with some weights replaced; a head of its own ties no more."""
+    weights = {name: value.float() for name, value in load_file(source / "model.safetensors").items()}
+    unknown = set(changed) - set(weights) - {"lm_head.weight"}
+    if unknown:
+        raise SystemExit(f"{source.name}: found weights {sorted(unknown)[:3]}, needs names of the folder's tensors")
+    config = json.loads((source / "config.json").read_text())
+    if "lm_head.weight" in changed:
+        config["tie_word_embeddings"] = False
+    config["dtype"] = "float32"
+    save_file({name: value.contiguous() for name, value in (weights | changed).items()}, target / "model.safetensors")
+    (target / "config.json").write_text(json.dumps(config))
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, target)
+
+
+class RememberedReference(EagerReference):
+    """An eager model that runs each window once."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.known: dict[tuple[int, ...], Tensor] = {}
+
+    def logits(self, tokens: Any) -> Tensor:
+        """See `EagerReference.logits`."""
+        key = tuple(tokens)
+        if key not in self.known:
+            self.known[key] = super().logits(tokens)
+        return self.known[key]
+
+
+def decoder_scorer(folder: Path, text: str, windows: int) -> tuple[Callable[[dict[str, Tensor]], Any], list[Any]]:
+    """A function from changed weights to measures, and the rows of our own pass on the same windows."""
+    full = jettison.optimize(folder, CACHE, target="torch")
+    chosen = cut_windows(text_tokens(full.tokenizer, text), WINDOW)[:windows]
+    reference = RememberedReference(folder)
+
+    def measures(model: Any) -> dict[str, Any]:
+        found = evaluate(model, windows=chosen, reference=reference).as_dict()
+        return {name: found[name] for name in ("kl", "perplexity", "top1_agreement", "tokens", "weight_bytes")}
+
+    def score(changed: dict[str, Tensor]) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as target:
+            write_folder(folder, changed, Path(target))
+            found = measures(jettison.optimize(target, CACHE, target="torch"))
+        del found["weight_bytes"]  # those of the fp32 copy
+        return found
+
+    ours = []
+    for pipeline in (CACHE, *OURS):
+        model = jettison.optimize(folder, pipeline, target="torch")
+        ours.append({"tool": "jettison", "name": model.report.pipeline, **measures(model)})
+        print(folder.name, ours[-1], flush=True)
+    return score, ours
+
+
+def sentences_of(text: str) -> list[str]:
+    """Sentences spread evenly over a text."""
+    found = [each.strip() for each in re.split(r"(?<=[.!?])\s+", text) if 40 <= len(each.strip()) <= 300]
+    return [found[index * len(found) // SENTENCES] for index in range(SENTENCES)]
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Rank of each value."""
+    return values.argsort().argsort().double()
+
+
+def encoder_scorer(folder: Path, text: str) -> Callable[[dict[str, Tensor]], Any]:
+    """A function from changed weights to how near the sentence embeddings stay."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    sentences = sentences_of(text)
+    inputs = tokenizer(sentences, padding=True, truncation=True, max_length=ENCODER_TOKENS, return_tensors="pt")
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    upper = torch.triu(torch.ones(SENTENCES, SENTENCES, dtype=torch.bool), 1)
+
+    def embed(changed: dict[str, Tensor]) -> Tensor:
+        model.load_state_dict(original | changed, strict=True)
+        with torch.no_grad():
+            hidden = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][..., None].float()
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    reference = embed({})
+    expected = (reference @ reference.T)[upper]
+
+    def score(changed: dict[str, Tensor]) -> dict[str, Any]:
+        found = embed(changed)
+        cosines = (found * reference).sum(-1)
+        pairs = torch.stack([ranks((found @ found.T)[upper]), ranks(expected)])
+        return {"cosine": cosines.mean().item(), "smallest_cosine": cosines.min().item(),
+                "rank_correlation": torch.corrcoef(pairs)[0, 1].item()}  # fmt: skip
+
+    return score
+
+
+def rows_of(folder: Path, tools: Iterable[str], scratch: Path, score: Callable[[dict[str, Tensor]], Any]) -> list[Any]:
+    """What each tool left for a model, scored."""
+    rows = []
+    for tool in tools:
+        for setting in SETTINGS[tool]():
+            path = scratch / folder.name / tool / f"{setting['name']}.json"
+            if not path.is_file():
+                continue
+            about = json.loads(path.read_text())
+            row = {"tool": tool, "name": setting["name"]}
+            if "error" in about:
+                rows.append({**row, "error": about["error"][:300]})
+                continue
+            measures = score(load_file(path.with_suffix(".safetensors")))
+            kept = ("seconds", "encoded", "bytes", "relative_error", "notes", "setting", "versions")
+            rows.append({**row, **measures, **{key: about[key] for key in kept}})
+            path.with_suffix(".score.txt").write_text(json.dumps(measures))
+            print(folder.name, tool, setting["name"], measures, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run the peers, score, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--scratch", required=True, type=Path)
+    parser.add_argument("--windows", type=int, default=16, help="windows of the text that are scored")
+    parser.add_argument("--models", nargs="*", type=Path, default=[MODELS / "tiny-llama", MODELS / "tiny-opt"])
+    parser.add_argument("--encoder", type=Path)
+    parser.add_argument("--run-only", action="store_true", help="leave scoring to a later call")
+    for tool in SCRIPTS:
+        parser.add_argument(f"--{tool}", metavar="PYTHON")
+    arguments = parser.parse_args()
+    before = environment()
+    text, calibration = Path(arguments.text).read_text(), Path(arguments.calibration).read_text()
+    encoders = [] if arguments.encoder is None else [arguments.encoder]
+    figures: dict[str, Any] = {"windows": arguments.windows, "models": {}}
+    for folder in (*arguments.models, *encoders):
+        windows = calibration_windows(folder, calibration, folder in encoders)
+        for tool in SCRIPTS:
+            python = getattr(arguments, tool.replace("-", "_"))
+            if python is not None:
+                run_peer(tool, python, folder.resolve(), windows, arguments.scratch)
+        if arguments.run_only:
+            continue
+        if folder in encoders:
+            rows: list[Any] = []
+            score = encoder_scorer(folder, text)
+        else:
+            score, rows = decoder_scorer(folder, text, arguments.windows)
+        figures["models"][folder.name] = [*rows, *rows_of(folder, SCRIPTS, arguments.scratch, score)]
+    if not arguments.run_only:
+        print(write("weights_peers", figures, before))
+
+
+if __name__ == "__main__":
+    main()
