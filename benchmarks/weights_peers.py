@@ -60,12 +60,12 @@ def llm_compressor_settings() -> list[Setting]:
         base = {"name": name, "method": method, "bits": bits, "group": group, "symmetric": symmetric}
         return {**base, "dtype": "float32", "whole": False, **more}
 
-    gptq = [one("gptq", bits, group, True) for bits in (4, 3) for group in (128, 32)]
-    gptq += [one("gptq", bits, 128, False) for bits in (4, 3)] + [one("gptq", 4, 32, False)]
-    gptq += [one("gptq", bits, 128, False, observer="mse") for bits in (4, 3)]
-    gptq += [one("gptq", 4, 128, True, dtype="bfloat16"), one("gptq", 4, 128, True, whole=True)]
     rounded = [one("rtn", bits, 128, symmetric) for bits in (4, 3) for symmetric in (True, False)]
-    return [*gptq, *rounded, one("awq", 4, 128, False, windows=AWQ_WINDOWS)]
+    gptq = [one("gptq", 4, 128, True), one("gptq", 3, 128, True), one("gptq", 4, 128, False)]
+    gptq += [one("gptq", bits, 128, False, observer="mse") for bits in (4, 3)]
+    gptq += [one("gptq", 4, 128, True, whole=True), one("gptq", 4, 32, True), one("gptq", 3, 128, False)]
+    gptq += [one("gptq", 4, 128, True, dtype="bfloat16"), one("gptq", 4, 32, False)]
+    return [*rounded, *gptq, one("awq", 4, 128, False, windows=AWQ_WINDOWS)]
 
 
 def nncf_settings() -> list[Setting]:

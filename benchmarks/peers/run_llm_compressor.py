@@ -89,7 +89,7 @@ def compress(folder: str, setting: dict[str, Any], windows: list[list[int]], out
     if needs_data:
         options = {
             "dataset": calibration, "num_calibration_samples": len(windows), "max_seq_length": len(windows[0]),
-            "shuffle_calibration_samples": False,
+            "shuffle_calibration_samples": False, "batch_size": 8,
         }  # fmt: skip
     oneshot(model=model, recipe=recipe(setting), tie_word_embeddings=not setting["whole"], **options)
     model.save_pretrained(out, save_compressed=True)

@@ -6,8 +6,8 @@ Runs in a virtual environment of its own (its HQQ needs torch):
 
 See `weight_files.py` for what goes in and out. A setting has `method` (`default`, which is round to nearest by MLAS,
 `hqq`, `k_quant`, or `rtn`, which is that of its copy of Neural Compressor), `bits`, `group`, `symmetric`, `dtype` (of
-the model that the quantiser is given, hence of its scales) and `whole`: the head too, and with `default` the token
-embedding by `GatherBlockQuantized`.
+the model that the quantiser is given, hence of its scales) and `whole`: a decoder's head too, and with `default` the
+token embedding by `GatherBlockQuantized`.
 
 These methods look at one matrix at a time and at no data, so the graph they are given is one MatMul per linear, each
 behind an input of its own, and no export of anybody's comes between. What they stored is decoded here by the layout of
@@ -16,8 +16,10 @@ behind an input of its own, and no export of anybody's comes between. What they 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,6 +105,12 @@ def decode(node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> tuple[np.n
     if len(node.input) > 3 and node.input[3]:
         given = constants[node.input[3]]
         stored.zero_points = given.nbytes
+        per_row = math.ceil(blocks * bits / 8)
+        if given.dtype == np.uint8 and given.size != rows * per_row:
+            raise ValueError(
+                f"{node.output[0]}: found {given.size} bytes of zero points for {rows} rows of {blocks} blocks, where "
+                f"MatMulNBits reads {rows * per_row}: every row begins with a byte of its own"
+            )
         if given.dtype == np.uint8:
             zeros = unpack(given.reshape(rows, -1), bits)[:, :blocks, None].astype(np.float32)
         else:
@@ -156,7 +164,9 @@ def quantise(folder: str, setting: dict[str, Any], windows: list[list[int]]) -> 
     table = None
     if setting["whole"]:
         table = weights[table_name(weights)].numpy().astype(dtype)
-        matrices["lm_head.weight"] = table
+        config = json.loads((Path(folder) / "config.json").read_text())
+        if any("CausalLM" in name for name in config["architectures"]):
+            matrices["lm_head.weight"] = table
     takes_table = table is not None and setting["method"] == "default" and setting["bits"] == 4
     model = quantised_model(build_model(matrices, table if takes_table else None), setting, takes_table)
     constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
