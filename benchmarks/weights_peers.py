@@ -6,27 +6,27 @@
 Each PYTHON is that of a virtual environment with one tool; `peers/run_*.py` say how to make it, and what the settings
 mean. They leave dequantised weights and byte counts in SCRATCH; a setting whose figures are there is not run again.
 Every tool is given the same calibration windows. A decoder with the weights of a tool in fp32, its own where the tool
-left them alone, is scored by `jettison.evaluate` against the eager model. An encoder is scored on sentences of the
-text: the mean cosine between its embedding of a sentence and that of the original, and the rank correlation (Spearman)
-of all pairs' similarities. Writes benchmarks/results/weights_peers.json.
+left them alone, is scored against the eager model as `jettison.evaluate` defines it. The encoder, a folder with
+all-MiniLM-L6-v2, is scored on sentences of the text: the mean cosine between its embedding of a sentence and that of
+the original, and the rank correlation (Spearman) of all pairs' similarities. Scores are remembered in SCRATCH too.
+Writes benchmarks/results/weights_peers.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from record import environment, write
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import jettison
@@ -42,6 +42,8 @@ AWQ_WINDOWS = 16
 WINDOW = 1024
 SENTENCES = 200
 CACHE = "cache-kv{policy=full}"
+HEAD = "lm_head.weight"
+ENCODER = "all-MiniLM-L6-v2"
 OURS = tuple(
     f"quantize-weights{{bits=4,group={group},symmetric={symmetric},skip='embed|lm_head'}},{CACHE}"
     for group in (32, 64, 128)
@@ -77,13 +79,12 @@ def nncf_settings() -> list[Setting]:
 
     plain = [one(mode, group) for mode in ("int4_asym", "int4_sym") for group in (128, 64, 32)]
     with_data: list[Setting] = []
-    for mode in ("int4_asym", "int4_sym", "int3_sym"):
-        with_data += [one(mode, 128, gptq=True), one(mode, 128, scale_estimation=True)]
-        with_data.append(one(mode, 128, gptq=True, scale_estimation=True))
-    with_data += [one("int4_asym", 32, gptq=True), one("int4_asym", 128, awq=True)]
-    with_data.append(one("int4_asym", 128, awq=True, scale_estimation=True))
+    for options in ({"gptq": True}, {"scale_estimation": True}, {"gptq": True, "scale_estimation": True}):
+        with_data += [one(mode, 128, **options) for mode in ("int4_asym", "int4_sym", "int3_sym")]
+    with_data += [one("int4_asym", 128, awq=True), one("int4_asym", 128, awq=True, scale_estimation=True)]
+    with_data.append(one("int4_asym", 32, gptq=True))
     whole = [one("int4_asym", 128, "backup"), one("int4_asym", 128, "primary"), one("int4_sym", 128, "primary")]
-    return [*plain, one("int3_sym", 128), one("int3_sym", 32), one("nf4", 64), *with_data, *whole]
+    return [*plain, one("int3_sym", 128), one("int3_sym", 32), one("nf4", 64), *whole, *with_data]
 
 
 def onnxruntime_settings() -> list[Setting]:
@@ -137,60 +138,61 @@ def run_peer(tool: str, python: str, folder: Path, windows: list[list[int]], scr
             subprocess.run(command, check=True, stdout=log, stderr=log)
 
 
-def write_folder(source: Path, changed: dict[str, Tensor], target: Path) -> None:
-    """A copy of a model's folder in fp32 with some weights replaced; a head of its own ties no more."""
-    weights = {name: value.float() for name, value in load_file(source / "model.safetensors").items()}
-    unknown = set(changed) - set(weights) - {"lm_head.weight"}
-    if unknown:
-        raise SystemExit(f"{source.name}: found weights {sorted(unknown)[:3]}, needs names of the folder's tensors")
-    config = json.loads((source / "config.json").read_text())
-    if "lm_head.weight" in changed:
-        config["tie_word_embeddings"] = False
-    config["dtype"] = "float32"
-    save_file({name: value.contiguous() for name, value in (weights | changed).items()}, target / "model.safetensors")
-    (target / "config.json").write_text(json.dumps(config))
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, target)
+class DecoderScorer:
+    """KL divergence and perplexity of a decoder with other weights, as `jettison.evaluate` defines them.
 
+    Both sides are the eager model; a captured one would be captured again for every row.
 
-class RememberedReference(EagerReference):
-    """An eager model that runs each window once."""
+    Args:
+        folder: Hugging Face folder.
+        text: Unseen text.
+        windows: How many windows of it are scored.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.known: dict[tuple[int, ...], Tensor] = {}
+    def __init__(self, folder: Path, text: str, windows: int) -> None:
+        self.folder = folder
+        tokenizer = jettison.optimize(folder, CACHE, target="torch").tokenizer
+        self.windows = cut_windows(text_tokens(tokenizer, text), WINDOW)[:windows]
+        self.original = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+        self.expected = [logits.double().log_softmax(-1) for logits in self.logits({})]
 
-    def logits(self, tokens: Any) -> Tensor:
-        """See `EagerReference.logits`."""
-        key = tuple(tokens)
-        if key not in self.known:
-            self.known[key] = super().logits(tokens)
-        return self.known[key]
+    def logits(self, changed: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Logits `[W - 1, V] f32` of each window; a head among the changed weights ties no more."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        if HEAD in changed:
+            model.lm_head.weight = torch.nn.Parameter(changed[HEAD])
+        unknown = model.load_state_dict({**self.original, **changed}, strict=False).unexpected_keys
+        if unknown:
+            raise SystemExit(f"{self.folder.name}: found weights {unknown[:3]}, needs names of its parameters")
+        eager = EagerReference(model)
+        for window in self.windows:
+            yield eager.logits(window[:-1])
 
+    def __call__(self, changed: dict[str, Tensor]) -> dict[str, Any]:
+        """Measures of changed weights."""
+        divergence, likelihood, agreed, tokens = 0.0, 0.0, 0, 0
+        for window, log_p, logits in zip(self.windows, self.expected, self.logits(changed), strict=True):
+            log_q = logits.double().log_softmax(-1)
+            divergence += (log_p.exp() * (log_p - log_q)).sum().item()
+            likelihood += log_q.gather(-1, torch.tensor(window[1:])[:, None]).sum().item()
+            agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            tokens += len(window) - 1
+        return {"kl": divergence / tokens, "perplexity": math.exp(-likelihood / tokens),
+                "top1_agreement": agreed / tokens, "tokens": tokens}  # fmt: skip
 
-def decoder_scorer(folder: Path, text: str, windows: int) -> tuple[Callable[[dict[str, Tensor]], Any], list[Any]]:
-    """A function from changed weights to measures, and the rows of our own pass on the same windows."""
-    full = jettison.optimize(folder, CACHE, target="torch")
-    chosen = cut_windows(text_tokens(full.tokenizer, text), WINDOW)[:windows]
-    reference = RememberedReference(folder)
-
-    def measures(model: Any) -> dict[str, Any]:
-        found = evaluate(model, windows=chosen, reference=reference).as_dict()
-        return {name: found[name] for name in ("kl", "perplexity", "top1_agreement", "tokens", "weight_bytes")}
-
-    def score(changed: dict[str, Tensor]) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as target:
-            write_folder(folder, changed, Path(target))
-            found = measures(jettison.optimize(target, CACHE, target="torch"))
-        del found["weight_bytes"]  # those of the fp32 copy
-        return found
-
-    ours = []
-    for pipeline in (CACHE, *OURS):
-        model = jettison.optimize(folder, pipeline, target="torch")
-        ours.append({"tool": "jettison", "name": model.report.pipeline, **measures(model)})
-        print(folder.name, ours[-1], flush=True)
-    return score, ours
+    def ours(self) -> list[dict[str, Any]]:
+        """Rows of our own pass on the same windows, by `evaluate`; the first is exact and shows that both agree."""
+        rows = []
+        reference = EagerReference(self.folder)
+        for pipeline in (CACHE, *OURS):
+            model = jettison.optimize(self.folder, pipeline, target="torch")
+            found = evaluate(model, windows=self.windows, reference=reference).as_dict()
+            kept = {name: found[name] for name in ("kl", "perplexity", "top1_agreement", "tokens", "weight_bytes")}
+            rows.append({"tool": "jettison", "name": model.report.pipeline, **kept})
+            print(self.folder.name, rows[-1], flush=True)
+        return rows
 
 
 def sentences_of(text: str) -> list[str]:
@@ -233,24 +235,37 @@ def encoder_scorer(folder: Path, text: str) -> Callable[[dict[str, Tensor]], Any
     return score
 
 
-def rows_of(folder: Path, tools: Iterable[str], scratch: Path, score: Callable[[dict[str, Tensor]], Any]) -> list[Any]:
+def scored(path: Path, key: str, score: Callable[[dict[str, Tensor]], Any]) -> dict[str, Any]:
+    """Measures of the weights in a file, remembered beside it as long as the file is the same."""
+    memory = path.with_suffix(".score.txt")
+    stamp = [key, path.stat().st_mtime]
+    if memory.is_file():
+        known = json.loads(memory.read_text())
+        if known["stamp"] == stamp:
+            return known["measures"]
+    measures = score(load_file(path))
+    memory.write_text(json.dumps({"stamp": stamp, "measures": measures}))
+    return measures
+
+
+def rows_of(
+    folder: Path, name: str, scratch: Path, key: str, score: Callable[[dict[str, Tensor]], Any]
+) -> list[dict[str, Any]]:
     """What each tool left for a model, scored."""
     rows = []
-    for tool in tools:
-        for setting in SETTINGS[tool]():
-            path = scratch / folder.name / tool / f"{setting['name']}.json"
-            if not path.is_file():
-                continue
-            about = json.loads(path.read_text())
-            row = {"tool": tool, "name": setting["name"]}
-            if "error" in about:
-                rows.append({**row, "error": about["error"][:300]})
-                continue
-            measures = score(load_file(path.with_suffix(".safetensors")))
-            kept = ("seconds", "encoded", "bytes", "relative_error", "notes", "setting", "versions")
-            rows.append({**row, **measures, **{key: about[key] for key in kept}})
-            path.with_suffix(".score.txt").write_text(json.dumps(measures))
-            print(folder.name, tool, setting["name"], measures, flush=True)
+    for tool, setting in ((tool, setting) for tool, settings in SETTINGS.items() for setting in settings()):
+        path = scratch / folder.name / tool / f"{setting['name']}.json"
+        if not path.is_file():
+            continue
+        about = json.loads(path.read_text())
+        row = {"tool": tool, "name": setting["name"]}
+        if "error" in about:
+            rows.append({**row, "error": about["error"][:300]})
+            continue
+        measures = scored(path.with_suffix(".safetensors"), key, score)
+        kept = ("seconds", "encoded", "bytes", "relative_error", "notes", "setting", "versions")
+        rows.append({**row, **measures, **{key: about[key] for key in kept}})
+        print(name, tool, setting["name"], measures, flush=True)
     return rows
 
 
@@ -280,11 +295,12 @@ def main() -> None:
         if arguments.run_only:
             continue
         if folder in encoders:
-            rows: list[Any] = []
-            score = encoder_scorer(folder, text)
-        else:
-            score, rows = decoder_scorer(folder, text, arguments.windows)
-        figures["models"][folder.name] = [*rows, *rows_of(folder, SCRIPTS, arguments.scratch, score)]
+            rows = rows_of(folder, ENCODER, arguments.scratch, f"{SENTENCES} sentences", encoder_scorer(folder, text))
+            figures["models"][ENCODER] = rows
+            continue
+        scorer = DecoderScorer(folder, text, arguments.windows)
+        rows = rows_of(folder, folder.name, arguments.scratch, f"{arguments.windows} windows", scorer)
+        figures["models"][folder.name] = [*scorer.ours(), *rows]
     if not arguments.run_only:
         print(write("weights_peers", figures, before))
 
