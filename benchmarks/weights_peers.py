@@ -19,7 +19,7 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,7 @@ class DecoderScorer:
 
     def __init__(self, folder: Path, text: str, windows: int) -> None:
         self.folder = folder
+        self.key = f"{windows} windows"
         tokenizer = jettison.optimize(folder, CACHE, target="torch").tokenizer
         self.windows = cut_windows(text_tokens(tokenizer, text), WINDOW)[:windows]
         self.original = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
@@ -182,11 +183,11 @@ class DecoderScorer:
         return {"kl": divergence / tokens, "perplexity": math.exp(-likelihood / tokens),
                 "top1_agreement": agreed / tokens, "tokens": tokens}  # fmt: skip
 
-    def ours(self) -> list[dict[str, Any]]:
-        """Rows of our own pass on the same windows, by `evaluate`; the first is exact and shows that both agree."""
+    def ours(self, pipelines: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows of our own pass on the same windows, by `evaluate`."""
         rows = []
         reference = EagerReference(self.folder)
-        for pipeline in (CACHE, *OURS):
+        for pipeline in pipelines:
             model = jettison.optimize(self.folder, pipeline, target="torch")
             found = evaluate(model, windows=self.windows, reference=reference).as_dict()
             kept = {name: found[name] for name in ("kl", "perplexity", "top1_agreement", "tokens", "weight_bytes")}
@@ -299,8 +300,8 @@ def main() -> None:
             figures["models"][ENCODER] = rows
             continue
         scorer = DecoderScorer(folder, text, arguments.windows)
-        rows = rows_of(folder, folder.name, arguments.scratch, f"{arguments.windows} windows", scorer)
-        figures["models"][folder.name] = [*scorer.ours(), *rows]
+        rows = rows_of(folder, folder.name, arguments.scratch, scorer.key, scorer)
+        figures["models"][folder.name] = [*scorer.ours((CACHE, *OURS)), *rows]
     if not arguments.run_only:
         print(write("weights_peers", figures, before))
 
