@@ -20,6 +20,7 @@ import math
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch import Tensor
 
 import jettison
 from jettison.evaluate import EagerReference, evaluate
-from jettison.sample_text import cut_windows, text_tokens
+from jettison.sample_text import cut_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "examples" / "models"
@@ -152,10 +153,15 @@ class DecoderScorer:
     def __init__(self, folder: Path, text: str, windows: int) -> None:
         self.folder = folder
         self.key = f"{windows} windows"
-        tokenizer = jettison.optimize(folder, CACHE, target="torch").tokenizer
-        self.windows = cut_windows(text_tokens(tokenizer, text), WINDOW)[:windows]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        self.windows = cut_windows(tokens, WINDOW)[:windows]
         self.original = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-        self.expected = [logits.double().log_softmax(-1) for logits in self.logits({})]
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """Log-probabilities `[W - 1, V] f64` of the original, by window."""
+        return [logits.double().log_softmax(-1) for logits in self.logits({})]
 
     def logits(self, changed: dict[str, Tensor]) -> Iterator[Tensor]:
         """Logits `[W - 1, V] f32` of each window; a head among the changed weights ties no more."""
@@ -250,9 +256,9 @@ def scored(path: Path, key: str, score: Callable[[dict[str, Tensor]], Any]) -> d
 
 
 def rows_of(
-    folder: Path, name: str, scratch: Path, key: str, score: Callable[[dict[str, Tensor]], Any]
+    folder: Path, scratch: Path, key: str, score: Callable[[dict[str, Tensor]], Any], remembered_only: bool
 ) -> list[dict[str, Any]]:
-    """What each tool left for a model, scored."""
+    """What each tool left for a model, scored; or only what was scored before."""
     rows = []
     for tool, setting in ((tool, setting) for tool, settings in SETTINGS.items() for setting in settings()):
         path = scratch / folder.name / tool / f"{setting['name']}.json"
@@ -263,10 +269,13 @@ def rows_of(
         if "error" in about:
             rows.append({**row, "error": about["error"][:300]})
             continue
-        measures = scored(path.with_suffix(".safetensors"), key, score)
+        path = path.with_suffix(".safetensors")
+        if remembered_only and not path.with_suffix(".score.txt").is_file():
+            continue
+        measures = scored(path, key, score)
         kept = ("seconds", "encoded", "bytes", "relative_error", "notes", "setting", "versions")
         rows.append({**row, **measures, **{key: about[key] for key in kept}})
-        print(name, tool, setting["name"], measures, flush=True)
+        print(folder.name, tool, setting["name"], measures, flush=True)
     return rows
 
 
@@ -280,6 +289,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", type=Path, default=[MODELS / "tiny-llama", MODELS / "tiny-opt"])
     parser.add_argument("--encoder", type=Path)
     parser.add_argument("--run-only", action="store_true", help="leave scoring to a later call")
+    parser.add_argument("--remembered", action="store_true", help="write what was scored before, score nothing")
     for tool in SCRIPTS:
         parser.add_argument(f"--{tool}", metavar="PYTHON")
     arguments = parser.parse_args()
@@ -296,12 +306,15 @@ def main() -> None:
         if arguments.run_only:
             continue
         if folder in encoders:
-            rows = rows_of(folder, ENCODER, arguments.scratch, f"{SENTENCES} sentences", encoder_scorer(folder, text))
-            figures["models"][ENCODER] = rows
+            score, key = encoder_scorer(folder, text), f"{SENTENCES} sentences"
+            figures["models"][ENCODER] = rows_of(folder, arguments.scratch, key, score, arguments.remembered)
             continue
         scorer = DecoderScorer(folder, text, arguments.windows)
-        rows = rows_of(folder, folder.name, arguments.scratch, scorer.key, scorer)
-        figures["models"][folder.name] = [*scorer.ours((CACHE, *OURS)), *rows]
+        rows = rows_of(folder, arguments.scratch, scorer.key, scorer, arguments.remembered)
+        memory = arguments.scratch / folder.name / "jettison.txt"
+        if not arguments.remembered:
+            memory.write_text(json.dumps(scorer.ours((CACHE, *OURS))))
+        figures["models"][folder.name] = [*json.loads(memory.read_text()), *rows]
     if not arguments.run_only:
         print(write("weights_peers", figures, before))
 
