@@ -242,14 +242,16 @@ def encoder_scorer(folder: Path, text: str) -> Callable[[dict[str, Tensor]], Any
     return score
 
 
-def scored(path: Path, key: str, score: Callable[[dict[str, Tensor]], Any]) -> dict[str, Any]:
-    """Measures of the weights in a file, remembered beside it as long as the file is the same."""
+def scored(path: Path, key: str, score: Callable[[dict[str, Tensor]], Any] | None) -> dict[str, Any] | None:
+    """Measures of the weights in a file, remembered beside it as long as the file is the same; or only from memory."""
     memory = path.with_suffix(".score.txt")
     stamp = [key, path.stat().st_mtime]
     if memory.is_file():
         known = json.loads(memory.read_text())
         if known["stamp"] == stamp:
             return known["measures"]
+    if score is None:
+        return None
     measures = score(load_file(path))
     memory.write_text(json.dumps({"stamp": stamp, "measures": measures}))
     return measures
@@ -269,10 +271,9 @@ def rows_of(
         if "error" in about:
             rows.append({**row, "error": about["error"][:300]})
             continue
-        path = path.with_suffix(".safetensors")
-        if remembered_only and not path.with_suffix(".score.txt").is_file():
+        measures = scored(path.with_suffix(".safetensors"), key, None if remembered_only else score)
+        if measures is None:
             continue
-        measures = scored(path, key, score)
         kept = ("seconds", "encoded", "bytes", "relative_error", "notes", "setting", "versions")
         rows.append({**row, **measures, **{key: about[key] for key in kept}})
         print(folder.name, tool, setting["name"], measures, flush=True)
