@@ -196,6 +196,7 @@ class Program:
         history: One record per pass, in order.
         pipeline: Canonical text of the passes applied so far.
         calibration: Returns inputs of `forward` by name, for batches of text; None where there is none.
+        finished: What a pass that was interrupted had done, and where it keeps what it does now; None for nowhere.
     """
 
     entries: dict[str, fx.GraphModule]
@@ -209,6 +210,7 @@ class Program:
     retentions: dict[str, Retention] = field(default_factory=dict)
     storages: dict[str, Storage] = field(default_factory=dict)
     calibration: Callable[[], Sequence[Mapping[str, torch.Tensor]]] | None = None
+    finished: Any = None
 
     def outputs_of(self, entry: str) -> tuple[str, ...]:
         """Names of what an entry returns before its states."""
@@ -229,6 +231,7 @@ class Program:
         return Program(
             entries, dict(self.constants), self.info, self.outputs, dict(self.packed), dict(self.states),
             list(self.history), self.pipeline, dict(self.retentions), dict(self.storages), self.calibration,
+            self.finished,
         )  # fmt: skip
 
     def used_constants(self) -> dict[str, Constant]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from jettison.artifact_files import ArtifactContents, load_artifact, save_artifact, temporary_executor
-from jettison.calibration import LENGTH, WINDOWS, Calibration
+from jettison.calibration import LENGTH, WINDOWS, Calibration, finished_layers
 from jettison.codegen.onnx.emit import weight_bytes
 from jettison.codegen.onnx.fast_prefill import fast_bytes
 from jettison.ir.errors import OptionError, UnsupportedError
@@ -83,6 +83,7 @@ def optimize(
     seed: int = 0,
     calibration: str | Path | None = None,
     calibration_size: tuple[int, int] = (WINDOWS, LENGTH),
+    resume: str | Path | None = None,
     allow_spinning: bool = True,
     after_each: AfterPass | None = None,
 ) -> OptimizedModel:
@@ -101,6 +102,8 @@ def optimize(
         seed: Of the tokens that the model writes for passes to be calibrated or checked on.
         calibration: A text file whose tokens are used instead.
         calibration_size: Windows, and tokens of each, that passes are calibrated on.
+        resume: A folder for the layers that a calibrated pass has finished: made by the first, read by a run with the
+            same model and options after an interruption. It can go when the model is saved.
         allow_spinning: Whether idle threads of ONNX Runtime spin: faster steps, but they slow torch in this process.
         after_each: Called with each pass, its record and the program.
 
@@ -125,6 +128,7 @@ def optimize(
     program = source.program
     prepare(program)
     tokens = Calibration.of(source, calibration, calibration_size, seed)
+    program.finished = None if resume is None else finished_layers(Path(resume), source, pipeline_text(chosen), tokens)
     raised = [miss for record in program.history for miss in record.misses]
     program.history.clear()
     before = program_text(program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from jettison.ir.compare import usual_inputs
 from jettison.ir.errors import OptionError
 from jettison.ir.program import Program, input_placeholders
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.methods.finished_layers import FinishedLayers
 from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.runtime.artifact import library_versions
 from jettison.runtime.tokenizer import Tokenizer, load_tokenizer
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.sample_text import cut_windows, load_text, named_start_token, sample_windows, text_tokens
@@ -118,6 +121,30 @@ class Calibration:
             return None
         source = {"text": str(self.text)} if self.text is not None else {"seed": self.seed}
         return {**source, "windows": self.shape[0], "length": self.shape[1], "sha256": self.sha256}
+
+
+def finished_layers(folder: Path, source: ModelSource, pipeline: str, tokens: Calibration) -> FinishedLayers:
+    """Where calibrated passes keep what they have done; see `FinishedLayers`.
+
+    Args:
+        folder: Need not exist.
+        source: The model.
+        pipeline: Canonical text of the passes.
+        tokens: What they are calibrated on.
+
+    Raises:
+        OptionError: The model is a module, whose weights nothing identifies, or the folder holds something else.
+    """
+    if source.content_hash is None:
+        raise OptionError(
+            "[resume] a module was given: needs a model folder, because finished layers are of use only for the same "
+            "weights. Save the model first."
+        )
+    if folder.exists() and not (folder / "identity").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OptionError(f"[resume] {folder}: holds something other than finished layers. Give another folder.")
+    text = None if tokens.text is None else hashlib.sha256(tokens.text.read_bytes()).hexdigest()
+    depends_on = [source.content_hash, pipeline, text, tokens.windows, tokens.length, tokens.seed, library_versions()]
+    return FinishedLayers(folder, hashlib.sha256(json.dumps(depends_on).encode()).hexdigest())
 
 
 def _tokenizer(source: ModelSource) -> Tokenizer | None:

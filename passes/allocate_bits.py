@@ -71,6 +71,11 @@ class AllocateBits(Pass):
             raise OptionError("[allocate-bits] formats=none: needs at least one, such as int{bits=4}+int{bits=8}.")
         self._everything()
 
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Pass`: losses are measured on text."""
+        return True
+
     def unsupported_on(self, target: str) -> str | None:
         """See `Pass`: every format of the menu may be taken."""
         reasons = (each.unsupported_on(target) for each in self.formats)
@@ -177,7 +182,7 @@ def cheapest(choices: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 
     if least > budget:
         raise OptionError(
             f"[allocate-bits] budget={budget + fixed:,} bytes: the smallest formats of the menu take "
-            f"{least + fixed:,}, of which {fixed:,} are not quantised. Allow that much, or add a format with fewer bits."
+            f"{least + fixed:,}, of which {fixed:,} are not quantised. Allow that, or add a format with fewer bits."
         )
     flat = [(name, index, choice) for name, each in choices.items() for index, choice in enumerate(each)]
     # In units in which the numbers are near one: the solver's tolerances are absolute.

@@ -34,6 +34,11 @@ class Pass:
     entries: ClassVar[tuple[str, ...] | None] = None
     is_exact: ClassVar[bool] = True
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it runs the program on calibration tokens."""
+        return False
+
     def unsupported_on(self, target: str) -> str | None:
         """Why a target (`onnx`, `torch`) cannot run what this pass makes, or None. Asked before any work is done."""
 

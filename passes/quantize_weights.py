@@ -58,9 +58,11 @@ from jettison.passes.expert_reads import (
     rewrite_experts,
 )
 from jettison.passes.formats import IntGroups, WeightFormat, format_from_text
+from jettison.passes.grammar import format_pipeline
 from jettison.passes.methods import RTN, Method
-from jettison.passes.methods.layerwise import Encoded, encode_layerwise, encode_weights
-from jettison.passes.options import option
+from jettison.passes.methods.finished_layers import Encoded
+from jettison.passes.methods.layerwise import LayerwiseRun, encode_weights
+from jettison.passes.options import option, to_spec
 
 aten = torch.ops.aten
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,6 +141,11 @@ class QuantizeWeights(Pass):
         assert self.bits is not None, "filled in"
         assert self.group is not None, "filled in"
         return self.method.adapted(IntGroups(self.bits, self.group, bool(self.symmetric)))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Pass`: it is up to the method."""
+        return self.method.needs_inputs
 
     def requires(self, program: Program) -> None:
         """A method that looks at what linears read runs the captured graph on text."""
@@ -277,7 +284,8 @@ class QuantizeWeights(Pass):
         with track(self.name, sum(weight.stored_bytes for weight in weights.values())) as advance:
             if self.method.needs_inputs:
                 linears = [read.node for read in reads.get("forward", ()) if is_call(read.node, aten.linear.default)]
-                layerwise = encode_layerwise(program, linears, self.method, self.stored_format, advance)
+                step = format_pipeline([to_spec(self)])
+                layerwise = LayerwiseRun(program, linears, self.method, self.stored_format, step, advance).run()
                 encoded |= layerwise.encoded
             with _one_thread():
                 rest = [weight for name, weight in weights.items() if name not in encoded]

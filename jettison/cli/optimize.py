@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill", choices=("exact", "fast"), default="exact",
         help="fast runs prompts in 8-bit integers, from a second copy of the weights (default: exact)",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write; must not exist")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path,
+        help="folder to write; must not exist. What an interrupted run has calibrated waits in DIR.unfinished",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is at --out")
     parser.add_argument("--dry-run", action="store_true", help="run the passes and report, but write nothing")
     parser.add_argument("--strict", action="store_true", help="fail where a pass could not fire, instead of noting it")
@@ -69,14 +73,26 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         check_destination(args.out, overwrite=args.overwrite)
     import_torch()
     import jettison
+    from jettison.api import parse_passes
 
+    is_read = args.check or args.max_kl is not None or any(p.needs_calibration for p in parse_passes(args.passes))
+    if args.calibration is not None and not is_read:
+        raise OptionError(
+            "jettison optimize: --calibration: no pass of this pipeline calibrates (rounding to nearest does not), so "
+            "the text would not be read. Take method=gptq or awq, or add --check to measure the drift on it."
+        )
+    # What an interrupted run has finished; the same command goes on behind it.
+    unfinished = None if args.out is None else args.out.absolute().with_name(f"{args.out.absolute().name}.unfinished")
     model = jettison.optimize(
         args.model, args.passes, target=args.target, prefill=args.prefill, strict=args.strict, check=args.check,
         max_kl=args.max_kl, calibration=args.calibration, context=args.context, seed=args.seed,
         **({} if args.calibration_size is None else {"calibration_size": args.calibration_size}),
+        resume=None if args.dry_run else unfinished,
     )  # fmt: skip
     if not args.dry_run:
         model.save_pretrained(args.out, overwrite=args.overwrite)
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
     artifact = None if args.dry_run else str(args.out)
     if terminal.is_json:
         terminal.document({**model.report.as_dict(), "artifact": artifact, "dry_run": args.dry_run})

@@ -51,8 +51,10 @@ class WeightFormat(ABC):
     Attributes:
         id: Text id, by which pipelines name it.
         group: Columns that share a scale.
+        is_exact: Whether it holds weights as they are, or refuses them.
     """
 
+    is_exact: ClassVar[bool] = False
     id: ClassVar[str]
     group: int
 

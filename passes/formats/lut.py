@@ -73,6 +73,7 @@ class Lut(WeightFormat):
     """
 
     id: ClassVar[str] = "lut"
+    is_exact: ClassVar[bool] = True
     bits: Literal[2, 4, 8] | None = option(None, doc="bits per weight; none: the fewest that hold every value")
     per_row: bool | None = option(None, doc="a table for every row; none: whatever takes fewer bytes")
     group: int = field(default=8, init=False, repr=False)

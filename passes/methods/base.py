@@ -9,6 +9,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from jettison.ir.errors import OptionError
 from jettison.passes.formats import WeightFormat
 
 # Rows of a weight `[n, K]`, its name and the index of the first row, for messages; returns the parts of these rows.
@@ -76,6 +77,11 @@ class Method(ABC):
         Raises:
             OptionError: The method has nothing to choose in this format.
         """
+        if weight_format.is_exact:
+            raise OptionError(
+                f"[{self.name}] format {weight_format}: needs a format that rounds, because this one stores weights as "
+                "they are and leaves a method nothing to choose. Take method=rtn."
+            )
         return weight_format
 
     def input_scales(

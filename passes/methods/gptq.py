@@ -10,6 +10,8 @@ make up for them. Groups stay where they are: their grids are fitted to the orig
 index of groups has to be stored and no input permuted; with `clip` to the part of each group's range with the least
 `sum |e|^2.4`.
 
+Then `sweeps` of coordinate descent over the scales and the codes, see `descent.py`.
+
 Rows are independent of each other given H. Columns that were zero in every token are rounded to nearest.
 
 Source: GPTQ (arXiv 2210.17323), whose code has the power of 2.4; static groups with activation order as in AutoGPTQ and
@@ -29,9 +31,9 @@ from jettison.ir.errors import OptionError
 from jettison.passes.formats import Grid, WeightFormat
 from jettison.passes.methods.base import InputStatistics, Method, RowEncoder
 from jettison.passes.methods.clipping import clipped_grid
+from jettison.passes.methods.descent import BLOCK, column_grids, descend
 from jettison.passes.options import option
 
-BLOCK = 128
 _CLIP_STEPS, _CLIP_LOWEST, _CLIP_POWER = 20, 0.5, 2.4
 
 
@@ -45,6 +47,7 @@ class GPTQ(Method):
     damping: float = option(0.01, doc="added to the diagonal, as a part of its mean", range="above 0, at most 1")
     order: Literal["activation", "none"] = option("activation", doc="columns that matter first, or as they come")
     clip: bool = option(True, doc="search the range of each group, instead of all of it")
+    sweeps: int = option(4, doc="of coordinate descent over scales and codes behind it", range="0 to 100")
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
@@ -52,31 +55,38 @@ class GPTQ(Method):
                 f"[gptq] damping={self.damping!r}: needs a number above 0 and at most 1, because the products of "
                 "correlated inputs have no inverse without. 0.01 is usual."
             )
+        if type(self.sweeps) is not int or not 0 <= self.sweeps <= 100:
+            raise OptionError(f"[gptq] sweeps={self.sweeps!r}: needs a whole number from 0 to 100.")
 
     def row_encoder(self, weight_format: WeightFormat, statistics: InputStatistics | None) -> RowEncoder:
         """Rounds to nearest where there are no statistics."""
         if statistics is None:
             return weight_format.encode_rows
-        importance = statistics.products.diagonal().clone()
-        columns = torch.arange(len(importance))
+        products = statistics.products / statistics.tokens
+        columns = torch.arange(len(products))
         if self.order == "activation":
-            columns = importance.argsort(descending=True, stable=True)
-        factor = inverse_factor(statistics.products[columns[:, None], columns], self.damping)
+            columns = products.diagonal().argsort(descending=True, stable=True)
+        factor = inverse_factor(products[columns[:, None], columns], self.damping)
+        products.diagonal().add_(self.damping * (float(products.diagonal().mean()) or 1.0))
 
         def encode(rows: Tensor, where: str, first_row: int) -> dict[str, Tensor]:
             groups = weight_format.split_groups(rows)
             weight_format.check_values(groups, where, first_row)
-            if self.clip:
-                grid = clipped_grid(
-                    weight_format, groups, lambda error: error.abs_().pow_(_CLIP_POWER).sum(-1),
-                    steps=_CLIP_STEPS, lowest=_CLIP_LOWEST,
-                )  # fmt: skip
-            else:
-                grid = weight_format.fit(groups)
-            grid = weight_format.stored(grid)
-            return weight_format.pack(round_columns(weight_format, groups, grid, columns, factor), grid)
+            grid = weight_format.stored(self._grid(weight_format, groups))
+            codes = round_columns(weight_format, groups, grid, columns, factor)
+            for _ in range(self.sweeps):
+                codes, grid = descend(weight_format, groups.flatten(1)[:, : len(columns)], codes, grid, products)
+            return weight_format.pack(codes, grid)
 
         return encode
+
+    def _grid(self, weight_format: WeightFormat, groups: Tensor) -> Grid:
+        if not self.clip:
+            return weight_format.fit(groups)
+        return clipped_grid(
+            weight_format, groups, lambda error: error.abs_().pow_(_CLIP_POWER).sum(-1),
+            steps=_CLIP_STEPS, lowest=_CLIP_LOWEST,
+        )  # fmt: skip
 
 
 def inverse_factor(products: Tensor, damping: float) -> Tensor:
@@ -116,16 +126,14 @@ def round_columns(weight_format: WeightFormat, groups: Tensor, grid: Grid, colum
     rows, k_blocks, group = groups.shape
     # Transposed, so that a column is contiguous.
     left = groups.view(rows, -1).T[columns]
-    scales = grid.scales.T.contiguous()
-    zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
+    grids = column_grids(grid)
     codes = weight_format.round(groups, grid).view(rows, -1).T.contiguous()
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))
         errors = torch.empty(stop - start, rows)
         for index in range(start, stop):
             column = int(columns[index])
-            block = column // group
-            own = Grid(scales[block][:, None], None if zeros is None else zeros[block][:, None])
+            own = grids[column // group]
             weight = left[index][:, None, None]
             code = weight_format.round(weight, own)
             codes[column] = code.view(-1)

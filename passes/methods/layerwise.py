@@ -7,7 +7,7 @@ that cross that point, the statistics of one input and the weights of one stretc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,28 +23,10 @@ from jettison.ir.program import Program
 from jettison.passes.base import describe_node
 from jettison.passes.formats import WeightFormat
 from jettison.passes.methods.base import InputStatistics, Method, RowEncoder
+from jettison.passes.methods.finished_layers import Encoded
 from jettison.passes.methods.input_scaling import Divider, divide_vectors, divided_rows, find_divider
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A weight in a format.
-
-    Attributes:
-        format: The format, as it was adapted to the weight.
-        shape: `(N, K)` of the weight.
-        parts: By name, in tensors that take no anonymous memory where they are large.
-    """
-
-    format: WeightFormat
-    shape: tuple[int, int]
-    parts: dict[str, Tensor]
-
-    def dense(self) -> Tensor:
-        """`[N, K]` f32."""
-        return self.format.decode(self.parts, self.shape)
 
 
 def encode_weights(
@@ -69,13 +51,14 @@ def encode_weights(
         By name.
     """
     encoded: dict[str, Encoded] = {}
-    encoders: dict[WeightFormat, RowEncoder] = {}
+    encoders: dict[int, RowEncoder] = {}
     for weight in weights:
         shape = (weight.shape[0], weight.shape[1])
         chosen = weight_format.adapted(weight.rows, shape, weight.name)
-        encode_rows = encoders.get(chosen)
+        # By identity: a format that was adapted to a weight holds more than it compares by.
+        encode_rows = encoders.get(id(chosen))
         if encode_rows is None:
-            encode_rows = encoders[chosen] = method.row_encoder(chosen, statistics)
+            encode_rows = encoders[id(chosen)] = method.row_encoder(chosen, statistics)
         parts = {part: scratch_tensor(size, dtype) for part, (size, dtype) in chosen.part_specs(shape).items()}
         for rows in row_chunks(*shape, at_most=method.weights_at_once):
             chunk = weight.rows(rows.start, rows.stop)
@@ -110,83 +93,115 @@ class Layerwise:
         return encoded
 
 
-def encode_layerwise(
-    program: Program,
-    linears: Sequence[fx.Node],
-    method: Method,
-    weight_format: WeightFormat,
-    advance: Callable[[float], object],
-) -> Layerwise:
-    """Encode the weights of linears from what they read in the program's calibration batches.
+class LayerwiseRun:
+    """Encodes the weights of linears from what they read in the program's calibration batches.
 
     Args:
-        program: With `forward`; it is not changed.
+        program: With `forward` and calibration batches; it is not changed.
         linears: Calls of `aten.linear` of its graph, whose weights are constants.
         method: Rounds.
         weight_format: Stores.
+        step: Text of the pass, by which the program's finished layers are known.
         advance: Told how many stored bytes of weights are done.
-
-    Raises:
-        UnsupportedError: What a linear reads, or its weight, is not finite.
     """
-    assert program.calibration is not None, "the pass requires it"
-    inputs = inputs_of_weights(program, linears)
-    readers: dict[fx.Node, list[str]] = {}
-    for name, read in inputs.items():
-        for x in read:
-            readers.setdefault(x, []).append(name)
-    place = {node: index for index, node in enumerate(program.entries["forward"].graph.nodes)}
-    run = ChunkedRun(program, "forward", program.calibration())
-    found = Layerwise({}, [])
-    # A weight that several linears read is encoded with the last of them, from the inputs of all.
-    shared: dict[str, InputStatistics] = {}
-    for x in sorted(readers, key=lambda node: place[node]):
+
+    def __init__(
+        self,
+        program: Program,
+        linears: Sequence[fx.Node],
+        method: Method,
+        weight_format: WeightFormat,
+        step: str,
+        advance: Callable[[float], object],
+    ) -> None:
+        assert program.calibration is not None, "the pass requires it"
+        self._program, self._linears, self._method, self._format = program, set(linears), method, weight_format
+        self._step, self._advance = step, advance
+        self._inputs = inputs_of_weights(program, linears)
+        self._readers: dict[fx.Node, list[str]] = {}
+        for name, read in self._inputs.items():
+            for x in read:
+                self._readers.setdefault(x, []).append(name)
+        # A weight that several linears read is encoded with the last of them, from the inputs of all.
+        self._shared: dict[str, InputStatistics] = {}
+        self._found = Layerwise({}, [])
+
+    def run(self) -> Layerwise:
+        """Encode all.
+
+        Raises:
+            UnsupportedError: What a linear reads, or its weight, is not finite.
+        """
+        assert self._program.calibration is not None, "as above"
+        place = {node: index for index, node in enumerate(self._program.entries["forward"].graph.nodes)}
+        run = ChunkedRun(self._program, "forward", self._program.calibration())
+        for x in sorted(self._readers, key=lambda node: place[node]):
+            made, scales = self._finished(x) or self._encode(x, run)
+            if scales is not None:
+                divider = self._divider(x)
+                assert divider is not None, "it was there when the scales were chosen"
+                self._found.scaled.append((divider, scales))
+            for name, result in made.items():
+                run.weights[name] = partial(_dense, result, self._program.constants[name].dtype, scales)
+            self._found.encoded.update(made)
+        return self._found
+
+    def _alone(self, x: fx.Node) -> list[Constant]:
+        """Weights that only linears of this input read."""
+        return [self._program.constants[name] for name in self._readers[x] if len(self._inputs[name]) == 1]
+
+    def _finished(self, x: fx.Node) -> tuple[dict[str, Encoded], Tensor | None] | None:
+        """What an interrupted run left for this input."""
+        alone = self._alone(x)
+        if self._program.finished is None or len(alone) != len(self._readers[x]):
+            return None
+        found = self._program.finished.load(self._step, [weight.name for weight in alone])
+        if found is not None:
+            self._advance(sum(weight.stored_bytes for weight in alone))
+        return found
+
+    def _encode(self, x: fx.Node, run: ChunkedRun) -> tuple[dict[str, Encoded], Tensor | None]:
+        """Encode what is complete with this input; also returns the factors of the columns, if there are any."""
         statistics = InputStatistics(x.meta["val"].shape[-1])
         run.advance(x, statistics.add)
-        _require_finite(statistics, method, readers[x][0], x)
-        ready = [program.constants[name] for name in readers[x] if len(inputs[name]) == 1]
-        divider = _divider(x, ready, set(linears), found.encoded)
-        scales = None
-        if divider is not None:
-            scales = method.input_scales([weight.value().float() for weight in ready], weight_format, statistics)
-        if divider is not None and scales is not None:
-            found.scaled.append((divider, scales))
-            statistics = statistics.divided(scales)
-        made = encode_weights(ready, method, weight_format, statistics, advance, scales)
-        for name in readers[x]:
-            if name not in made:
-                shared.setdefault(name, InputStatistics(len(statistics.magnitudes))).merge(statistics)
-                if inputs[name][-1] is x:
-                    last = [program.constants[name]]
-                    made |= encode_weights(last, method, weight_format, shared.pop(name), advance)
-        for name, result in made.items():
-            run.weights[name] = partial(_dense, result, program.constants[name].dtype, scales)
-        found.encoded.update(made)
-    return found
+        _require_finite(statistics, self._method, self._readers[x][0], x)
+        alone, scales = self._alone(x), None
+        if alone and self._divider(x) is not None:
+            dense = [weight.value().to(torch.float32) for weight in alone]
+            scales = self._method.input_scales(dense, self._format, statistics)
+        own = statistics if scales is None else statistics.divided(scales)
+        made = encode_weights(alone, self._method, self._format, own, self._advance, scales)
+        for name in self._readers[x]:
+            if name in made:
+                continue
+            self._shared.setdefault(name, InputStatistics(len(statistics.magnitudes))).merge(statistics)
+            if self._inputs[name][-1] is x:
+                last = [self._program.constants[name]]
+                made |= encode_weights(last, self._method, self._format, self._shared.pop(name), self._advance)
+        if self._program.finished is not None and len(alone) == len(self._readers[x]):
+            self._program.finished.store(self._step, made, scales)
+        return made, scales
+
+    def _divider(self, x: fx.Node) -> Divider | None:
+        """What can divide an input whose linears' weights can all be multiplied."""
+        names = {weight.name for weight in self._alone(x)}
+        weights = [user.args[1] for user in x.users if is_call(user, aten.linear.default)]
+        is_free = all(
+            isinstance(weight, fx.Node) and constant_name(weight) in names and only_user(weight) is not None
+            for weight in weights
+        )
+        divider = find_divider(x, self._linears) if is_free else None
+        if divider is None or divider.rows is None:
+            return divider
+        rows = self._found.encoded.get(divider.rows)
+        has_scales = rows is not None and rows.parts.get("scales", torch.empty(0)).shape[:1] == rows.shape[:1]
+        return divider if has_scales else None
 
 
 def _dense(encoded: Encoded, dtype: torch.dtype, scales: Tensor | None) -> Tensor:
     """An encoded weight for inputs that are not divided yet."""
     dense = encoded.dense()
     return (dense if scales is None else dense.div_(scales)).to(dtype)
-
-
-def _divider(
-    x: fx.Node, ready: Sequence[Constant], linears: Container[fx.Node], encoded: Mapping[str, Encoded]
-) -> Divider | None:
-    """What can divide an input whose linears' weights can all be multiplied."""
-    names = {weight.name for weight in ready}
-    weights = [user.args[1] for user in x.users if is_call(user, aten.linear.default)]
-    is_free = all(
-        isinstance(weight, fx.Node) and constant_name(weight) in names and only_user(weight) is not None
-        for weight in weights
-    )
-    divider = find_divider(x, linears) if is_free else None
-    if divider is None or divider.rows is None:
-        return divider
-    rows = encoded.get(divider.rows)
-    has_scales = rows is not None and rows.parts.get("scales", torch.empty(0)).shape[:1] == rows.shape[:1]
-    return divider if has_scales else None
 
 
 def inputs_of_weights(program: Program, linears: Sequence[fx.Node]) -> dict[str, list[fx.Node]]:

@@ -15,6 +15,10 @@ class RTN(Method):
 
     name: ClassVar[str] = "rtn"
 
+    def adapted(self, weight_format: WeightFormat) -> WeightFormat:
+        """Any format as it is; what an exact one refuses, it refuses."""
+        return weight_format
+
     def row_encoder(self, weight_format: WeightFormat, statistics: InputStatistics | None) -> RowEncoder:
         """The format's own rounding."""
         return weight_format.encode_rows

@@ -32,7 +32,8 @@ from jettison.ir.match import layer_index
 from jettison.ir.program import Program
 from jettison.passes.formats import WeightFormat
 from jettison.passes.methods.base import InputStatistics, Method
-from jettison.passes.methods.layerwise import Encoded, encode_weights, inputs_of_weights
+from jettison.passes.methods.finished_layers import Encoded
+from jettison.passes.methods.layerwise import encode_weights, inputs_of_weights
 
 # Tokens that losses are measured on, and bytes of their logits, which are kept.
 PROBE_TOKENS = 4096

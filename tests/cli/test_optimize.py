@@ -127,6 +127,22 @@ def test_calibration_text_that_nothing_reads_is_refused(run, small_model, tmp_pa
     arguments = ("optimize", small_model, "--dry-run", "--calibration", tmp_path / "none.txt")
     run(*arguments).fails(2, "--check")
     run(*arguments, "--check").fails(2, "none.txt", "no such file")
+    run(*arguments, "--passes", "quantize-weights{method=gptq}").fails(2, "none.txt", "no such file")
+
+
+@pytest.mark.parametrize("size", ["64", "0x512", "64x", "ax9"])
+def test_calibration_size_is_windows_and_tokens(run, small_model, size):
+    run("optimize", small_model, "--dry-run", "--calibration-size", size).fails(2, "such as 64x512", size)
+
+
+def test_what_is_finished_goes_when_the_artifact_is_there(run, small_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The captain looked out over the sea, and the sea looked back. " * 20)
+    arguments = ("--target", "torch", "--calibration", text, "--calibration-size", "2x16", "--out", tmp_path / "out")
+    found = run("optimize", small_model, "--passes", "quantize-weights{method=gptq}", *arguments, "--json")
+    assert found.code == 0, found.err
+    assert found.json["calibration"]["windows"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
 def sha256(path):

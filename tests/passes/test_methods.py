@@ -13,8 +13,7 @@ from jettison.ir.compare import assert_close, run_program, usual_inputs
 from jettison.ir.constants import Constant
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.program import input_placeholders
-from jettison.passes.cache_kv import CacheKV
-from jettison.passes.formats import IntGroups, Nf4
+from jettison.passes.formats import IntGroups, Lut, Nf4
 from jettison.passes.methods import AWQ, GPTQ, HQQ, METHODS, RTN, InputStatistics
 from jettison.passes.methods.gptq import inverse_factor, round_columns
 from jettison.passes.pipeline import prepare
@@ -226,6 +225,23 @@ def test_refuses_damping(damping):
         GPTQ(damping=damping)
 
 
+def test_descent_never_makes_it_worse():
+    weight, statistics = correlated()
+    errors = [
+        encoded_error(GPTQ(sweeps=sweeps), weight, statistics, IntGroups(bits, 32))
+        for bits in (4, 2)
+        for sweeps in (0, 1, 4)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[3] > errors[4] > errors[5]
+
+
+@pytest.mark.parametrize("method", CALIBRATED, ids=repr)
+def test_exact_formats_leave_nothing_to_choose(method):
+    with pytest.raises(OptionError, match=r"format lut: needs a format that rounds(?s:.)*Take method=rtn"):
+        QuantizeWeights(format=Lut(), method=method)
+
+
 # ----------------------------------------------------------------------------------------------------------------- hqq
 
 
@@ -288,7 +304,8 @@ def test_needs_calibration():
 
 
 def test_needs_whole_sequences():
-    program, _ = run_pass(CacheKV(), block())
+    program = block().copy()
+    program.entries["prefill"] = program.entries.pop("forward")
     with pytest.raises(OptionError, match=r"method=gptq behind cache-kv(?s:.)*Put cache-kv last"):
         QuantizeWeights(method=GPTQ()).run(program)
 
