@@ -134,18 +134,12 @@ def optimize(
     before = program_text(program)
     chosen = with_cache(chosen, program)
     program.pipeline = pipeline_text(chosen)
-    callbacks: list[AfterPass] = [after_each] if after_each is not None else []
-    drift: DriftCheck | None = None
-    if check or max_kl is not None:
-        from jettison.drift import DriftCheck
-
-        windows = None if calibration is None else _calibration_windows(calibration, source, program)
-        drift = DriftCheck(program, max_kl=max_kl, seed=seed, windows=windows)
-        callbacks.insert(0, drift)
+    drift = _drift_check(source, calibration, max_kl, seed) if check or max_kl is not None else None
 
     def call_all(pass_: Pass, record: PassRecord, current: Program) -> None:
-        for callback in callbacks:
-            callback(pass_, record, current)
+        for callback in (drift, after_each):
+            if callback is not None:
+                callback(pass_, record, current)
 
     records = apply(program, chosen, strict=strict, after_each=call_all)
     # What a pass planned takes its place: the text says what was done.
@@ -190,12 +184,15 @@ def _check_passes(chosen: Sequence[Pass], target: str) -> None:
             )
 
 
-def _calibration_windows(calibration: str | Path, source: ModelSource, program: Program) -> list[list[int]]:
-    from jettison.drift import row_tokens
+def _drift_check(source: ModelSource, calibration: str | Path | None, max_kl: float | None, seed: int) -> DriftCheck:
+    from jettison.drift import DriftCheck, row_tokens
 
-    if source.folder is None:
-        raise OptionError("[optimize] calibration: a module has no tokenizer for the text. Give a model folder.")
-    return load_windows(calibration, load_tokenizer(source.folder), row_tokens(program))
+    program, windows = source.program, None
+    if calibration is not None:
+        if source.folder is None:
+            raise OptionError("[optimize] calibration: a module has no tokenizer for the text. Give a model folder.")
+        windows = load_windows(calibration, load_tokenizer(source.folder), row_tokens(program))
+    return DriftCheck(program, max_kl=max_kl, seed=seed, windows=windows)
 
 
 def _wrap(

@@ -184,18 +184,27 @@ def cheapest(choices: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 
             f"[allocate-bits] budget={budget + fixed:,} bytes: the smallest formats of the menu take "
             f"{least + fixed:,}, of which {fixed:,} are not quantised. Allow that, or add a format with fewer bits."
         )
+    # The solver may miss a constraint by a hair: then the next try has that much less.
+    taken, limit = _solve(choices, budget), budget
+    while (excess := sum(choices[name][index].bytes for name, index in taken.items()) - budget) > 0:
+        limit -= excess
+        taken = _solve(choices, limit)
+    return taken
+
+
+def _solve(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, int]:
     flat = [(name, index, choice) for name, each in choices.items() for index, choice in enumerate(each)]
-    # In units in which the numbers are near one: the solver's tolerances are absolute.
     losses = np.array([max(choice.loss, 0.0) for _, _, choice in flat])
     sizes = np.array([choice.bytes for _, _, choice in flat], dtype=float)
     places = {name: row for row, name in enumerate(choices)}
     once = np.zeros((len(choices), len(flat)))
     once[[places[name] for name, _, _ in flat], range(len(flat))] = 1
     result = milp(
+        # Near one: the solver's tolerances are absolute.
         losses / max(losses.max(initial=0.0), 1e-30),
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(sizes[None] / max(budget, 1), ub=1)],
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(sizes[None], ub=budget)],
         options={"mip_rel_gap": 0.0},
     )
     assert result.success, f"a choice fits the budget, but the solver says: {result.message}"

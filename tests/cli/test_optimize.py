@@ -15,7 +15,7 @@ from tests.cli.running import INT4, MODEL
 
 KEYS = {
     "model", "source", "pipeline", "target", "passes", "not_recognised", "source_bytes", "weight_bytes", "state_bytes",
-    "prefill", "prefill_bytes", "prefill_kl",
+    "prefill", "prefill_bytes", "prefill_kl", "calibration",
     "context", "seconds", "artifact", "dry_run",
 }  # fmt: skip
 # What design.md promises; a record may say more.

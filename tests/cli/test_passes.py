@@ -1,10 +1,12 @@
-"""`jettison passes`: every pass and policy, with every option."""
+"""`jettison passes`: every pass, policy, format and method, with every option."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from jettison.passes import USER_PASSES
+from jettison.passes.formats import FORMATS
+from jettison.passes.methods import METHODS
 from jettison.passes.policies import POLICIES
 
 
@@ -12,13 +14,16 @@ def test_json_lists_every_pass_policy_and_option(run):
     result = run("passes", "--json")
     assert (result.code, result.err) == (0, "")
     document = result.json
-    assert set(document) == {"passes", "policies"}
-    for key, classes in (("passes", USER_PASSES), ("policies", tuple(POLICIES.values()))):
-        assert [entry["name"] for entry in document[key]] == [cls.name for cls in classes]
+    assert set(document) == {"passes", "policies", "formats", "methods"}
+    kinds = {"policies": POLICIES, "formats": FORMATS, "methods": METHODS}
+    named = {"passes": {cls.name: cls for cls in USER_PASSES}, **kinds}
+    for key, by_name in named.items():
+        classes = tuple(by_name.values())
+        assert [entry["name"] for entry in document[key]] == list(by_name)
         for entry, cls in zip(document[key], classes, strict=True):
             assert set(entry) == {"name", "summary", "options", "doc"}
             assert entry["summary"]
-            assert [o["name"] for o in entry["options"]] == [f.name for f in dataclasses.fields(cls)]
+            assert [o["name"] for o in entry["options"]] == [f.name for f in dataclasses.fields(cls) if f.init]
             for option in entry["options"]:
                 assert set(option) == {"name", "type", "default", "doc"}
                 assert all(option.values())
@@ -30,7 +35,7 @@ def test_table_is_whole(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     result = run("passes")
     assert (result.code, result.err) == (0, "")
-    for entry in (*run("passes", "--json").json["passes"], *run("passes", "--json").json["policies"]):
+    for entry in (entry for entries in run("passes", "--json").json.values() for entry in entries):
         assert entry["name"] in result.out
         assert entry["summary"] in result.out
         for option in entry["options"]:

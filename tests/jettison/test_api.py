@@ -19,7 +19,6 @@ from jettison import CacheKV, Full, QuantizeWeights, Window
 from jettison.ir.compare import assert_close, logits_drift
 from jettison.ir.errors import ArtifactError, JettisonError, OptionError, UnsupportedError
 from jettison.optimized_model import OptimizedModel
-from jettison.passes.formats import IntGroups
 from tests.models.tiny_models import CONTEXT, VOCAB_SIZE, random_ids, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -161,15 +160,10 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_format_that_the_target_cannot_run_is_refused_before_the_model_is_opened() -> None:
-    class InThreeBits(QuantizeWeights):
-        @property
-        def format(self) -> IntGroups:
-            return IntGroups(3, 64)
-
     with pytest.raises(UnsupportedError, match=r"quantize-weights\{.*\} with target='onnx': .* takes 2, 4 or 8 bits"):
-        jettison.optimize("no-such-folder", [InThreeBits()], target="onnx")
+        jettison.optimize("no-such-folder", "quantize-weights{bits=3}", target="onnx")
     with pytest.raises(JettisonError, match="no-such-folder"):
-        jettison.optimize("no-such-folder", [InThreeBits()], target="torch")
+        jettison.optimize("no-such-folder", "quantize-weights{bits=3}", target="torch")
 
 
 # --- kinds of models ------------------------------------------------------------------------------------------------

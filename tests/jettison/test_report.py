@@ -15,7 +15,7 @@ from jettison.optimized_model import OptimizedModel
 from jettison.report import Report
 from tests.models.tiny_models import CONTEXT, LAYERS, tiny_model
 
-QUANTIZE = "quantize-weights{bits=4,group=32,symmetric=false,skip='o_proj|nothing'}"
+QUANTIZE = "quantize-weights{bits=4,group=32,symmetric=false,method=rtn,skip='o_proj|nothing'}"
 PIPELINE = f"{QUANTIZE},cache-kv{{policy=window}}"
 # Rotary frequencies: one per pair of a head's 8 channels, fp32.
 FREQUENCY_BYTES = 4 * 4
