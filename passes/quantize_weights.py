@@ -1,4 +1,4 @@
-"""Store the weights of linears and embeddings as 8- or 4-bit integer groups, rounded to nearest.
+"""Store the weights of linears and embeddings in few bits.
 
 Before:
     constant @e: f32[61,64]
@@ -26,7 +26,12 @@ Numerics: changes precision. |w - w'| is at most half a step of its group (see f
     embeddings are worth encoding: those of tiny-opt in bf16 would take 9 % more bytes and give 0.0098.
 Saves: N * K * (stored_bits - bits - (32 + bits) / group) / 8 bytes per matrix, and as many read per token; `bits` less
     in the sum when symmetric.
-Source: round to nearest in groups, as ONNX Runtime's `MatMulNBits` and llama.cpp's `Q4_1` store it.
+Method and format: `method` says how weights are rounded (passes/methods/), `format`, or `bits`, `group` and
+    `symmetric` for integer groups, how they are stored (passes/formats/). Methods that look at what linears read run
+    before `cache-kv`, on the program's calibration tokens; tables and stacks of experts are rounded to nearest then.
+    `awq` also changes constants in front of linears.
+Source: round to nearest in groups, as ONNX Runtime's `MatMulNBits` and llama.cpp's `Q4_1` store it; for the methods
+    see their files.
 """
 
 from __future__ import annotations
