@@ -6,9 +6,9 @@
 Decoders are scored with the decoded weights in the eager model in fp32, on the first windows of a text they were not
 trained on, as `jettison.evaluate` defines KL and perplexity; the encoder, a folder with all-MiniLM-L6-v2, as
 `weights_peers.py` says. Bytes are those of all constants of the program: codes, scales, zero points, codebooks, and
-what stays dense as the checkpoint stores it. `planted` is the first model with one channel in 37 of every normalised input
-thirty times as large, and the columns that read it smaller by as much: it computes the same. Settings whose name REGEX
-finds are measured, the others stay as the JSON has them. Writes benchmarks/results/weights_quality.json.
+what stays dense as the checkpoint stores it. `planted` is the first model with one channel in 37 of every normalised
+input thirty times as large, and the columns that read it smaller by as much: it computes the same. Settings whose name
+REGEX finds are measured, the others stay as the JSON has them. Writes benchmarks/results/weights_quality.json.
 """
 
 from __future__ import annotations

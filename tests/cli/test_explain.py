@@ -49,6 +49,19 @@ def test_what_limits_decode_of_a_torch_artifact(run, torch_artifact, onnx_artifa
     assert "decode  " not in run("explain", onnx_artifact).out
 
 
+@pytest.mark.parametrize(
+    ("passes", "target", "words"),
+    [
+        ("quantize-weights{bits=3}", "torch", "in 3 bits are decoded at each call"),
+        ("quantize-weights{format=nf4}", "torch", "in nf4 are decoded at each call"),
+        ("quantize-weights{format=nf4}", "onnx", "become 8-bit ones"),
+    ],
+)
+def test_formats_that_are_slower_than_their_bits_are_named(run, small_model, tmp_path, passes, target, words):
+    run("optimize", small_model, "--passes", passes, "--target", target, "--out", tmp_path / "out")
+    assert words in explained(run, tmp_path / "out")["decode_limit"]
+
+
 def test_layers_of_a_torch_artifact_add_up(run, torch_artifact):
     document = explained(run, torch_artifact)
     assert sum(layer["weight_bytes"] for layer in document["layers"]) == document["weight_bytes"]
