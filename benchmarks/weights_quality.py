@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from record import RESULTS, environment, write
@@ -33,6 +33,8 @@ from jettison.api import parse_passes
 from jettison.calibration import Calibration
 from jettison.drift import dense_value
 from jettison.ir.program import PassRecord, Program
+from jettison.passes.allocate_bits import AllocateBits
+from jettison.passes.methods.sensitivity import Choice, Probe
 from jettison.passes.pipeline import prepare
 from jettison.source import ModelSource, open_source
 
@@ -87,6 +89,19 @@ def weights_of(program: Program, names: set[str]) -> dict[str, Tensor]:
     return dense
 
 
+class Priced(AllocateBits):
+    """Remembers prices: they do not depend on the budget."""
+
+    prices: ClassVar[dict[Any, dict[str, list[Choice]]]] = {}
+
+    def price(self, program: Program, probe: Probe) -> dict[str, list[Choice]]:
+        """See `AllocateBits`."""
+        key = (id(program.calibration), self.metric, self.method)
+        if key not in self.prices:
+            self.prices[key] = super().price(program, probe)
+        return self.prices[key]
+
+
 class Bench:
     """One model: captured once, compressed and scored for each setting.
 
@@ -109,7 +124,10 @@ class Bench:
         program = self.source.program.copy()
         program.calibration = self.tokens
         started = time.perf_counter()
-        (record,) = [pass_.run(program) for pass_ in parse_passes(pipeline)]
+        (pass_,) = parse_passes(pipeline)
+        if isinstance(pass_, AllocateBits):
+            pass_ = Priced(**vars(pass_))
+        record = pass_.run(program)
         row = {"name": name, "pipeline": pipeline, "bytes": program.weight_bytes(),
                "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
         row |= self.score(weights_of(program, self.names))
@@ -142,11 +160,14 @@ def plant(folder: Path, out: Path) -> Path:
     return out
 
 
-def measure(bench: Bench, known: dict[str, Any], only: re.Pattern[str], settings: dict[str, str]) -> None:
-    """Fill `known` with rows by name of the setting."""
+def measure(
+    bench: Bench, known: dict[str, Any], only: re.Pattern[str], settings: dict[str, str], keep: Callable[[], object]
+) -> None:
+    """Fill `known` with rows by name of the setting, and keep them after each."""
     for name, pipeline in settings.items():
-        if only.search(name) or name not in known:
+        if name not in known or (only.pattern and only.search(name)):
             known[name] = bench.row(name, pipeline)[0]
+            keep()
 
 
 def main() -> None:
@@ -163,21 +184,26 @@ def main() -> None:
     path = RESULTS / "weights_quality.json"
     rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["models"] if path.is_file() else {}
     text = arguments.text.read_text()
+
+    def keep() -> Path:
+        return write("weights_quality", {"windows": arguments.windows, "models": rows}, before)
+
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         for folder in arguments.models:
             bench = Bench(folder, arguments.calibration, DecoderScorer(folder, text, arguments.windows))
             known = rows.setdefault(folder.name, {})
-            measure(bench, known, only, linear_settings() | whole_settings())
-            measure(bench, known, only, dict(allocation_settings({name: row["bytes"] for name, row in known.items()})))
+            measure(bench, known, only, linear_settings() | whole_settings(), keep)
+            sizes = {name: row["bytes"] for name, row in known.items()}
+            measure(bench, known, only, dict(allocation_settings(sizes)), keep)
         planted = plant(arguments.models[0], Path(scratch) / "planted")
         bench = Bench(planted, arguments.calibration, DecoderScorer(planted, text, arguments.windows))
         chosen = {name: each for name, each in linear_settings().items() if re.fullmatch("(rtn|awq|gptq) [43]", name)}
-        measure(bench, rows.setdefault("planted", {}), only, chosen)
+        measure(bench, rows.setdefault("planted", {}), only, chosen, keep)
         if arguments.encoder is not None:
             bench = Bench(arguments.encoder, arguments.calibration, encoder_scorer(arguments.encoder, text))
             chosen = {name: each.replace("embed|lm_head", "embeddings") for name, each in linear_settings().items()}
-            measure(bench, rows.setdefault("all-MiniLM-L6-v2", {}), only, chosen)
-    print(write("weights_quality", {"windows": arguments.windows, "models": rows}, before))
+            measure(bench, rows.setdefault("all-MiniLM-L6-v2", {}), only, chosen, keep)
+    print(keep())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ Source: HAWQ-V3 (arXiv 2011.10680) for the integer program; ZeroQ and CLADO for 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -95,18 +96,25 @@ class AllocateBits(Pass):
         """See `Pass`; the record also has the plan, and its loss as predicted and as measured."""
         self.requires(program)
         assert program.calibration is not None, "required"
+        started = time.perf_counter()
         probe = Probe(program, program.calibration())
-        plan, predicted = self._plan(program, probe)
+        plan, predicted = self._plan(program, self.price(program, probe))
         record = _Planned(tuple(plan), self._everything()).run(program, strict=strict)
         record.plan = format_pipeline([to_spec(step, step.name) for step in plan])
         record.predicted_kl, record.measured_kl = predicted, probe.loss_of(program)
+        record.seconds = time.perf_counter() - started
         return record
 
-    def _everything(self) -> QuantizeWeights:
-        """What takes the weights that this pass allocates."""
-        return QuantizeWeights(format=self.formats[0], method=self.method, skip=self.skip)
+    def price(self, program: Program, probe: Probe) -> dict[str, list[Choice]]:
+        """Every weight in every format, whatever the budget.
 
-    def _plan(self, program: Program, probe: Probe) -> tuple[list[QuantizeWeights], float]:
+        Args:
+            program: Not changed.
+            probe: Measures.
+
+        Returns:
+            By name of the weight, in the order of `formats`.
+        """
         reads, _ = self._everything().find(program)
         priced = [read for read in reads.get("forward", ()) if isinstance(read, WeightRead)]
         names = {read.weight for read in priced}
@@ -119,8 +127,16 @@ class AllocateBits(Pass):
             for name in sorted(names - heads):
                 choices[name] = meter.table(program.constants[name])
                 advance(1)
+        return choices
+
+    def _everything(self) -> QuantizeWeights:
+        """What takes the weights that this pass allocates."""
+        return QuantizeWeights(format=self.formats[0], method=self.method, skip=self.skip)
+
+    def _plan(self, program: Program, choices: Mapping[str, Sequence[Choice]]) -> tuple[list[QuantizeWeights], float]:
+        """The steps, and the sum of their losses."""
         used = program.used_constants()
-        fixed = sum(constant.stored_bytes for name, constant in used.items() if name not in names)
+        fixed = sum(constant.stored_bytes for name, constant in used.items() if name not in choices)
         shapes = [(shape[0], shape[1]) for shape in (program.constants[name].shape for name in choices)]
         uniform = fixed + sum(IntGroups(4, 128).bytes(shape) for shape in shapes)
         taken = cheapest(choices, (self.budget or uniform) - fixed, fixed)

@@ -13,12 +13,13 @@ from jettison.ir.compare import assert_close, run_program, usual_inputs
 from jettison.ir.constants import Constant
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.program import input_placeholders
+from jettison.passes.canonicalize_linear import CanonicalizeLinear
 from jettison.passes.formats import IntGroups, Lut, Nf4
 from jettison.passes.methods import AWQ, GPTQ, HQQ, METHODS, RTN, InputStatistics
 from jettison.passes.methods.gptq import inverse_factor, round_columns
 from jettison.passes.pipeline import prepare
 from jettison.passes.quantize_weights import QuantizeWeights
-from tests.helpers import export_tiny, run_pass
+from tests.helpers import Apply, Embedded, export_tiny, run_pass
 
 WIDTH, INNER = 40, 72
 CALIBRATED = [GPTQ(), GPTQ(order="none"), GPTQ(clip=False), AWQ()]
@@ -294,6 +295,33 @@ def test_outputs_are_nearer_on_the_calibration_text(method, is_gated):
         after, _ = run_pass(QuantizeWeights(bits=3, skip="embed", method=each), block(is_gated))
         errors[each] = float((run_program(after, ids)[0] - reference).norm())
     assert errors[method] < 0.9 * errors[RTN()]
+
+
+def test_the_matrix_of_a_conv1d():
+    """GPT-2 stores `[K, N]`: the constant is a transposed view."""
+
+    def conv1d(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, WIDTH), self.matrix).reshape(*x.shape[:2], 24)
+
+    program = export_tiny(Embedded(Apply(conv1d, bias=(24,), matrix=(WIDTH, 24)), width=WIDTH))
+    CanonicalizeLinear().run(program)
+    program, errors = calibrated(program), {}
+    reference = run_program(program, tokens(2))[0]
+    for method in (RTN(), GPTQ()):
+        after, record = run_pass(QuantizeWeights(bits=3, skip="embed", method=method), program)
+        assert record.rewrites == 1
+        errors[method] = float((run_program(after, tokens(2))[0] - reference).norm())
+    assert errors[GPTQ()] < 0.9 * errors[RTN()]
+
+
+def test_joint_weights_are_encoded_like_their_blocks():
+    program = export_tiny(Embedded(Apply(lambda self, x: F.linear(x, self.matrix), matrix=(30, WIDTH)), width=WIDTH))
+    matrix = program.constants["body.matrix"].value()
+    whole, _ = run_pass(QuantizeWeights(method=GPTQ()), calibrated(program))
+    program.constants["body.matrix"] = Constant("body.matrix", (matrix[:10], matrix[10:11], matrix[11:].clone()))
+    blocks, _ = run_pass(QuantizeWeights(method=GPTQ()), calibrated(program))
+    for part in whole.packed["body.matrix"].parts.values():
+        assert torch.equal(blocks.constants[part].value(), whole.constants[part].value())
 
 
 def test_needs_calibration():
