@@ -41,6 +41,7 @@ class AWQ(Method):
 
     name: ClassVar[str] = "awq"
     needs_inputs: ClassVar[bool] = True
+    scales_inputs: ClassVar[bool] = True
 
     def input_scales(
         self, weights: Sequence[Tensor], weight_format: WeightFormat, statistics: InputStatistics

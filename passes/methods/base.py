@@ -64,11 +64,13 @@ class Method(ABC):
     Attributes:
         name: Text id, the file's name.
         needs_inputs: Whether it has to see what the linears read.
+        scales_inputs: Whether `input_scales` is to be asked.
         weights_at_once: Most weights to give to a row encoder; None for as many as operators decode at a time.
     """
 
     name: ClassVar[str]
     needs_inputs: ClassVar[bool] = False
+    scales_inputs: ClassVar[bool] = False
     weights_at_once: ClassVar[int | None] = None
 
     def adapted(self, weight_format: WeightFormat) -> WeightFormat:

@@ -166,7 +166,7 @@ class LayerwiseRun:
         run.advance(x, statistics.add)
         _require_finite(statistics, self._method, self._readers[x][0], x)
         alone, scales = self._alone(x), None
-        if alone and self._divider(x) is not None:
+        if self._method.scales_inputs and self._divider(x) is not None:
             dense = [weight.value().to(torch.float32) for weight in alone]
             scales = self._method.input_scales(dense, self._format, statistics)
         own = statistics if scales is None else statistics.divided(scales)

@@ -377,6 +377,7 @@ class Scaling(RTN):
 
     name: ClassVar[str] = "scaling"
     needs_inputs: ClassVar[bool] = True
+    scales_inputs: ClassVar[bool] = True
 
     def input_scales(self, weights, weight_format, statistics):
         return torch.linspace(0.5, 2, weights[0].shape[1])
