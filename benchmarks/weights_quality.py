@@ -42,7 +42,13 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "examples" / "models"
 LINEARS = "skip='embed|lm_head'"
 MENU = "+".join(
-    f"int{{bits={bits},group={group}}}" for bits, group in ((8, 128), (4, 32), (4, 128), (3, 32), (3, 128), (2, 32))
+    [
+        "nf4{group=64,double=true}",
+        *(
+            f"int{{bits={bits},group={group}}}"
+            for bits, group in ((8, 128), (4, 32), (4, 128), (3, 64), (3, 128), (2, 32))
+        ),
+    ]
 )
 PLANTED_EVERY, PLANTED_FACTOR = 37, 30.0
 _NORMED = {

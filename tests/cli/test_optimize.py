@@ -37,7 +37,7 @@ def test_dry_run_reports_and_writes_nothing(run, small_model, is_left_clean, mon
     assert report["source_bytes"] == (4096 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 3 * 32) * 2
     assert (quantized["kl"], quantized["misses"]) == (None, [])
     assert cached["rewrites"] == 1
-    assert report["pipeline"] == "quantize-weights{bits=4,group=32,symmetric=false},cache-kv{policy=full}"
+    assert report["pipeline"] == "quantize-weights{bits=4,group=32,symmetric=false,method=rtn},cache-kv{policy=full}"
     assert report["state_bytes"] == 2 * 2 * 1024 * 8 * 4
 
 

@@ -71,11 +71,11 @@ def test_a_stack_that_something_else_reads_stays_as_it_is() -> None:
     assert returned["total"] == program.constants["body.down0.codes"].value().sum()
 
 
-def test_no_kernel_for_two_bits() -> None:
+def test_no_kernel_for_three_bits() -> None:
     """The operator itself computes then."""
     program = quantised(8)
     parts = packable_experts(program)[0]
-    two_bits = type(parts)(parts.gate_up, parts.down, (2, 32, 2, 32))
-    assert pack_experts(program, two_bits) is None
+    three_bits = type(parts)(parts.gate_up, parts.down, (3, 32, 3, 32))
+    assert pack_experts(program, three_bits) is None
     assert program.constants[parts.name].shape[0] == EXPERTS
     assert any(is_call(node, quantized_experts) for node in program.entries["forward"].graph.nodes)
