@@ -4,17 +4,17 @@ Codes, scales and zero points are those of the file, laid out as `jettison::quan
 rounded again, and no weight is decoded. All three tools mean `(code - zero) * scale`; scales become fp32, so the
 product is not rounded to the 16 bits that their own kernels may compute in. For a weight `[N, K]` in G groups:
 
-| tensor              | layout                                                                                    |
-|---------------------|-------------------------------------------------------------------------------------------|
-| GPTQ `qweight`      | i32 `[K * bits / 32, N]`: along K, first code in the low bits, 3-bit codes across words     |
-| GPTQ `qzeros`       | i32 `[G, N * bits / 32]`, likewise along N; the first format subtracts ones from the words  |
-| GPTQ `g_idx`        | i32 `[K]`: the group of each column (`desc_act`)                                            |
-| AWQ `qweight`       | i32 `[K, N / 8]`: nibble i of a word is column 0, 2, 4, 6, 1, 3, 5, 7 of its eight          |
-| AWQ `qzeros`        | i32 `[G, N / 8]`, likewise                                                                  |
-| both, `scales`      | `[G, N]`                                                                                    |
-| `weight_packed`     | i32 `[N, ceil(K * bits / 32)]`: as GPTQ's, along K; code is q + 2**(bits - 1)               |
-| `weight_zero_point` | i32 `[ceil(N * bits / 32), G]`, likewise along N; or i8 `[N, G]` in old files               |
-| `weight_scale`      | `[N, G]`                                                                                    |
+| tensor              | layout                                                                                  |
+|---------------------|-----------------------------------------------------------------------------------------|
+| GPTQ `qweight`      | i32 `[K * bits / 32, N]`: along K, first code in the low bits, 3-bit codes across words |
+| GPTQ `qzeros`       | i32 `[G, N * bits / 32]`, likewise along N; less one in the first format                |
+| GPTQ `g_idx`        | i32 `[K]`: the group of each column (`desc_act`)                                        |
+| AWQ `qweight`       | i32 `[K, N / 8]`: nibble i of a word is column 0, 2, 4, 6, 1, 3, 5, 7 of its eight      |
+| AWQ `qzeros`        | i32 `[G, N / 8]`, likewise                                                              |
+| both, `scales`      | `[G, N]`                                                                                |
+| `weight_packed`     | i32 `[N, ceil(K * bits / 32)]`: as GPTQ's, along K; code is q + 2**(bits - 1)           |
+| `weight_zero_point` | i32 `[ceil(N * bits / 32), G]`, likewise along N; or i8 `[N, G]` in old files           |
+| `weight_scale`      | `[N, G]`                                                                                |
 
 A group that is a multiple of one of ours (32, 64 or 128 columns) becomes several that share a scale and a zero point.
 Where groups are scattered over the columns, columns are sorted by group, and so is the input of the linear.
@@ -37,14 +37,15 @@ from jettison.ir.constants import Packed, scratch_tensor
 from jettison.ir.errors import CaptureError, UnsupportedError
 from jettison.ir.ops import quantized_linear
 from jettison.ir.ops.quantized_linear import pack_codes, pack_zeros, row_chunks, unpack_codes
-from jettison.ir.packing_config import Packing
+from jettison.ir.packing_config import Packing, Scheme
 
 # Columns of a group that `quantized_linear` has kernels for, best first: larger ones hold fewer scales.
 _GROUPS = (128, 64, 32)
 # Where column c of eight lies in a word of AWQ's.
 _AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
-# Words of ones: what GPTQ's first format subtracts from packed zero points, as whole words, so that borrows cross them.
-_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+# What the first format of GPTQ subtracts from words of zero points, in turn; borrows cross the zero points in a word.
+# For 3 bits these are not the words of ones that AutoGPTQ subtracts, but what GPTQModel writes and reads.
+_ONES = {2: (0x55555555,), 3: (0x24924924, -0x6DB6DB6E, 0x49249249), 4: (0x11111111,), 8: (0x01010101,)}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 _Codes = Callable[[slice], Tensor]
@@ -179,7 +180,7 @@ class _Tensors:
     @property
     def settings(self) -> str:
         """What config.json says, for messages."""
-        each = (f"{bits} bits, group_size {group}" for bits, group in self.packing.schemes)
+        each = (f"{bits} bits, group_size {group}" for bits, group, _ in self.packing.schemes)
         return f"{self.packing.method}, {' or '.join(each)}"
 
     def refuse(self, found: str, needed: str) -> NoReturn:
@@ -203,7 +204,7 @@ def _refuse_place(checkpoint: Checkpoint, name: str, what: str) -> NoReturn:
 
 
 def _read_gptq(tensors: _Tensors, orders: dict[bytes, Tensor]) -> PackedWeight:
-    (bits, group), (n, k) = tensors.packing.schemes[0], tensors.shape
+    (bits, group, _), (n, k) = tensors.packing.schemes[0], tensors.shape
     if k * bits % 32:
         tensors.refuse(f"rows of {k} codes of {bits} bits", "whole words of 32 bits")
     columns = k if group == -1 else group
@@ -211,10 +212,12 @@ def _read_gptq(tensors: _Tensors, orders: dict[bytes, Tensor]) -> PackedWeight:
     words = tensors.take("qweight", (torch.int32,), (k * bits // 32, n))
     stored = tensors.take("qzeros", (torch.int32,), (groups, -(-n * bits // 32)))
     scales = tensors.take("scales", _FLOATS, (groups, n))
-    if tensors.packing.zeros_less_one and bits in _ONES:
-        stored = stored + _ONES[bits]
+    is_less, by_word = tensors.packing.zeros_less_one, bits != 3 or tensors.packing.by_gptqmodel
+    if is_less and by_word:
+        ones = torch.tensor(_ONES[bits], dtype=torch.int32)
+        stored = stored + ones.repeat(-(-stored.shape[1] // len(ones)))[: stored.shape[1]]
     zeros = _spread(stored, bits, n)
-    if tensors.packing.zeros_less_one and bits not in _ONES:
+    if is_less and not by_word:
         zeros = (zeros + 1) & (2**bits - 1)
     order = _order(tensors, "g_idx", columns, groups, orders)
     return _assemble(
@@ -223,7 +226,7 @@ def _read_gptq(tensors: _Tensors, orders: dict[bytes, Tensor]) -> PackedWeight:
 
 
 def _read_awq(tensors: _Tensors, orders: dict[bytes, Tensor]) -> PackedWeight:
-    (bits, group), (n, k) = tensors.packing.schemes[0], tensors.shape
+    (bits, group, _), (n, k) = tensors.packing.schemes[0], tensors.shape
     if n % 8:
         tensors.refuse(f"{n} rows for {tensors.stem!r}", "a multiple of 8, because words hold eight of them")
     columns = k if group == -1 else group
@@ -240,7 +243,8 @@ def _read_awq(tensors: _Tensors, orders: dict[bytes, Tensor]) -> PackedWeight:
 
 def _read_compressed_tensors(tensors: _Tensors, orders: dict[bytes, Tensor]) -> PackedWeight:
     n, k = tensors.shape
-    bits, columns = _compressed_scheme(tensors)
+    bits, group, has_zeros = _compressed_scheme(tensors)
+    columns = k if group == -1 else group
     groups = -(-k // columns)
     words = tensors.take("weight_packed", (torch.int32,), (n, -(-k * bits // 32)))
     scales = tensors.take("weight_scale", _FLOATS, (n, groups))
@@ -253,7 +257,7 @@ def _read_compressed_tensors(tensors: _Tensors, orders: dict[bytes, Tensor]) -> 
     name = f"{tensors.stem}.weight_zero_point"
     if name in tensors.checkpoint and tensors.checkpoint.dtype(name) == torch.int8:
         zeros = (tensors.take("weight_zero_point", (torch.int8,), (n, groups)).to(torch.int16) + middle).to(torch.uint8)
-    elif name in tensors.checkpoint:
+    elif has_zeros or name in tensors.checkpoint:
         packed = tensors.take("weight_zero_point", (torch.int32,), (-(-n * bits // 32), groups))
         zeros = _spread(packed.t(), bits, n).t()
     order = _order(tensors, "weight_g_idx", columns, groups, orders)
@@ -263,19 +267,17 @@ def _read_compressed_tensors(tensors: _Tensors, orders: dict[bytes, Tensor]) -> 
 _READERS = {"gptq": _read_gptq, "awq": _read_awq, "compressed-tensors": _read_compressed_tensors}
 
 
-def _compressed_scheme(tensors: _Tensors) -> tuple[int, int]:
-    """Bits and columns of a group: of the kinds in config.json, the one whose shapes these are; else the first."""
-    k = tensors.shape[1]
-    schemes = [(bits, k if group == -1 else group) for bits, group in tensors.packing.schemes]
-    for bits, columns in schemes:
-        found = [
-            tensors.checkpoint.shape(f"{tensors.stem}.{part}")[-1:]
-            for part in ("weight_packed", "weight_scale")
-            if tensors.has(part)
-        ]
-        if found == [(-(-k * bits // 32),), (-(-k // columns),)]:
-            return bits, columns
-    return schemes[0]
+def _compressed_scheme(tensors: _Tensors) -> Scheme:
+    """Of the kinds in config.json, the one that a linear's tensors fit; else the first, to say what it would need."""
+    k, checkpoint = tensors.shape[1], tensors.checkpoint
+    parts = [part for part in ("weight_packed", "weight_scale") if tensors.has(part)]
+    found = [checkpoint.shape(f"{tensors.stem}.{part}")[-1:] for part in parts]
+    for scheme in tensors.packing.schemes:
+        groups = 1 if scheme.group == -1 else -(-k // scheme.group)
+        has_zeros = tensors.has("weight_zero_point") or not scheme.has_zeros
+        if has_zeros and found == [(-(-k * scheme.bits // 32),), (groups,)]:
+            return scheme
+    return tensors.packing.schemes[0]
 
 
 def _order(tensors: _Tensors, part: str, columns: int, groups: int, orders: dict[bytes, Tensor]) -> Tensor | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jettison.ir.errors import CaptureError, UnsupportedError
 
@@ -19,6 +19,14 @@ _READABLE = "GPTQ, AWQ (gemm) and compressed-tensors (pack-quantized)"
 _BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "compressed-tensors": (2, 3, 4, 8)}
 
 
+class Scheme(NamedTuple):
+    """Bits per weight, columns of a group or -1 for whole rows, and whether zero points must be stored."""
+
+    bits: int
+    group: int
+    has_zeros: bool = True
+
+
 @dataclass(frozen=True)
 class Packing:
     """How the packed linears of a checkpoint are laid out.
@@ -26,15 +34,16 @@ class Packing:
     Attributes:
         method: `gptq`, `awq` or `compressed-tensors`.
         file: The `config.json` that says so, for messages.
-        schemes: Bits per weight, and columns of a group or -1 for whole rows, of each kind of linear there is. A
-            linear's shapes say which is its own.
+        schemes: Of each kind of linear there is. A linear's tensors say which is its own.
         zeros_less_one: Whether stored zero points are one less than what they stand for (GPTQ's first format).
+        by_gptqmodel: Whether GPTQModel wrote it, which subtracts otherwise than AutoGPTQ where there are 3 bits.
     """
 
     method: str
     file: Path
-    schemes: tuple[tuple[int, int], ...]
+    schemes: tuple[Scheme, ...]
     zeros_less_one: bool = False
+    by_gptqmodel: bool = False
 
     @property
     def suffix(self) -> str:
@@ -80,13 +89,18 @@ def _read_gptq(file: Path, settings: dict[str, Any]) -> Packing:
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2") or settings.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
         refuse_quantized(file, f"quantization_config of GPTQ with checkpoint_format {layout!r}")
-    return Packing("gptq", file, (_scheme(file, "gptq", settings, "bits", "group_size"),), layout == "gptq")
+    meta = settings.get("meta")
+    by_gptqmodel = isinstance(meta, dict) and "gptqmodel" in str(meta.get("quantizer")).lower()
+    scheme = _scheme(file, "gptq", settings, "bits", "group_size")
+    return Packing("gptq", file, (scheme,), layout == "gptq", by_gptqmodel)
 
 
 def _read_awq(file: Path, settings: dict[str, Any]) -> Packing:
     layout = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if layout != "gemm":
         refuse_quantized(file, f"quantization_config of AWQ with version {layout!r}")
+    if settings.get("zero_point") is False:
+        refuse_quantized(file, "quantization_config of AWQ with zero_point false")
     names = [old if old in settings and new not in settings else new for new, old in _AWQ_NAMES]
     return Packing("awq", file, (_scheme(file, "awq", settings, *names),))
 
@@ -116,7 +130,8 @@ def _read_compressed_tensors(file: Path, settings: dict[str, Any]) -> Packing:
         if strategy not in ("group", "channel"):
             refuse_quantized(file, f"{what} strategy {strategy!r} in {name}")
         chosen = {**weights, "group_size": -1} if strategy == "channel" else weights
-        schemes.append(_scheme(file, "compressed-tensors", chosen, "num_bits", "group_size"))
+        scheme = _scheme(file, "compressed-tensors", chosen, "num_bits", "group_size")
+        schemes.append(scheme._replace(has_zeros=weights.get("symmetric") is False))
     return Packing("compressed-tensors", file, tuple(dict.fromkeys(schemes)))
 
 
@@ -124,14 +139,14 @@ _AWQ_NAMES = (("bits", "w_bit"), ("group_size", "q_group_size"))
 _READERS = {"gptq": _read_gptq, "awq": _read_awq, "compressed-tensors": _read_compressed_tensors}
 
 
-def _scheme(file: Path, method: str, settings: dict[str, Any], bits_name: str, group_name: str) -> tuple[int, int]:
-    """Bits and columns of a group."""
+def _scheme(file: Path, method: str, settings: dict[str, Any], bits_name: str, group_name: str) -> Scheme:
+    """Bits and columns of a group, in range."""
     bits, group = settings.get(bits_name), settings.get(group_name)
     if type(bits) is not int or bits not in _BITS[method]:
         _refuse_setting(file, bits_name, bits, f"one of {', '.join(map(str, _BITS[method]))} for {method}")
     if type(group) is not int or (group < 1 and group != -1):
         _refuse_setting(file, group_name, group, "a number of columns, or -1 for whole rows")
-    return bits, group
+    return Scheme(bits, group)
 
 
 def _refuse_setting(file: Path, name: str, found: Any, needed: str) -> NoReturn:

@@ -10,8 +10,8 @@ After:
     %14: f32[s0,s3,64] = aten.gather(%8, 1, %13)
     %15: f32[s0,s3,512] = aten.linear(%14, @lm_head.weight)
 
-Fires when: the program is a decoder and the output comes from a linear with a constant weight, with nothing but
-    element-wise operations after it.
+Fires when: the program is a decoder and the output comes from a linear with a constant weight, packed or not, with
+    nothing but element-wise operations after it.
 Declines when: the head is not a linear, or something after it mixes positions.
 Numerics: exact.
 Saves: (S - P) * E * V multiplications and (S - P) * V * 4 bytes per row in prefill.

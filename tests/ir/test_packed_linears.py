@@ -112,10 +112,11 @@ def awq_config(group: int = 32) -> dict[str, Any]:
     return {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
 
 
-def compressed_config(*schemes: tuple[int, int]) -> dict[str, Any]:
+def compressed_config(*schemes: tuple[int, int], symmetric: bool = False) -> dict[str, Any]:
     groups = {}
     for number, (bits, group) in enumerate(schemes):
         weights = {"num_bits": bits, "type": "int", "strategy": "channel" if group == -1 else "group"}
+        weights |= {"symmetric": symmetric}
         weights["group_size"] = None if group == -1 else group
         groups[f"group_{number}"] = {"targets": ["Linear"], "weights": weights, "input_activations": None}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
@@ -196,6 +197,14 @@ def test_gptq_zero_points_of_zero_borrow_from_their_neighbours(tmp_path: Path):
     check(imported(tmp_path, gptq_config(), tensors), weight)
 
 
+def test_gptqmodel_subtracts_other_words_from_3_bits_than_autogptq(tmp_path: Path):
+    weight = draw((N, K), 3, 32)
+    tensors = gptq(weight, first_format=False)
+    words = np.array([0x24924924, 0x92492492, 0x49249249] * 2, np.uint32).view(np.int32)
+    tensors["qzeros"] = tensors["qzeros"] - torch.from_numpy(words)
+    check(imported(tmp_path, gptq_config(3, meta={"quantizer": ["gptqmodel:4.0.0"]}), tensors), weight)
+
+
 @pytest.mark.parametrize("group", [32, 64, -1])
 def test_awq(tmp_path: Path, group: int):
     weight = draw((N, K), 4, group)
@@ -242,7 +251,7 @@ def test_symmetric_weights_hold_no_zero_points(tmp_path: Path, symmetric: bool):
 
 def test_symmetric_compressed_tensors_have_no_zero_points(tmp_path: Path):
     weight = draw((N, K), 4, 32, symmetric=True)
-    linear = imported(tmp_path, compressed_config((4, 32)), compressed(weight, zeros="none"))
+    linear = imported(tmp_path, compressed_config((4, 32), symmetric=True), compressed(weight, zeros="none"))
     check(linear, weight)
     assert linear.weight.zeros is None
 
@@ -346,6 +355,11 @@ def test_misfits_are_refused(tmp_path: Path):
             imported(tmp_path, gptq_config(), tensors)
         assert found in str(caught.value)
         assert needed in str(caught.value)
+
+
+def test_zero_points_that_config_json_promises_are_needed(tmp_path: Path):
+    with pytest.raises(CaptureError, match=r"no tensor 'up\.weight_zero_point'; needed int32\[8, 5\]"):
+        imported(tmp_path, compressed_config((4, 32)), compressed(draw((N, K), 4, 32), zeros="none"))
 
 
 def test_other_bits_than_the_tensors_have_are_refused(tmp_path: Path):

@@ -26,14 +26,18 @@ def compressed(weights: dict[str, Any] | None = None, **others: Any) -> dict[str
 
 def test_what_is_read():
     assert read_packing(FILE, {"model_type": "llama"}) is None
-    assert read(quant_method="gptq", bits=4, group_size=128) == Packing("gptq", FILE, ((4, 128),), True)
+    assert read(quant_method="gptq", bits=4, group_size=128) == Packing("gptq", FILE, ((4, 128, True),), True)
     second = read(quant_method="gptq", bits=3, group_size=-1, checkpoint_format="gptq_v2")
-    assert second == Packing("gptq", FILE, ((3, -1),), False)
-    assert read(quant_method="awq", bits=4, group_size=64, version="GEMM") == Packing("awq", FILE, ((4, 64),))
-    assert read(quant_method="awq", w_bit=4, q_group_size=64) == Packing("awq", FILE, ((4, 64),))
-    assert read(**compressed()) == Packing("compressed-tensors", FILE, ((4, 128),))
+    assert second == Packing("gptq", FILE, ((3, -1, True),), False)
+    named = read(quant_method="gptq", bits=4, group_size=128, meta={"quantizer": ["gptqmodel:4.0.0"]})
+    assert named == Packing("gptq", FILE, ((4, 128, True),), True, True)
+    assert read(quant_method="awq", bits=4, group_size=64, version="GEMM") == Packing("awq", FILE, ((4, 64, True),))
+    assert read(quant_method="awq", w_bit=4, q_group_size=64) == Packing("awq", FILE, ((4, 64, True),))
+    assert read(**compressed()) == Packing("compressed-tensors", FILE, ((4, 128, False),))
+    uneven = compressed({"symmetric": False})
+    assert read(**uneven) == Packing("compressed-tensors", FILE, ((4, 128, True),))
     by_row = compressed({"strategy": "channel", "group_size": None, "num_bits": 8})
-    assert read(**by_row) == Packing("compressed-tensors", FILE, ((8, -1),))
+    assert read(**by_row) == Packing("compressed-tensors", FILE, ((8, -1, False),))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +47,7 @@ def test_what_is_read():
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, "'marlin'"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "AWQ with version 'gemv'"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": False}, "zero_point false"),
         (compressed(format="int-quantized"), "format 'int-quantized'"),
         (compressed({"type": "float"}), "no integers"),
         (compressed({"strategy": "tensor"}), "strategy 'tensor'"),
