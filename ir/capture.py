@@ -236,7 +236,9 @@ def capture(source: CaptureSource, dtype: torch.dtype = torch.float32) -> Progra
     entry.graph.eliminate_dead_code()
     _refuse_operators(entry, source)
     info = ModelInfo(source.kind or "decoder", source.name, source.context, vocab_size)
-    program = Program({"forward": entry}, _constants(entry, source, lifted), info, trail.outputs)
+    constants = _constants(entry, source, lifted)
+    packed = {name: weight for name, weight in source.packed.items() if constants.keys() >= set(weight.parts.values())}
+    program = Program({"forward": entry}, constants, info, trail.outputs, packed)
     verify(program)
     if source.eager is not None:
         check_against_eager(program, source, dtype, source.context if trail.is_whole_context_apart else None)

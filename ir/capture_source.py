@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jettison.ir.constants import Packed
 from jettison.ir.errors import CaptureError
 from jettison.ir.trail import Trail
 
@@ -32,6 +33,7 @@ class CaptureSource:
         inputs: Which of `input_ids`, `position_ids`, `attention_mask`, `token_type_ids` are passed, by keyword.
         call: Extra keyword arguments of `forward`.
         tracing: A context to trace in.
+        packed: Weights that `module` holds packed, by the name of the dense weight.
         kind: `decoder`, `encoder`, or None to find out whether tokens see later ones.
         name: For messages and the report.
         context: Most positions of a sequence.
@@ -48,6 +50,7 @@ class CaptureSource:
     vocab_size: int | None = None
     call: dict[str, Any] = field(default_factory=dict)
     tracing: Callable[[], AbstractContextManager[None]] = nullcontext
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
 
 class ModelCall(nn.Module):

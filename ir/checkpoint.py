@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from jettison.ir.errors import CaptureError, JettisonError, UnsupportedError
+from jettison.ir.packing_config import PACKED_SUFFIXES, Packing, read_packing, refuse_quantized
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -44,9 +45,6 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
 # fmt: on
-
-# Suffixes under which GPTQ, AWQ and compressed-tensors store packed integers, whatever config.json says.
-_PACKED_WEIGHT_SUFFIXES = (".qweight", ".weight_packed")
 
 _TOKENIZER_FILE = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json|vocab\.txt|merges\.txt"
@@ -80,15 +78,23 @@ class Checkpoint:
         folder: The folder that was opened (for a hub id, its snapshot in the local cache).
         config: `config.json`, parsed.
         generation_config: `generation_config.json`, parsed; empty when the folder has none.
+        packing: How linears are packed, or None where all weights are dense.
         names: Tensor names in the order they are stored, so that reading them in turn reads the files front to back.
     """
 
     def __init__(
-        self, folder: Path, config: _Json, generation_config: _Json, entries: _Entries, allow_remote_code: bool
+        self,
+        folder: Path,
+        config: _Json,
+        generation_config: _Json,
+        entries: _Entries,
+        packing: Packing | None,
+        allow_remote_code: bool,
     ) -> None:
         self.folder = folder
         self.config = config
         self.generation_config = generation_config
+        self.packing = packing
         self.names: tuple[str, ...] = tuple(entries)
         self._entries = entries
         self._allow_remote_code = allow_remote_code
@@ -110,15 +116,17 @@ class Checkpoint:
 
         Raises:
             CaptureError: The folder or a file in it is missing, damaged or not what its name says.
-            UnsupportedError: The folder is fine, but quantised or without safetensors weights.
+            UnsupportedError: The folder is fine, but quantised in a way that is not read, or without safetensors
+                weights.
         """
         root = _find_folder(os.fsdecode(folder))
         _refuse_other_folders(root)
         config = _read_json_object(root / CONFIG_FILE)
-        _refuse_quantized_config(root / CONFIG_FILE, config)
+        packing = read_packing(root / CONFIG_FILE, config)
         generation_path = root / GENERATION_CONFIG_FILE
         generation_config = _read_json_object(generation_path) if os.path.lexists(generation_path) else {}
-        return cls(root, config, generation_config, _read_entries(root, config), allow_remote_code)
+        entries = _read_entries(root, config, packing)
+        return cls(root, config, generation_config, entries, packing, allow_remote_code)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -166,6 +174,14 @@ class Checkpoint:
         """
         view: torch.Tensor = self._mapped[self._entry(name).file].get_tensor(name)
         return view
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor.
+
+        Raises:
+            CaptureError: The checkpoint has no tensor of that name.
+        """
+        return self._entry(name).file
 
     def require_finite(self, names: Iterable[str] | None = None, on_progress: _Progress = None) -> None:
         """Read every floating-point tensor once and refuse NaN and infinity.
@@ -311,13 +327,6 @@ def _refuse_gguf(file: Path) -> NoReturn:
     _refuse(file, found, needed, do, UnsupportedError)
 
 
-def _refuse_quantized(file: Path, evidence: str) -> NoReturn:
-    found = f"an already quantised checkpoint ({evidence})"
-    needed = "the original weights, because quantising twice adds up both errors"
-    do = "Use the unquantised checkpoint (bf16, fp16 or fp32) that this one was made from."
-    _refuse(file, found, needed, do, UnsupportedError)
-
-
 def _listed(items: list[str], limit: int = 8) -> str:
     """Items separated by commas, cut after `limit` so that a message stays readable."""
     rest = len(items) - limit
@@ -409,19 +418,7 @@ def _read_json_object(file: Path) -> _Json:
     return parsed
 
 
-def _refuse_quantized_config(file: Path, config: _Json) -> None:
-    """Refuse what GPTQ, AWQ, bitsandbytes, FP8, MXFP4 (`quantization_config`) and MLX (`quantization`) write."""
-    sections = {"": config} | {f"{key}.": value for key, value in config.items() if isinstance(value, dict)}
-    for prefix, section in sections.items():
-        for key in ("quantization_config", "compression_config", "quantization"):
-            settings = section.get(key)
-            if not settings or (key == "quantization" and not (isinstance(settings, dict) and "bits" in settings)):
-                continue
-            method = settings.get("quant_method") if isinstance(settings, dict) else None
-            _refuse_quantized(file, f"{prefix}{key}" + (f" with quant_method {method!r}" if method else ""))
-
-
-def _read_entries(root: Path, config: _Json) -> _Entries:
+def _read_entries(root: Path, config: _Json, packing: Packing | None) -> _Entries:
     if os.path.lexists(root / SINGLE_FILE):  # transformers prefers it, too, where both are present
         entries = _read_header(root / SINGLE_FILE)
     elif os.path.lexists(root / INDEX_FILE):
@@ -430,9 +427,12 @@ def _read_entries(root: Path, config: _Json) -> _Entries:
         _refuse_missing_weights(root, config)
     if not entries:
         _refuse(root, "safetensors weights without tensors", "weights", "Download the model again.")
-    for name, entry in entries.items():
-        if name.endswith(_PACKED_WEIGHT_SUFFIXES):
-            _refuse_quantized(entry.file, f"tensor {name!r}")
+    packed = [name for name in entries if name.endswith(PACKED_SUFFIXES)]
+    if packing is None and packed:
+        refuse_quantized(entries[packed[0]].file, f"tensor {packed[0]!r}, of which {CONFIG_FILE} says nothing")
+    if packing is not None and not any(name.endswith(packing.suffix) for name in packed):
+        found = f"quantization_config of {packing.method} in {CONFIG_FILE}, and no tensor {packing.suffix!r}"
+        _refuse(root, found, "packed weights, or no such settings", "Download config.json and the weights again.")
     return entries
 
 

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from jettison.ir.capture_source import DEFAULT_CONTEXT, CaptureSource, module_inputs
 from jettison.ir.checkpoint import Checkpoint
+from jettison.ir.constants import Packed
 from jettison.ir.errors import CaptureError, UnsupportedError
 from jettison.ir.huggingface_experts import experts_forward
 from jettison.ir.ops.attention import visible_keys
+from jettison.ir.packed_linears import replace_packed_linears
 
 # Under this name transformers finds our attention, mask builder and experts.
 IMPLEMENTATION = "jettison"
@@ -370,11 +372,23 @@ def source_from_checkpoint(checkpoint: Checkpoint) -> CaptureSource:
     cls = model_class(config)
     _refuse_unsupported(config, cls)
     module = _empty_model(cls, config, checkpoint)
-    weights = _match_weights(checkpoint, module)
+    packed: dict[str, Packed] = {}
+    in_packed: set[str] = set()
+    if checkpoint.packing is not None:
+        packed, in_packed = replace_packed_linears(module, checkpoint, _base_prefix(module))
+    weights = _match_weights(checkpoint, module, in_packed)
+    if weights is None and checkpoint.packing is not None:
+        raise UnsupportedError(
+            f"[capture] {checkpoint.folder}: the tensors of {cls.__name__} are stored under other names than the model "
+            f"has, beside weights packed by {checkpoint.packing.method}; needed the model's own names. Use the "
+            "unquantised checkpoint that this one was made from."
+        )
     if weights is None:
         # Stored under other names or in other shapes (experts merged at load): only transformers knows how.
         return source_from_model(_load_by_transformers(cls, checkpoint))
-    return _source(cls, config, module, weights, lambda: _load_eager(module, weights))
+    source = _source(cls, config, module, weights, lambda: _load_eager(module, weights))
+    source.packed = packed
+    return source
 
 
 def _config_of(checkpoint: Checkpoint) -> Any:
@@ -457,20 +471,29 @@ def _load_eager(module: Any, weights: dict[str, Tensor]) -> nn.Module:
     return module
 
 
-def _match_weights(checkpoint: Checkpoint, module: Any) -> dict[str, Tensor] | None:
+def _base_prefix(module: Any) -> str:
+    return f"{getattr(module, 'base_model_prefix', '')}."
+
+
+def _match_weights(checkpoint: Checkpoint, module: Any, taken: set[str]) -> dict[str, Tensor] | None:
     """Stored tensor of every parameter and persistent buffer, or None if only transformers can convert them.
+
+    Args:
+        checkpoint: Where they are stored.
+        module: The model.
+        taken: Stored tensors that are in the module already.
 
     Raises:
         CaptureError: A tensor is missing, has another shape, or belongs to a part that the model does not have.
     """
-    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    prefix = _base_prefix(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     aliases: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         aliases.setdefault(id(parameter), []).append(name)
     buffers = [[name] for name in module.state_dict() if name not in parameters]
     weights: dict[str, Tensor] = {}
-    missing, misshaped, used = [], [], set()
+    missing, misshaped, used = [], [], set(taken)
     for names in (*aliases.values(), *buffers):
         # Several stored copies of a tied tensor are all accounted for; the first is read.
         stored = [spelling for name in names for spelling in _spellings(name, prefix) if spelling in checkpoint]

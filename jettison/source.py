@@ -13,6 +13,7 @@ from torch import nn
 from jettison.ir.capture import capture, capture_module
 from jettison.ir.checkpoint import Checkpoint
 from jettison.ir.errors import OptionError
+from jettison.ir.packing_config import QUANTIZATION_KEYS
 from jettison.ir.program import Program
 from jettison.ir.progress import track
 
@@ -89,7 +90,8 @@ def _from_folder(folder: Path, dtype: torch.dtype, context: int | None) -> Model
     return ModelSource(
         checkpoint.folder.name,
         program,
-        checkpoint.config,
+        # What is packed is in our layout now, which readers of the artifact's config.json must not take for the tool's.
+        {key: value for key, value in checkpoint.config.items() if key not in QUANTIZATION_KEYS},
         checkpoint.generation_config,
         tokenizer_files=files,
         folder=checkpoint.folder,

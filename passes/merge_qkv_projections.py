@@ -60,7 +60,8 @@ class MergeQkvProjections(Pass):
         if program.packed:
             raise OptionError(
                 "[merge-qkv-projections] the weights are already packed, and packed weights cannot be joined. Write "
-                "merge-qkv-projections before quantize-weights: `merge-qkv-projections,quantize-weights`."
+                "merge-qkv-projections before quantize-weights: `merge-qkv-projections,quantize-weights`; leave it out "
+                "for a checkpoint that came packed."
             )
 
     def match(self, node: fx.Node, program: Program) -> Projections | Miss | None:

@@ -10,8 +10,8 @@ After:
     %14: f32[s0,s3,64] = aten.gather(%8, 1, %13)
     %15: f32[s0,s3,512] = aten.linear(%14, @lm_head.weight)
 
-Fires when: the program is a decoder and the output comes from a linear with a constant weight, with nothing but
-    element-wise operations after it.
+Fires when: the program is a decoder and the output comes from a linear with a constant weight, packed or not, with
+    nothing but element-wise operations after it.
 Declines when: the head is not a linear, or something after it mixes positions.
 Numerics: exact.
 Saves: (S - P) * E * V multiplications and (S - P) * V * 4 bytes per row in prefill.
@@ -27,6 +27,7 @@ from torch import fx
 
 from jettison.ir.edit import Edit
 from jettison.ir.match import constant_name, is_call
+from jettison.ir.ops import quantized_linear
 from jettison.ir.program import MissRecord, Program, input_placeholders, output_node
 from jettison.passes.base import Pass, describe_node
 
@@ -52,7 +53,7 @@ class SelectLogits(Pass):
             if "logits_positions" in input_placeholders(entry):
                 continue
             chain = self._head(output_node(entry).args[0][0])
-            if not is_call(chain[-1], aten.linear.default):
+            if not is_call(chain[-1], aten.linear.default, quantized_linear):
                 misses.append(MissRecord(describe_node(chain[-1]), "the language-model head is not a linear"))
                 continue
             if chain[-1].args[0].meta["val"].dim() != 3:

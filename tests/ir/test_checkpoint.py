@@ -363,6 +363,10 @@ shards-swapped: @/INDEX: found tensor 'a' assigned to model-00002-of-00002.safet
 shard-above: @/INDEX: found shard '../x.safetensors', a path that can leave the folder; needed RELATIVE
 shard-absolute: @/INDEX: found shard '/x.safetensors', a path that can leave the folder; needed RELATIVE
 shard-windows: @/INDEX: found shard '..\\\\x.safetensors', a path that can leave the folder; needed RELATIVE
+gptq-bits: @/config.json: found bits=5 in quantization_config; needed one of 2, 3, 4, 8 for gptq. Correct the file, or
+    use the unquantised checkpoint that this one was made from.
+gptq-dense: @: found quantization_config of gptq in config.json, and no tensor '.qweight'; needed packed weights, or no
+    such settings. Download config.json and the weights again.
 shard-pickled: @/INDEX: found shard 'pytorch_model.bin'; needed shards whose names end in .safetensors. DAMAGED
 """
 UNSUPPORTED_ERRORS = """
@@ -375,11 +379,13 @@ pickled-hostile: @: found only pickled weights (consolidated.00.pth, model.pt); 
     code and cannot be mapped. If you trust the files, convert them once, inside the folder: python -c
     "from transformers import AutoModel as M; M.from_pretrained('.').save_pretrained('.')"
 tensorflow: @: found only tf_model.h5; needed WEIGHTS. Download the PyTorch form of the model, with safetensors weights.
-gptq: @/config.json: found an already quantised checkpoint (quantization_config with quant_method 'gptq'); QUANTISED
+bitsandbytes: @/config.json: found an already quantised checkpoint (quantization_config with quant_method
+    'bitsandbytes'); QUANTISED
 inner-fp8: @/config.json: found an already quantised checkpoint (text_config.quantization_config with quant_method
     'fp8'); QUANTISED
 mlx: @/config.json: found an already quantised checkpoint (quantization); QUANTISED
-packed-tensor: @/SINGLE: found an already quantised checkpoint (tensor 'model.up.qweight'); QUANTISED
+packed-tensor: @/SINGLE: found an already quantised checkpoint (tensor 'model.up.qweight', of which config.json says
+    nothing); QUANTISED
 fp8: @/SINGLE: found tensor 'model.up' of type F8_E4M3; needed DTYPES
 unknown-dtype: @/SINGLE: found tensor 'w' of type Q7_K; needed DTYPES
 """
@@ -394,7 +400,8 @@ ABBREVIATIONS = {
     "comes from.",
     "ORIGINAL": "config.json and safetensors, because jettison quantises from the original weights. Download the model "
     "the GGUF file was made from, in its Hugging Face form.",
-    "QUANTISED": "needed the original weights, because quantising twice adds up both errors. Use the unquantised "
+    "QUANTISED": "needed the original weights or one of the packings that jettison reads (GPTQ, AWQ (gemm) and "
+    "compressed-tensors (pack-quantized)), because quantising twice adds up both errors. Use the unquantised "
     "checkpoint (bf16, fp16 or fp32) that this one was made from.",
     "DTYPES": "one of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL. Use the checkpoint in bf16, fp16 or fp32; one "
     "in other types is usually already quantised.",
@@ -483,7 +490,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         write_model(folder, architectures=["os; os.system('x') #"]), SINGLE, "model.pt", "consolidated.00.pth"
     ),
     "tensorflow": lambda folder: replace(folder, SINGLE, "tf_model.h5"),
-    "gptq": lambda folder: write_model(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "bitsandbytes": lambda folder: write_model(folder, quantization_config={"quant_method": "bitsandbytes"}),
+    "gptq-bits": lambda folder: write_model(folder, quantization_config={"quant_method": "gptq", "bits": 5}),
+    "gptq-dense": lambda folder: write_model(
+        folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}
+    ),
     "inner-fp8": lambda folder: write_model(folder, text_config={"quantization_config": {"quant_method": "fp8"}}),
     "mlx": lambda folder: write_model(folder, quantization={"group_size": 64, "bits": 4}),
     "packed-tensor": lambda folder: write_model(folder, {"model.up.qweight": torch.zeros(2, dtype=torch.int32)}),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jettison.ir.compare import assert_close, example_input_ids, run_program
+from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.passes.select_logits import SelectLogits
 from tests.helpers import (
     SHAPES,
@@ -44,10 +45,14 @@ def test_golden_capped_head(snapshot):
     assert_same_numbers(before, after)
 
 
+@pytest.mark.parametrize("head", ["plain", "packed"])
 @pytest.mark.parametrize(("batch", "length"), SHAPES)
-def test_computes_only_the_positions_asked_for(batch, length):
+def test_computes_only_the_positions_asked_for(batch, length, head):
     before = export_body(plain_head, head=(11, 8))
-    after, _ = run_pass(SelectLogits(), before)
+    if head == "packed":
+        QuantizeWeights(bits=8, only="head").run(before)
+    after, record = run_pass(SelectLogits(), before)
+    assert record.rewrites == 1
     input_ids = example_input_ids(before, batch, length)
     full = run_program(before, input_ids)[0]
     wanted = torch.tensor([[length - 1, 0, length // 2]]).repeat(batch, 1)
