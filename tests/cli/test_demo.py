@@ -53,7 +53,8 @@ def test_demo_compares_the_bundled_model_with_itself_at_4_bits(run, monkeypatch,
     assert original["perplexity"] < optimized["perplexity"] < 1.1 * original["perplexity"]
     assert original["text"] != optimized["text"]
     for part in (
-        "quantize-weights{bits=4,group=32,symmetric=false,method=rtn},cache-kv{policy=full}", "jettison.quantized_linear",
+        "quantize-weights{bits=4,group=32,symmetric=false,method=rtn},cache-kv{policy=full}",
+        "jettison.quantized_linear",
         "weight bytes", "state bytes at 1024 tokens", "decode tokens/s", "perplexity", "KL (nats/token)",
         "top-1 agreement", original["text"], optimized["text"],
     ):  # fmt: skip
