@@ -87,7 +87,8 @@ def whole_settings() -> dict[str, str]:
 
 def weights_of(program: Program, names: set[str]) -> dict[str, Tensor]:
     """Weights of a program by the names of the checkpoint, packed ones decoded, f32."""
-    dense = {name: constant.value().float() for name, constant in program.constants.items() if name in names}
+    kept = {name: each for name, each in program.constants.items() if name in names and each.dtype.is_floating_point}
+    dense = {name: constant.value().float() for name, constant in kept.items()}
     for name in program.packed:
         value = dense_value(program, name)
         assert value is not None, "a format of ours"
