@@ -29,14 +29,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jettison.ir.checkpoint import Checkpoint
 from jettison.ir.constants import Packed, scratch_tensor
 from jettison.ir.errors import CaptureError, UnsupportedError
 from jettison.ir.ops import quantized_linear
-from jettison.ir.ops.quantized_linear import pack_codes, pack_zeros, row_chunks, unpack_codes
+from jettison.ir.ops.quantized_linear import pack_codes, pack_zeros, row_chunks, unpack_codes, unpack_rows
 from jettison.ir.packing_config import Packing, Scheme
 
 # Columns of a group that `quantized_linear` has kernels for, best first: larger ones hold fewer scales.
@@ -307,9 +306,7 @@ def _order(tensors: _Tensors, part: str, columns: int, groups: int, orders: dict
 def _spread(words: Tensor, bits: int, count: int) -> Tensor:
     """`[r, w]` i32, codes from the low bits of the first word on, to `[r, count]` u8."""
     # Every processor torch runs on in practice is little-endian.
-    packed = words.contiguous().view(torch.uint8)
-    padding = -packed.shape[1] % 3 if bits == 3 else 0
-    return unpack_codes(F.pad(packed, (0, padding)) if padding else packed, bits)[:, :count]
+    return unpack_rows(words.contiguous().view(torch.uint8), bits, count)
 
 
 def _spread_awq(words: Tensor) -> Tensor:

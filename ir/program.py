@@ -278,6 +278,14 @@ def constant_placeholders(entry: fx.GraphModule) -> dict[str, fx.Node]:
     return {node.meta["constant"]: node for node in placeholders(entry) if "constant" in node.meta}
 
 
+def constant_reads(program: Program, name: str) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Every node that reads a constant, in any entry, and the placeholder by which it does."""
+    for entry in program.entries.values():
+        placeholder = constant_placeholders(entry).get(name)
+        for user in placeholder.users if placeholder is not None else ():
+            yield user, placeholder
+
+
 def state_placeholders(entry: fx.GraphModule) -> dict[str, fx.Node]:
     """Placeholder of each state a graph takes, by state name."""
     return {node.meta["state"]: node for node in placeholders(entry) if "state" in node.meta}

@@ -16,7 +16,7 @@ from jettison.ir.constants import Constant
 from jettison.ir.edit import Edit
 from jettison.ir.match import Miss, arguments, constant_name, is_call
 from jettison.ir.ops import experts, quantized_experts
-from jettison.ir.program import Program, placeholders
+from jettison.ir.program import Program, constant_reads
 from jettison.ir.text import dtype_text, target_text
 
 STACKS = ("gate_up", "down")
@@ -61,11 +61,9 @@ def match_experts(node: fx.Node, program: Program, is_skipped: Callable[[str], b
 
 def _other_reader(name: str, program: Program) -> fx.Node | None:
     """A node of any entry that reads a stack otherwise than as that of experts."""
-    for entry in program.entries.values():
-        placeholder = next((node for node in placeholders(entry) if node.meta.get("constant") == name), None)
-        for user in placeholder.users if placeholder is not None else ():
-            if not is_call(user, experts) or sum(operand is placeholder for operand in user.args) > 1:
-                return user
+    for user, placeholder in constant_reads(program, name):
+        if not is_call(user, experts) or sum(operand is placeholder for operand in user.args) > 1:
+            return user
     return None
 
 

@@ -18,7 +18,7 @@ Fires when: `aten.linear` or `aten.embedding` reads a constant matrix: projectio
     skipped (`quantize-weights{bits=8,skip='mlp'},quantize-weights{bits=4}`).
 Declines when: the weight is computed, has other than two axes outside of `jettison.experts`, or something else reads
     its float form; where `skip` finds one stack of experts and not the other. Without a miss where `skip` finds its
-    name, and where the linear chooses experts: routers are a thousandth of the bytes, and rounding them sends tokens
+    name, and where the linear chooses experts: routers are few of the bytes, and rounding them sends tokens
     to other experts.
 Numerics: changes precision. |w - w'| is at most half a step of its group (see formats/int_groups.py). Mean KL in nats
     over 8 windows of 1024 tokens of Treasure Island, group 32: 8 bits 4.0e-5 on tiny-llama and 3.4e-5 on tiny-opt, 4
@@ -50,7 +50,7 @@ from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call
 from jettison.ir.ops import experts, quantized_experts
-from jettison.ir.program import CACHE, MissRecord, Program, constant_placeholders, placeholders
+from jettison.ir.program import CACHE, MissRecord, Program, constant_placeholders, constant_reads
 from jettison.ir.progress import track
 from jettison.ir.text import dtype_text, target_text
 from jettison.passes.base import Pass, describe_node
@@ -337,14 +337,12 @@ def _one_thread() -> Iterator[None]:
 
 def _other_reader(name: str, program: Program) -> fx.Node | None:
     """A node of any entry that reads a weight otherwise than as the matrix of a linear or the table of an embedding."""
-    for entry in program.entries.values():
-        placeholder = next((node for node in placeholders(entry) if node.meta.get("constant") == name), None)
-        for user in placeholder.users if placeholder is not None else ():
-            is_weight = (is_call(user, aten.linear.default) and user.args[1] is placeholder) or (
-                is_call(user, aten.embedding.default) and user.args[0] is placeholder
-            )
-            if not is_weight or sum(operand is placeholder for operand in user.args) > 1:
-                return user
+    for user, placeholder in constant_reads(program, name):
+        is_weight = (is_call(user, aten.linear.default) and user.args[1] is placeholder) or (
+            is_call(user, aten.embedding.default) and user.args[0] is placeholder
+        )
+        if not is_weight or sum(operand is placeholder for operand in user.args) > 1:
+            return user
     return None
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.onnx.ops import symbolic
 
+from jettison.ir.ops.lut_linear import group_scales
+
 # What MatMulNBits takes as groups.
 KERNEL_GROUPS = (16, 32, 64, 128, 256)
 
@@ -28,16 +30,17 @@ def lut_linear(
     rows, k_blocks = codes.shape[:2]
     tables = torch.arange(rows) * lut.shape[0] // rows
     index = _indices(codes, tables[:, None, None] if lut.shape[0] > 1 else None, bits)
-    if scales is None or group not in KERNEL_GROUPS:
+    numbers = group_scales(scales, steps)
+    if numbers is None or group not in KERNEL_GROUPS:
         weight = _gather(lut.reshape(-1), index, (rows, k_blocks, group))
-        if scales is not None:
-            weight = weight * _numbers(scales, steps).unsqueeze(-1)
+        if numbers is not None:
+            weight = weight * numbers.unsqueeze(-1)
         weight = weight.reshape(rows, k_blocks * group)[:, :in_features]
         product = torch.matmul(x, weight.t())
         return product if bias is None else product + bias
     largest = lut.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     levels = ((lut / largest * 127).round() + 128).to(torch.uint8)
-    wide = _numbers(scales, steps) * (largest / 127 if lut.shape[0] == 1 else (largest / 127)[tables])
+    wide = numbers * (largest / 127 if lut.shape[0] == 1 else (largest / 127)[tables])
     return symbolic(
         "com.microsoft::MatMulNBits",
         (x, _gather(levels.reshape(-1), index, (rows, k_blocks, group)), wide, None, None, bias),
@@ -57,22 +60,13 @@ def lut_embedding(
     found = _gather(codes, indices, (*indices.shape, k_blocks, block_bytes))
     tables = (indices * lut.shape[0] // rows)[..., None, None] if lut.shape[0] > 1 else None
     values = _gather(lut.reshape(-1), _indices(found, tables, bits), (*indices.shape, k_blocks, group))
-    if scales is not None:
-        picked = [
-            None if part is None else _gather(part, indices, (*indices.shape, part.shape[1]))
-            for part in (scales, steps)
-        ]
-        assert picked[0] is not None, "scales are given"
-        values = values * _numbers(picked[0], picked[1]).unsqueeze(-1)
+    picked = (
+        None if part is None else _gather(part, indices, (*indices.shape, part.shape[1])) for part in (scales, steps)
+    )
+    numbers = group_scales(*picked)
+    if numbers is not None:
+        values = values * numbers.unsqueeze(-1)
     return values.flatten(-2)[..., :embedding_dim]
-
-
-def _numbers(scales: Tensor, steps: Tensor | None) -> Tensor:
-    """Scales as `jettison::lut_linear` defines them."""
-    if steps is None:
-        return scales
-    roots = scales.to(torch.float32) * steps
-    return roots * roots
 
 
 def _indices(codes: Tensor, tables: Tensor | None, bits: int) -> Tensor:

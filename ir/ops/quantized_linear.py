@@ -270,8 +270,22 @@ def unpack_zeros(zeros: Tensor, bits: int, k_blocks: int) -> Tensor:
     """
     if zeros.is_floating_point():
         return zeros.to(torch.float32)
-    padding = -zeros.shape[1] % 3 if bits == 3 else 0
-    return unpack_codes(F.pad(zeros, (0, padding)) if padding else zeros, bits)[:, :k_blocks].to(torch.float32)
+    return unpack_rows(zeros, bits, k_blocks).to(torch.float32)
+
+
+def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Spread rows of packed codes that end with any byte.
+
+    Args:
+        packed: `[N, P]` u8, first code in the low bits.
+        bits: Of the codes.
+        count: Codes of a row.
+
+    Returns:
+        `[N, count]` u8.
+    """
+    padding = -packed.shape[1] % 3 if bits == 3 else 0
+    return unpack_codes(F.pad(packed, (0, padding)) if padding else packed, bits)[:, :count]
 
 
 def pack_zeros(zeros: Tensor, bits: int) -> Tensor:

@@ -6,6 +6,7 @@ Source: the clipping search of AWQ (arXiv 2306.00978) and the `mse` option of th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,6 +40,6 @@ def clipped_grid(
         least = torch.where(is_better, cost, least)
         scales = torch.where(is_better, grid.scales, best.scales)
         has_zeros = grid.zeros is not None and best.zeros is not None
-        best = Grid(scales, torch.where(is_better, grid.zeros, best.zeros) if has_zeros else None)
+        best = replace(grid, scales=scales, zeros=torch.where(is_better, grid.zeros, best.zeros) if has_zeros else None)
     assert best is not None, "at least one step"
     return best

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,9 +33,9 @@ class Encoded:
     shape: tuple[int, int]
     parts: dict[str, Tensor]
 
-    def dense(self) -> Tensor:
-        """`[N, K]` f32."""
-        return self.format.decode(self.parts, self.shape)
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[N, K]`, decoded."""
+        return self.format.decode(self.parts, self.shape).to(dtype)
 
 
 @dataclass(frozen=True)

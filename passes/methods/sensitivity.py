@@ -175,7 +175,7 @@ class Meter:
             run = ChunkedRun(self._program, "forward", self._probe.batches)
         changed = run.fork()
         for name, each in encoded.items():
-            changed.weights[name] = partial(_dense, each, self._program.constants[name].dtype)
+            changed.weights[name] = partial(each.dense, self._program.constants[name].dtype)
         return self._probe.loss(changed)
 
     def _close(self, block: _Block | None) -> dict[str, list[Choice]]:
@@ -205,10 +205,6 @@ def _choices(encoded: Sequence[Encoded], losses: Sequence[float]) -> list[Choice
     return [
         Choice(each.format, each.format.bytes(each.shape), loss) for each, loss in zip(encoded, losses, strict=True)
     ]
-
-
-def _dense(encoded: Encoded, dtype: torch.dtype) -> Tensor:
-    return encoded.dense().to(dtype)
 
 
 def _squared(error: Tensor, statistics: InputStatistics) -> float:

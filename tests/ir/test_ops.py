@@ -20,7 +20,6 @@ from jettison.ir.compare import assert_close
 from jettison.ir.ops import (
     attention,
     dequantize_slots,
-    experts,
     gated_activation,
     joint_attention,
     next_slots,
@@ -498,17 +497,9 @@ def joint_args(batch: int = 2, heads: int = 4, steps: int = 3, dim: int = 8, sto
     return q, stored_k, stored_v, torch.arange(batch) + min(stored, 1), k, v, slots, 0.5
 
 
-def experts_args(tokens: int) -> tuple[Any, ...]:
-    """Three experts of 8 x 6, two for each token."""
-    indices = torch.tensor([[0, 2], [2, 1]])[torch.arange(tokens) % 2]
-    stacks = numbers(3, 12, 8, seed=2), numbers(3, 8, 6, seed=3)
-    return numbers(tokens, 8, seed=1), indices, numbers(tokens, 2, seed=4).abs(), *stacks, "silu"
-
-
 SPLITS = ((1, 8), (4, 2), (1, 1))  # groups along the tokens and the channels of a slot
 OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
     "attention": (attention, [attention_args(case) for case in FAKE_CASES]),
-    "experts": (experts, [experts_args(1), experts_args(7)]),
     "gated_activation": (
         gated_activation,
         [(numbers(2, 3, 8, seed=1), numbers(2, 3, 8, seed=2), name) for name in ACTIVATIONS]
@@ -542,9 +533,8 @@ LAYOUTS = {"contiguous": lambda x: x, "heads_last": heads_last, "channels_outerm
 
 
 def test_every_operator_is_covered():
-    # In test_quantized_ops.py and test_lut_ops.py.
-    packed = {name for name in jettison.ir.ops.__all__ if name.startswith(("quantized_", "lut_"))}
-    assert set(OPERATORS) == set(jettison.ir.ops.__all__) - packed
+    elsewhere = {name for name in jettison.ir.ops.__all__ if name.startswith(("quantized_", "lut_", "experts"))}
+    assert set(OPERATORS) == set(jettison.ir.ops.__all__) - elsewhere
 
 
 def laid_out(args: tuple[Any, ...], layout: str) -> tuple[Any, ...]:
@@ -593,8 +583,7 @@ class Calls(nn.Module):
         return tuple(t.view(t.shape[0], -1) for t in as_tuple(out))
 
 
-# The stacks of experts have no batch; captured models export them with a dynamic number of tokens.
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "experts"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_exports_with_a_dynamic_batch(name):
     operator, calls = OPERATORS[name]
     args = calls[0]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from jettison.ir.compare import assert_close
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
 from jettison.ir.ops import lut_embedding, lut_linear
 from jettison.passes.formats.base import Grid
@@ -124,7 +125,8 @@ def test_zero_rows_constant_groups_and_an_outlier(nf4: Nf4):
     decoded = nf4.decode(nf4.encode(weight), tuple(weight.shape))
     assert not decoded[0].any()
     assert not decoded[1, : nf4.group].any()
-    assert torch.allclose(decoded[2], weight[2], rtol=1e-3)
+    reason = "scales in 8 bits" if nf4.double else ""
+    assert_close(decoded[2], weight[2], tolerance=1e-3 if nf4.double else None, reason=reason)
     assert decoded[3, 5] == pytest.approx(1e6, rel=1e-3)
     assert bool(torch.isfinite(decoded).all())
     if not nf4.double:
@@ -141,7 +143,7 @@ def test_operators_read_the_parts(nf4: Nf4, rows: int, columns: int):
     scales = (parts["scale_codes"], parts["scale_steps"]) if nf4.double else (parts["scales"], None)
     decoded = nf4.decode(parts, (rows, columns))
     y = lut_linear(x, parts["codes"], parts["lut"], *scales, None, 4, nf4.group, columns)
-    assert torch.allclose(y, x @ decoded.t(), atol=1e-4)
+    assert_close(y, x @ decoded.t())
     indices = torch.tensor([[0, rows - 1]])
     found = lut_embedding(indices, parts["codes"], parts["lut"], *scales, 4, nf4.group, columns)
     assert torch.equal(found, decoded[indices])
