@@ -59,20 +59,10 @@ def status_bytes(pid: int, key: str) -> int:
     return 0
 
 
-def run(model: Path, out: Path, passes: str) -> dict[str, object]:
+def run(model: Path, out: Path, passes: str, *options: str) -> dict[str, object]:
     """Optimise in a process of its own and watch it."""
-    command = [
-        sys.executable,
-        "-m",
-        "jettison",
-        "optimize",
-        str(model),
-        "--passes",
-        passes,
-        "--out",
-        str(out),
-        "--json",
-    ]
+    command = [sys.executable, "-m", "jettison", "optimize", str(model), "--passes", passes, "--out", str(out),
+               "--json", *options]  # fmt: skip
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak_anon = peak_rss = 0

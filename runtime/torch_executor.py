@@ -14,7 +14,7 @@ from jettison.runtime.executor import EntrySignature
 from jettison.runtime.lowered_entry import lower_entry
 from jettison.runtime.packed_experts import PackedExperts, pack_experts, packable_experts
 from jettison.runtime.packed_linear import PackedWeight, pack_weight
-from jettison.runtime.packed_parts import JointWeight, joint_weights
+from jettison.ir.packed_parts import JointWeight, joint_weights
 
 KERNELS = ("packed", "reference")
 SMALL_BYTES = 1 << 20

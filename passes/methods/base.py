@@ -15,13 +15,15 @@ from jettison.passes.formats import WeightFormat
 # Rows of a weight `[n, K]`, its name and the index of the first row, for messages; returns the parts of these rows.
 RowEncoder: TypeAlias = Callable[[Tensor, str, int], dict[str, Tensor]]
 
+# Columns of the products of inputs that are made at a time.
+_BLOCK = 512
+
 
 class InputStatistics:
     """Sums over the tokens that a linear reads.
 
     Attributes:
         tokens: How many.
-        products: `[K, K] f32`, sum of `x xT`: half the Hessian of the squared error of an output in its row of weights.
         magnitudes: `[K] f32`, sum of `|x|`.
 
     Args:
@@ -30,20 +32,37 @@ class InputStatistics:
 
     def __init__(self, columns: int) -> None:
         self.tokens = 0
-        self.products = torch.zeros(columns, columns)
         self.magnitudes = torch.zeros(columns)
+        # Blocks below the diagonal are those above it, and filled in when somebody asks: half of the multiplications.
+        self._products = torch.zeros(columns, columns)
+        self._is_mirrored = True
+
+    @property
+    def products(self) -> Tensor:
+        """`[K, K] f32`, sum of `x xT`: half the Hessian of the squared error of an output in its row of weights."""
+        if not self._is_mirrored:
+            for start, stop in self._blocks():
+                self._products[stop:, start:stop] = self._products[start:stop, stop:].T
+            self._is_mirrored = True
+        return self._products
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        columns = len(self._products)
+        return [(start, min(start + _BLOCK, columns)) for start in range(0, columns, _BLOCK)]
 
     def add(self, x: Tensor) -> None:
         """Count the tokens `[..., K]` of a batch."""
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
         self.tokens += len(flat)
-        self.products.addmm_(flat.T, flat)
+        for start, stop in self._blocks():
+            self._products[start:stop, start:].addmm_(flat[:, start:stop].T, flat[:, start:])
+        self._is_mirrored = False
         self.magnitudes += flat.abs().sum(0)
 
     def merge(self, other: InputStatistics) -> None:
         """Count the tokens of another input of the same width, too."""
         self.tokens += other.tokens
-        self.products += other.products
+        self._products = self.products + other.products
         self.magnitudes += other.magnitudes
 
     def divided(self, scales: Tensor) -> InputStatistics:
@@ -54,7 +73,7 @@ class InputStatistics:
         """
         found = InputStatistics(0)
         found.tokens, found.magnitudes = self.tokens, self.magnitudes / scales
-        found.products = self.products / scales / scales[:, None]
+        found._products = self.products / scales / scales[:, None]
         return found
 
 

@@ -23,9 +23,9 @@ _LEAST_FACTOR, _MOST_FACTOR = 0.5, 2.0
 
 
 def descend(
-    weight_format: WeightFormat, weight: Tensor, codes: Tensor, grid: Grid, products: Tensor
+    weight_format: WeightFormat, weight: Tensor, codes: Tensor, grid: Grid, products: Tensor, sweeps: int
 ) -> tuple[Tensor, Grid]:
-    """One sweep over the scales and the codes of some rows.
+    """Sweep over the scales and the codes of some rows.
 
     Args:
         weight_format: Rounds; its values are proportional to its scales.
@@ -33,51 +33,81 @@ def descend(
         codes: `[n, k_blocks, group]` u8.
         grid: Of these groups.
         products: H `[K, K]` f32, damped.
+        sweeps: How many.
 
     Returns:
         Codes and grid.
     """
-    grid = weight_format.stored(_best_scales(weight_format, weight, codes, grid, products))
-    return _best_codes(weight_format, weight, codes, grid, products), grid
+    if not sweeps:
+        return codes, grid
+    state = _State(weight_format, weight, codes, grid, products)
+    for sweep in range(sweeps):
+        state.move_scales()
+        state.move_codes(is_last=sweep == sweeps - 1)
+    return state.codes.T.reshape(codes.shape), state.grid
 
 
-def _best_scales(weight_format: WeightFormat, weight: Tensor, codes: Tensor, grid: Grid, products: Tensor) -> Grid:
-    columns, group = weight.shape[1], codes.shape[2]
-    rounded = weight_format.values(codes, grid).flatten(1)[:, :columns]
-    slopes = (weight - rounded) @ products
-    factors = torch.ones_like(grid.scales)
-    for block in range(grid.scales.shape[1]):
-        own = slice(block * group, min((block + 1) * group, columns))
-        values = rounded[:, own]
-        curvature = ((values @ products[own, own]) * values).sum(-1)
-        step = (values * slopes[:, own]).sum(-1) / curvature
-        factor = torch.where(curvature > 0, 1 + step, 1.0).nan_to_num_(1.0).clamp_(_LEAST_FACTOR, _MOST_FACTOR)
-        slopes -= ((factor - 1)[:, None] * values) @ products[own]
-        factors[:, block] = factor
-    return replace(grid, scales=grid.scales * factors)
+class _State:
+    """Rows on their way; everything by columns `[K, n]`, which a sweep takes one after the other.
 
+    Attributes:
+        codes: Of the columns, those of padding too.
+        grid: Of the rows.
+    """
 
-def _best_codes(weight_format: WeightFormat, weight: Tensor, codes: Tensor, grid: Grid, products: Tensor) -> Tensor:
-    rows, columns = weight.shape
-    group = codes.shape[2]
-    # Transposed, so that a column is contiguous.
-    rounded = weight_format.values(codes, grid).flatten(1)[:, :columns].T.contiguous()
-    slopes = products @ (weight.T - rounded)
-    found = codes.flatten(1).T.contiguous()
-    curvature = products.diagonal()
-    grids = column_grids(grid)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        moves = torch.empty(stop - start, rows)
-        for column in range(start, stop):
-            own = grids[column // group]
-            best = torch.add(rounded[column], slopes[column], alpha=1 / float(curvature[column]))
-            code = weight_format.round(best[:, None, None], own)
-            move = torch.sub(weight_format.values(code, own).view(-1), rounded[column], out=moves[column - start])
-            found[column] = code.view(-1)
-            slopes[column + 1 : stop].addr_(products[column + 1 : stop, column], move, alpha=-1)
-        slopes[stop:].addmm_(products[stop:, start:stop], moves, alpha=-1)
-    return found.T.reshape(codes.shape)
+    def __init__(
+        self, weight_format: WeightFormat, weight: Tensor, codes: Tensor, grid: Grid, products: Tensor
+    ) -> None:
+        self.codes, self.grid = codes.flatten(1).T.contiguous(), grid
+        self._format, self._weight, self._products = weight_format, weight, products
+        self._group = codes.shape[2]
+        self._set_values()
+
+    def _set_values(self) -> None:
+        """The values of all codes, and `H r` of what they leave."""
+        rows, columns = self._weight.shape
+        blocks = self.codes.T.reshape(rows, -1, self._group)
+        self._rounded = self._format.values(blocks, self.grid).flatten(1)[:, :columns].T.contiguous()
+        self._slopes = self._products @ (self._weight.T - self._rounded)
+
+    def move_scales(self) -> None:
+        """Give every group its best scale, one after the other."""
+        factors = torch.ones_like(self.grid.scales)
+        for block in range(factors.shape[1]):
+            own = slice(block * self._group, min((block + 1) * self._group, len(self._rounded)))
+            values = self._rounded[own]
+            curvature = ((self._products[own, own] @ values) * values).sum(0)
+            step = (values * self._slopes[own]).sum(0) / curvature
+            factor = torch.where(curvature > 0, 1 + step, 1.0).nan_to_num_(1.0).clamp_(_LEAST_FACTOR, _MOST_FACTOR)
+            self._slopes.addmm_(self._products[:, own], (factor - 1) * values, alpha=-1)
+            values *= factor
+            factors[:, block] = factor
+        moved = replace(self.grid, scales=self.grid.scales * factors)
+        self.grid = self._format.stored(moved)
+        if self.grid is not moved:
+            self._set_values()
+
+    def move_codes(self, *, is_last: bool) -> None:
+        """Give every column its best codes, one after the other."""
+        columns, rows = self._rounded.shape
+        products, curvature = self._products, self._products.diagonal()
+        grids = column_grids(self.grid)
+        for start in range(0, columns, BLOCK):
+            stop = min(start + BLOCK, columns)
+            moves = torch.empty(stop - start, rows)
+            slopes = self._slopes[start:stop].clone()
+            for column in range(start, stop):
+                own, move = grids[column // self._group], moves[column - start]
+                rounded = self._rounded[column]
+                best = torch.add(rounded, slopes[column - start], alpha=1 / float(curvature[column]))
+                code = self._format.round(best[:, None, None], own)
+                torch.sub(self._format.values(code, own).view(-1), rounded, out=move)
+                self.codes[column] = code.view(-1)
+                slopes[column - start + 1 :].addr_(products[column + 1 : stop, column], move, alpha=-1)
+            # Columns that are done ask again in the next sweep only.
+            read = slice(stop if is_last else 0, None)
+            self._slopes[read].addmm_(products[read, start:stop], moves, alpha=-1)
+            self._rounded[start:stop] += moves
 
 
 def column_grids(grid: Grid) -> list[Grid]:

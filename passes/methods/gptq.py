@@ -34,7 +34,7 @@ from jettison.passes.methods.clipping import clipped_grid
 from jettison.passes.methods.descent import BLOCK, column_grids, descend
 from jettison.passes.options import option
 
-_CLIP_STEPS, _CLIP_LOWEST, _CLIP_POWER = 20, 0.5, 2.4
+_CLIP_STEPS, _CLIP_LOWEST, _CLIP_POWER = 10, 0.5, 2.4
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GPTQ(Method):
     damping: float = option(0.01, doc="added to the diagonal, as a part of its mean", range="above 0, at most 1")
     order: Literal["activation", "none"] = option("activation", doc="columns that matter first, or as they come")
     clip: bool = option(True, doc="search the range of each group, instead of all of it")
-    sweeps: int = option(4, doc="of coordinate descent over scales and codes behind it", range="0 to 100")
+    sweeps: int = option(2, doc="of coordinate descent over scales and codes behind it", range="0 to 100")
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
@@ -74,8 +74,8 @@ class GPTQ(Method):
             weight_format.check_values(groups, where, first_row)
             grid = weight_format.stored(self._grid(weight_format, groups))
             codes = round_columns(weight_format, groups, grid, columns, factor)
-            for _ in range(self.sweeps):
-                codes, grid = descend(weight_format, groups.flatten(1)[:, : len(columns)], codes, grid, products)
+            weight = groups.flatten(1)[:, : len(columns)]
+            codes, grid = descend(weight_format, weight, codes, grid, products, self.sweeps)
             return weight_format.pack(codes, grid)
 
         return encode

@@ -170,8 +170,8 @@ def test_rows_can_be_split(method):
     split = [encode(part, "weight", start) for part, start in ((weight[:7], 0), (weight[7:], 7))]
     for name, part in whole.items():
         joint = torch.cat([piece[name] for piece in split])
-        # A matrix product of other rows may round differently, and move a code by one here and there.
-        assert (joint != part).float().mean() < 0.02
+        # A matrix product of other rows may round differently, and move a code by one here and there, and its scale.
+        assert (joint != part).float().mean() < (0.01 if name == "codes" else 0.05)
 
 
 def test_columns_that_were_never_active_are_kept():
