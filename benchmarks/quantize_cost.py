@@ -1,4 +1,4 @@
-"""What the methods of `quantize-weights` cost on the shape of Llama-3.2-1B: seconds, and peak memory against the folder.
+"""What the methods of `quantize-weights` cost on the shape of Llama-3.2-1B: seconds, and memory against the folder.
 
     python benchmarks/quantize_cost.py --calibration FILE [--methods rtn hqq awq gptq] [--layers N]
 

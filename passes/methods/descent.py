@@ -23,8 +23,9 @@ _LEAST_FACTOR, _MOST_FACTOR = 0.5, 2.0
 
 
 def descend(
-    weight_format: WeightFormat, weight: Tensor, codes: Tensor, grid: Grid, products: Tensor, sweeps: int
-) -> tuple[Tensor, Grid]:
+    weight_format: WeightFormat, weight: Tensor, codes: Tensor, grid: Grid, products: Tensor, damping: float,
+    sweeps: int,
+) -> tuple[Tensor, Grid]:  # fmt: skip
     """Sweep over the scales and the codes of some rows.
 
     Args:
@@ -32,7 +33,8 @@ def descend(
         weight: `[n, K]` f32.
         codes: `[n, k_blocks, group]` u8.
         grid: Of these groups.
-        products: H `[K, K]` f32, damped.
+        products: H `[K, K]` f32.
+        damping: What its diagonal is short of; not added to it, because others read it, and it is large.
         sweeps: How many.
 
     Returns:
@@ -40,7 +42,7 @@ def descend(
     """
     if not sweeps:
         return codes, grid
-    state = _State(weight_format, weight, codes, grid, products)
+    state = _State(weight_format, weight, codes, grid, products, damping)
     for sweep in range(sweeps):
         state.move_scales()
         state.move_codes(is_last=sweep == sweeps - 1)
@@ -56,8 +58,9 @@ class _State:
     """
 
     def __init__(
-        self, weight_format: WeightFormat, weight: Tensor, codes: Tensor, grid: Grid, products: Tensor
+        self, weight_format: WeightFormat, weight: Tensor, codes: Tensor, grid: Grid, products: Tensor, damping: float
     ) -> None:
+        self._damping = damping
         self.codes, self.grid = codes.flatten(1).T.contiguous(), grid
         self._format, self._weight, self._products = weight_format, weight, products
         self._group = codes.shape[2]
@@ -68,7 +71,8 @@ class _State:
         rows, columns = self._weight.shape
         blocks = self.codes.T.reshape(rows, -1, self._group)
         self._rounded = self._format.values(blocks, self.grid).flatten(1)[:, :columns].T.contiguous()
-        self._slopes = self._products @ (self._weight.T - self._rounded)
+        left = self._weight.T - self._rounded
+        self._slopes = (self._products @ left).add_(left, alpha=self._damping)
 
     def move_scales(self) -> None:
         """Give every group its best scale, one after the other."""
@@ -76,10 +80,12 @@ class _State:
         for block in range(factors.shape[1]):
             own = slice(block * self._group, min((block + 1) * self._group, len(self._rounded)))
             values = self._rounded[own]
-            curvature = ((self._products[own, own] @ values) * values).sum(0)
+            curvature = ((self._products[own, own] @ values).add_(values, alpha=self._damping) * values).sum(0)
             step = (values * self._slopes[own]).sum(0) / curvature
             factor = torch.where(curvature > 0, 1 + step, 1.0).nan_to_num_(1.0).clamp_(_LEAST_FACTOR, _MOST_FACTOR)
-            self._slopes.addmm_(self._products[:, own], (factor - 1) * values, alpha=-1)
+            move = (factor - 1) * values
+            self._slopes.addmm_(self._products[:, own], move, alpha=-1)
+            self._slopes[own].sub_(move, alpha=self._damping)
             values *= factor
             factors[:, block] = factor
         moved = replace(self.grid, scales=self.grid.scales * factors)
@@ -90,7 +96,7 @@ class _State:
     def move_codes(self, *, is_last: bool) -> None:
         """Give every column its best codes, one after the other."""
         columns, rows = self._rounded.shape
-        products, curvature = self._products, self._products.diagonal()
+        products, curvature = self._products, self._products.diagonal() + self._damping
         grids = column_grids(self.grid)
         for start in range(0, columns, BLOCK):
             stop = min(start + BLOCK, columns)
@@ -107,6 +113,8 @@ class _State:
             # Columns that are done ask again in the next sweep only.
             read = slice(stop if is_last else 0, None)
             self._slopes[read].addmm_(products[read, start:stop], moves, alpha=-1)
+            if not is_last:
+                self._slopes[start:stop].sub_(moves, alpha=self._damping)
             self._rounded[start:stop] += moves
 
 

@@ -34,6 +34,7 @@ from jettison.passes.methods.clipping import clipped_grid
 from jettison.passes.methods.descent import BLOCK, column_grids, descend
 from jettison.passes.options import option
 
+_SOLVED_AT_ONCE = 512
 _CLIP_STEPS, _CLIP_LOWEST, _CLIP_POWER = 10, 0.5, 2.4
 
 
@@ -62,12 +63,13 @@ class GPTQ(Method):
         """Rounds to nearest where there are no statistics."""
         if statistics is None:
             return weight_format.encode_rows
-        products = statistics.products / statistics.tokens
-        columns = torch.arange(len(products))
+        columns = torch.arange(len(statistics.magnitudes))
         if self.order == "activation":
-            columns = products.diagonal().argsort(descending=True, stable=True)
-        factor = inverse_factor(products[columns[:, None], columns], self.damping)
-        products.diagonal().add_(self.damping * (float(products.diagonal().mean()) or 1.0))
+            columns = statistics.products.diagonal().argsort(descending=True, stable=True)
+        # Of tens of thousands of columns these are gigabytes, so no more copies than must be.
+        factor = inverse_factor(statistics.products, columns, self.damping)
+        products = statistics.products
+        added = self.damping * (float(products.diagonal().mean()) or 1.0)
 
         def encode(rows: Tensor, where: str, first_row: int) -> dict[str, Tensor]:
             groups = weight_format.split_groups(rows)
@@ -75,7 +77,7 @@ class GPTQ(Method):
             grid = weight_format.stored(self._grid(weight_format, groups))
             codes = round_columns(weight_format, groups, grid, columns, factor)
             weight = groups.flatten(1)[:, : len(columns)]
-            codes, grid = descend(weight_format, weight, codes, grid, products, self.sweeps)
+            codes, grid = descend(weight_format, weight, codes, grid, products, added, self.sweeps)
             return weight_format.pack(codes, grid)
 
         return encode
@@ -89,25 +91,42 @@ class GPTQ(Method):
         )  # fmt: skip
 
 
-def inverse_factor(products: Tensor, damping: float) -> Tensor:
+def inverse_factor(products: Tensor, columns: Tensor, damping: float) -> Tensor:
     """U, upper triangular, with `UT U = (H + damping * mean(diag H) * I)^-1`.
 
     Args:
-        products: H `[K, K]` f32; it is overwritten.
+        products: H `[K, K]` f32.
+        columns: `[K]` i64, the order of the columns of U.
         damping: As a part of the mean of the diagonal; ten times as much, and so on, where that is not enough.
 
     Returns:
         `[K, K]` f32.
     """
-    mean = float(products.diagonal().mean())
-    products.diagonal().add_(damping * (mean or 1.0))
     # H reversed is L LT, so H is R RT with R = L reversed, upper triangular; and U is the inverse of R. One
     # factorisation, and no inverse of H, which fp32 would not survive.
-    lower, failed = torch.linalg.cholesky_ex(products.flip(0, 1))
+    backwards = columns.flip(0)
+    lower = products[backwards[:, None], backwards]
+    lower.diagonal().add_(damping * (float(lower.diagonal().mean()) or 1.0))
+    failed = torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
     if int(failed) and damping < 1:
-        return inverse_factor(products, 10 * damping)
+        return inverse_factor(products, columns, 10 * damping)
     upper = lower.flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
+    del lower
+    return _inverted(upper)
+
+
+def _inverted(upper: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, by halves: products, where a solver would work on zeros as well."""
+    size = len(upper)
+    if size <= _SOLVED_AT_ONCE:
+        return torch.linalg.solve_triangular(upper, torch.eye(size), upper=True)
+    first, second = slice(None, size // 2), slice(size // 2, None)
+    inverse = torch.zeros_like(upper)
+    inverse[first, first] = _inverted(upper[first, first])
+    inverse[second, second] = _inverted(upper[second, second])
+    torch.mm(inverse[first, first], upper[first, second] @ inverse[second, second], out=inverse[first, second]).neg_()
+    return inverse
 
 
 def round_columns(weight_format: WeightFormat, groups: Tensor, grid: Grid, columns: Tensor, factor: Tensor) -> Tensor:
