@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Exporting is single-threaded Python: one worker per core, one thread each, whole files so that fixtures are shared.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test check accept fix bench clean
+.PHONY: help demo test check accept fix bench gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -43,6 +43,12 @@ accept: $(VENV)/.installed-dev ## rewrite golden files; look at the diff before 
 bench: $(VENV)/.installed-dev ## measure and write benchmarks/results: make bench TEXT=file (minutes; run alone)
 	$(BIN)/python benchmarks/quality.py --text '$(TEXT)'
 	$(BIN)/python benchmarks/compile_cost.py
+
+# With the Python of the machine: nothing is installed, no plugin of the other tests is needed.
+gpu: ## test and measure the kernels on this machine's GPU: make gpu PYTHON=python3
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest --confcutdir=tests/gpu -o filterwarnings=default \
+		tests/gpu tests/codegen/test_triton_kernels.py tests/runtime/test_triton_executor.py
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_kernels.py
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -38,6 +38,29 @@ class PackedParts:
 
 
 @dataclass(frozen=True)
+class LutParts:
+    """A weight of codes into one table of values, by the names of its constants.
+
+    Attributes:
+        codes: Name of a constant, like the next three.
+        lut: The table.
+        scales: Per group.
+        steps: Of scales in 8 bits, or None.
+        bits: Per code.
+        group: Columns that share a scale.
+        columns: K, without padding.
+    """
+
+    codes: str
+    lut: str
+    scales: str
+    steps: str | None
+    bits: int
+    group: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class JointWeight:
     """Weights that a kernel reads as one, row after row.
 
@@ -67,6 +90,18 @@ def parts_read(node: fx.Node) -> PackedParts | None:
         return None
     columns = read["in_features"] if is_call(node, ops.quantized_linear) else read["embedding_dim"]
     return PackedParts(codes, scales, zeros, read["bits"], read["group"], columns)
+
+
+def lut_parts_read(node: fx.Node) -> LutParts | None:
+    """The weight that a linear or an embedding reads as codes into a table, with scales; or None."""
+    if not is_call(node, ops.lut_linear, ops.lut_embedding):
+        return None
+    read = arguments(node)
+    codes, lut, scales, steps = (constant_name(read[name]) for name in ("codes", "lut", "scales", "steps"))
+    if codes is None or lut is None or scales is None or (steps is None and read["steps"] is not None):
+        return None
+    columns = read["in_features"] if is_call(node, ops.lut_linear) else read["embedding_dim"]
+    return LutParts(codes, lut, scales, steps, read["bits"], read["group"], columns)
 
 
 def joint_weights(program: Program) -> list[JointWeight]:

@@ -110,6 +110,13 @@ def _entry_lines(name: str, entry: fx.GraphModule, namer: _Namer) -> list[str]:
     return lines
 
 
+def value_names(program: Program, entry_name: str) -> dict[fx.Node, str]:
+    """Names that the text of a program gives to the values of an entry: `%7`, `@model.norm.weight`."""
+    namer = _Namer()
+    _entry_lines(entry_name, program.entries[entry_name], namer)
+    return namer.values
+
+
 def program_text(program: Program, *, by_identity: bool = False) -> str:
     """Canonical text of a program.
 

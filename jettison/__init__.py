@@ -9,10 +9,16 @@ model.save_pretrained("out")
 
 import importlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Official builds of ONNX Runtime report to their maker unless this is set before they are imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+# A checkout runs without being installed: its folders are packages of this one.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if (_CHECKOUT / "ir" / "program.py").is_file():
+    __path__.append(str(_CHECKOUT))
 
 if TYPE_CHECKING:
     from jettison.api import load, optimize

@@ -14,6 +14,7 @@ from jettison.artifact_files import ArtifactContents, load_artifact, save_artifa
 from jettison.calibration import LENGTH, WINDOWS, Calibration, finished_layers
 from jettison.codegen.onnx.emit import weight_bytes
 from jettison.codegen.onnx.fast_prefill import fast_bytes
+from jettison.codegen.triton.ahead_of_time import check_archs
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.program import PassRecord, Program
 from jettison.ir.text import program_text
@@ -36,7 +37,7 @@ from jettison.source import ModelSource, open_source
 if TYPE_CHECKING:
     from jettison.drift import DriftCheck
 
-TARGETS = ("onnx", "torch")
+TARGETS = ("onnx", "torch", "triton")
 PREFILLS = ("exact", "fast")
 AfterPass = Callable[[Pass, PassRecord, Program], None]
 
@@ -84,6 +85,7 @@ def optimize(
     calibration: str | Path | None = None,
     calibration_size: tuple[int, int] = (WINDOWS, LENGTH),
     resume: str | Path | None = None,
+    archs: Sequence[str] = (),
     allow_spinning: bool = True,
     after_each: AfterPass | None = None,
 ) -> OptimizedModel:
@@ -92,18 +94,20 @@ def optimize(
     Args:
         model: A Hugging Face folder, a transformers model, or a module whose forward takes `input_ids`.
         passes: Pass objects or the text of a pipeline. A decoder without `cache-kv` gets `cache-kv{policy=full}`.
-        target: `onnx` (runs with ONNX Runtime, can be shipped) or `torch`.
+        target: `onnx` (runs with ONNX Runtime, can be shipped), `torch`, or `triton` (kernels for NVIDIA GPUs; without
+            one Triton's interpreter runs them, very slowly).
         prefill: `fast` also emits an ONNX graph that runs prompts in 8-bit integers, from a second copy of the weights.
         strict: Whether a place where a pass could not fire is an error.
         check: Whether to run the program before and after every pass on a few tokens and report the drift.
         max_kl: With `check` (which it implies): the KL divergence, in nats per token, that no pass may exceed.
-        dtype: What the graph computes in; `onnx` needs `float32`.
+        dtype: What the graph computes in; `onnx` needs `float32`, and GPUs are fastest with `bfloat16`.
         context: Most positions of a sequence, for a module that does not say.
         seed: Of the tokens that the model writes for passes to be calibrated or checked on.
         calibration: A text file whose tokens are used instead.
         calibration_size: Windows, and tokens of each, that passes are calibrated on.
         resume: A folder for the layers that a calibrated pass has finished: made by the first, read by a run with the
             same model and options after an interruption. It can go when the model is saved.
+        archs: GPUs that kernels are compiled for when the model is saved, such as `sm_90`; needs no GPU.
         allow_spinning: Whether idle threads of ONNX Runtime spin: faster steps, but they slow torch in this process.
         after_each: Called with each pass, its record and the program.
 
@@ -116,9 +120,8 @@ def optimize(
         UnsupportedError: `strict`, and a pass could not fire somewhere.
         BudgetExceeded: A pass exceeded `max_kl`.
     """
-    _check_target(target, prefill, dtype)
-    chosen = parse_passes(passes) if isinstance(passes, str) else list(passes)
-    _check_passes(chosen, target)
+    _check_target(target, prefill, dtype, archs)
+    chosen = _checked(parse_passes(passes) if isinstance(passes, str) else list(passes), target)
     started = time.perf_counter()
     if calibration is not None:
         load_text(calibration)  # refuses a file that cannot be read before the work, not after
@@ -154,13 +157,13 @@ def optimize(
         seconds=time.perf_counter() - started, prefill=prefill,
         prefill_bytes=fast_bytes(program) if prefill == "fast" else 0, calibration=tokens.as_dict(),
     )  # fmt: skip
-    optimized = _wrap(source, program, report, before, seed, allow_spinning)
+    optimized = _wrap(source, program, report, before, seed, allow_spinning, archs)
     if drift is not None and prefill == "fast" and program.info.kind == "decoder" and multiplies_int8():
         report.prefill_kl = drift.of_prompts(optimized.session)
     return optimized
 
 
-def _check_target(target: str, prefill: str, dtype: str) -> None:
+def _check_target(target: str, prefill: str, dtype: str, archs: Sequence[str]) -> None:
     if target not in TARGETS:
         raise OptionError(f"[optimize] target={target!r}: needed one of {', '.join(TARGETS)}.")
     if prefill not in PREFILLS or (prefill == "fast" and target != "onnx"):
@@ -172,9 +175,15 @@ def _check_target(target: str, prefill: str, dtype: str) -> None:
         raise OptionError(
             f"[optimize] dtype={dtype!r} with target='onnx': CPU graphs compute in float32. Leave it out."
         )
+    if archs:
+        if target != "triton":
+            raise OptionError(
+                f"[optimize] archs={','.join(archs)} with target={target!r}: only triton compiles kernels."
+            )
+        check_archs(archs)
 
 
-def _check_passes(chosen: Sequence[Pass], target: str) -> None:
+def _checked(chosen: list[Pass], target: str) -> list[Pass]:
     for pass_ in chosen:
         reason = pass_.unsupported_on(target)
         if reason is not None:
@@ -182,6 +191,7 @@ def _check_passes(chosen: Sequence[Pass], target: str) -> None:
                 f"[optimize] {pipeline_text([pass_])} with target={target!r}: {reason}. Change the options, or the "
                 "target."
             )
+    return chosen
 
 
 def _drift_check(source: ModelSource, calibration: str | Path | None, max_kl: float | None, seed: int) -> DriftCheck:
@@ -196,9 +206,10 @@ def _drift_check(source: ModelSource, calibration: str | Path | None, max_kl: fl
 
 
 def _wrap(
-    source: ModelSource, program: Program, report: Report, before: str, seed: int, allow_spinning: bool
-) -> OptimizedModel:
-    contents = ArtifactContents(source, program, report, before, program_text(program), seed)
+    source: ModelSource, program: Program, report: Report, before: str, seed: int, allow_spinning: bool,
+    archs: Sequence[str],
+) -> OptimizedModel:  # fmt: skip
+    contents = ArtifactContents(source, program, report, before, program_text(program), seed, tuple(archs))
     folder = source.folder
 
     def tokenizer() -> Tokenizer:

@@ -16,6 +16,7 @@ from jettison.ir.program import ModelInfo, Program, Retention, State, Storage
 from jettison.ir.progress import track
 from jettison.ir.serialize import load_program, save_program
 from jettison.ir.text import dtype_text
+from jettison.kernel_files import kernels_executor, write_kernels
 from jettison.optimized_model import OptimizedModel
 from jettison.report import Report
 from jettison.runtime.artifact import Artifact, ArtifactWriter, check_requirements, library_versions
@@ -24,6 +25,7 @@ from jettison.runtime.onnx_executor import OnnxExecutor, OnnxGraph, multiplies_i
 from jettison.runtime.prepared import find_prepared
 from jettison.runtime.tokenizer import load_tokenizer
 from jettison.runtime.torch_executor import TorchExecutor
+from jettison.runtime.triton_executor import TritonExecutor
 from jettison.source import ModelSource
 
 DATA_FILE = "model.onnx.data"
@@ -45,6 +47,7 @@ class ArtifactContents:
     graph_before: str
     graph_after: str
     seed: int
+    archs: tuple[str, ...] = ()
     emitted: list[EmittedGraph] = field(default_factory=list)
 
 
@@ -70,6 +73,8 @@ def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = Fa
             with track("write weights", program.weight_bytes()) as advance:
                 save_program(program, writer.path(PROGRAM_FILE), writer.path(WEIGHTS_FILE), on_bytes=advance)
             manifest["weight_bytes"] = program.weight_bytes()
+        if contents.report.target == "triton":
+            manifest |= write_kernels(program, writer, contents.archs)
         contents.report.weight_bytes = manifest["weight_bytes"]
         writer.write_text("graph/before.txt", contents.graph_before)
         writer.write_text("graph/after.txt", contents.graph_after)
@@ -155,6 +160,8 @@ def temporary_executor(contents: ArtifactContents, *, allow_spinning: bool = Tru
     """Run a model that was not saved: an ONNX target is written to a temporary folder that lives as long as it does."""
     if contents.report.target == "torch":
         return TorchExecutor(contents.program)
+    if contents.report.target == "triton":
+        return TritonExecutor(contents.program)
     folder = tempfile.TemporaryDirectory(prefix="jettison-")
     path = Path(folder.name) / "artifact"
     save_artifact(contents, path)
@@ -209,6 +216,8 @@ def load_artifact(
         ) from error
 
     def open_executor() -> Executor:
+        if target == "triton":
+            return kernels_executor(artifact, load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE)))
         if target == "torch":
             program = load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE), metadata=False)
             if threads is not None:

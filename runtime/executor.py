@@ -11,6 +11,8 @@ from torch import Tensor
 
 from jettison.ir.program import ModelInfo, Retention, State, Storage
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class EntrySignature:
@@ -37,6 +39,7 @@ class Executor(Protocol):
         retentions: Of the states that drop tokens.
         storages: Of the states that compress tokens.
         weight_bytes: Bytes of the weights as this target holds them.
+        device: Where states are; inputs and outputs are on the CPU.
     """
 
     info: ModelInfo
@@ -45,6 +48,7 @@ class Executor(Protocol):
     retentions: dict[str, Retention]
     storages: dict[str, Storage]
     weight_bytes: int
+    device: torch.device
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run an entry once.
@@ -59,15 +63,21 @@ class Executor(Protocol):
         """
 
 
-def allocate_states(states: Mapping[str, State], batch: int, capacity: int) -> dict[str, Tensor]:
+def allocate_states(
+    states: Mapping[str, State], batch: int, capacity: int, device: torch.device = CPU
+) -> dict[str, Tensor]:
     """Empty states of a session.
 
     Args:
         states: Declarations.
         batch: Rows.
         capacity: Slots per row.
+        device: Where.
 
     Returns:
         Zeroed tensors by name.
     """
-    return {name: torch.zeros(state.sizes(batch, capacity), dtype=state.dtype) for name, state in states.items()}
+    return {
+        name: torch.zeros(state.sizes(batch, capacity), dtype=state.dtype, device=device)
+        for name, state in states.items()
+    }

@@ -22,14 +22,17 @@ class SlottedStates:
         declared: Declaration of every state of the program.
         states: Those of the session by name; the ones with these slots are replaced as they grow.
         batch: Rows.
+        device: Where they are.
 
     Attributes:
         slots: How many there are.
     """
 
-    def __init__(self, size: str, declared: Mapping[str, State], states: dict[str, Tensor], batch: int) -> None:
+    def __init__(
+        self, size: str, declared: Mapping[str, State], states: dict[str, Tensor], batch: int, device: torch.device
+    ) -> None:
         self.slots = 0
-        self._batch = batch
+        self._batch, self._device = batch, device
         self._declared = {name: state for name, state in declared.items() if size in state.shape}
         self._axes = {name: state.shape.index(size) for name, state in self._declared.items()}
         self._states = states
@@ -64,7 +67,8 @@ class SlottedStates:
     def allocate(self, rows: int, slots: int) -> dict[str, Tensor]:
         """Empty states for some rows, by name."""
         return {
-            name: torch.zeros(state.sizes(rows, slots), dtype=state.dtype) for name, state in self._declared.items()
+            name: torch.zeros(state.sizes(rows, slots), dtype=state.dtype, device=self._device)
+            for name, state in self._declared.items()
         }
 
     def copy(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], count: int, into: int = 0) -> None:
@@ -101,8 +105,15 @@ class StoredStates(SlottedStates):
         filled: Slots that each row has filled.
     """
 
-    def __init__(self, storage: Storage, declared: Mapping[str, State], states: dict[str, Tensor], batch: int) -> None:
-        super().__init__(storage.name, declared, states, batch)
+    def __init__(
+        self,
+        storage: Storage,
+        declared: Mapping[str, State],
+        states: dict[str, Tensor],
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(storage.name, declared, states, batch, device)
         self.storage = storage
         self.filled = [0] * batch
 
@@ -120,6 +131,7 @@ class KeptStates(SlottedStates):
         declared: Declaration of every state of the program.
         states: Those of the session by name.
         batch: Rows.
+        device: Where they are.
 
     Attributes:
         held: Tokens that each row holds.
@@ -133,11 +145,12 @@ class KeptStates(SlottedStates):
         declared: Mapping[str, State],
         states: dict[str, Tensor],
         batch: int,
+        device: torch.device,
     ) -> None:
-        super().__init__(retention.name, declared, states, batch)
+        super().__init__(retention.name, declared, states, batch, device)
         self.retention = retention
         self.held = [0] * batch
-        self.stored = None if storage is None else StoredStates(storage, declared, states, batch)
+        self.stored = None if storage is None else StoredStates(storage, declared, states, batch, device)
 
     @property
     def oldest_to(self) -> Storage | None:

@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 
 from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
+from jettison.ir.packed_parts import JointWeight, PackedParts, parts_read
 from jettison.runtime.packed_experts import ExpertParts, experts_read, run_experts
 from jettison.runtime.packed_linear import PackedWeight
-from jettison.ir.packed_parts import JointWeight, PackedParts, parts_read
 from jettison.runtime.state_operators import attend_both, attend_slots, slot_range, windowed_attention_, write_range_
 
 aten = torch.ops.aten

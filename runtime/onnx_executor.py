@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
 from jettison.ir.program import ModelInfo, Retention, State, Storage
-from jettison.runtime.executor import EntrySignature
+from jettison.runtime.executor import CPU, EntrySignature
 
 _NUMPY_DTYPES = {
     torch.float32: numpy.float32, torch.float16: numpy.float16, torch.int64: numpy.int64, torch.int32: numpy.int32,
@@ -85,7 +85,7 @@ class OnnxExecutor:
 
         if threads is not None and threads < 1:
             raise OptionError(f"[onnx] threads={threads}: needed at least 1, or None for the runtime's own choice.")
-        self.info, self.states, self.weight_bytes = info, dict(states), weight_bytes
+        self.info, self.states, self.weight_bytes, self.device = info, dict(states), weight_bytes, CPU
         self.retentions = {each.name: each for each in retentions}
         self.storages = {each.name: each for each in storages}
         self.threads = threads

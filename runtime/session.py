@@ -60,10 +60,10 @@ class Session:
         self.lengths = [0] * batch
         kept = {*executor.retentions, *executor.storages}
         whole = {name: state for name, state in executor.states.items() if kept.isdisjoint(state.shape)}
-        self.states = allocate_states(whole, batch, self.capacity)
+        self.states = allocate_states(whole, batch, self.capacity, executor.device)
         storages = {storage.retention: storage for storage in executor.storages.values()}
         self.kept = [
-            KeptStates(each, storages.get(name), executor.states, self.states, batch)
+            KeptStates(each, storages.get(name), executor.states, self.states, batch, executor.device)
             for name, each in executor.retentions.items()
         ]
 

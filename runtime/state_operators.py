@@ -44,7 +44,7 @@ def slot_range(slots: Tensor) -> SlotRange:
     first = int(slots[0, 0])
     if rows == steps == 1:
         return SlotRange(slots, first, first, first >= 0)
-    if first >= 0 and bool((slots == torch.arange(first, first + steps)).all()):
+    if first >= 0 and bool((slots == torch.arange(first, first + steps, device=slots.device)).all()):
         return SlotRange(slots, first, first + steps - 1, True)
     return SlotRange(slots, int(slots.min()), int(slots.max()), False)
 
@@ -82,7 +82,7 @@ def attend_slots(
     key, value = key[:, :, start : last + 1], value[:, :, start : last + 1]
     if first == last and not softcap and sinks is None:
         return _attend_all(query, key, value, scale)
-    slots = torch.arange(start, last + 1)[None]
+    slots = torch.arange(start, last + 1, device=query.device)[None]
     return ops.attention(query, key, value, found.slots, slots, None, sinks, scale, True, window, softcap)
 
 

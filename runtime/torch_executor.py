@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import OptionError
+from jettison.ir.packed_parts import JointWeight, joint_weights
 from jettison.ir.program import Program, input_placeholders, state_placeholders
-from jettison.runtime.executor import EntrySignature
+from jettison.runtime.executor import CPU, EntrySignature
 from jettison.runtime.lowered_entry import lower_entry
 from jettison.runtime.packed_experts import PackedExperts, pack_experts, packable_experts
 from jettison.runtime.packed_linear import PackedWeight, pack_weight
-from jettison.ir.packed_parts import JointWeight, joint_weights
 
 KERNELS = ("packed", "reference")
 SMALL_BYTES = 1 << 20
@@ -36,7 +36,7 @@ class TorchExecutor:
     def __init__(self, program: Program, *, kernels: Literal["packed", "reference"] = "packed") -> None:
         if kernels not in KERNELS:
             raise OptionError(f"[torch] kernels={kernels!r}: needed one of {', '.join(KERNELS)}.")
-        self.info = program.info
+        self.info, self.device = program.info, CPU
         self.states = dict(program.states)
         self.retentions, self.storages = dict(program.retentions), dict(program.storages)
         self._values: dict[str, Tensor | PackedWeight | PackedExperts] = {}

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch  # noqa: F401  (sets its loggers up, see below)
+import torch  # (sets its loggers up, see below)
 from syrupy.assertion import SnapshotAssertion
 
 # `--import-mode=importlib` leaves sys.path alone; the tests share `tests.helpers`.
 sys.path.insert(0, str(Path(__file__).parents[1]))
+# Without a GPU, kernels run in Triton's interpreter, which is chosen when Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Its assertions are asserted for the tests: a failure must show both sides.
 pytest.register_assert_rewrite("tests.helpers")
 

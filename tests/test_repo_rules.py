@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def tracked_files() -> list[Path]:
 
 def python_files(*folders: str) -> list[Path]:
     return [path for path in tracked_files() if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in folders]
+
+
+def test_every_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in python_files(*SOURCES)}
+    assert {name.removeprefix("jettison.").replace(".", "/") for name in listed} == {
+        "/".join(folder.parts[1:] if len(folder.parts) > 1 and folder.parts[0] == "jettison" else folder.parts)
+        for folder in folders
+    }
 
 
 def imports_of(path: Path) -> set[str]:

@@ -64,6 +64,16 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     )
     if document["decode_limit"] is not None:
         terminal.line(f"decode     {document['decode_limit']}")
+    if document["run_by_torch"]:
+        terminal.line()
+        terminal.table(
+            ("entry", "run by PyTorch, without a kernel", "times", "because"),
+            [
+                (entry, each["operator"], each["count"], each["reason"])
+                for entry, listed in document["run_by_torch"].items()
+                for each in listed
+            ],
+        )
     return 0
 
 
@@ -102,6 +112,7 @@ def _document(artifact: Artifact) -> dict[str, Any]:
         "layers": layers,
         "weight_bytes": manifest["weight_bytes"],
         **_state_bytes(states, manifest),
+        "run_by_torch": manifest.get("run_by_torch", {}),
         "decode_limit": _decode_limit(manifest["target"], {weight.format for weight in graph.weights}),
     }
 

@@ -24,7 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pipeline such as quantize-weights{bits=4,group=32}, in quotes; `jettison passes` lists what there is. A "
         "decoder without cache-kv gets cache-kv{policy=full}",
     )  # fmt: skip
-    parser.add_argument("--target", choices=("onnx", "torch"), default="onnx", help="what runs it (default: onnx)")
+    parser.add_argument(
+        "--target", choices=("onnx", "torch", "triton"), default="onnx", help="what runs it (default: onnx)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="what the graph computes in (default: float32, which onnx needs; GPUs want bfloat16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arch", metavar="LIST", default="",
+        help="also compile the kernels of triton for these GPUs, such as sm_80,sm_90; needs no GPU",
+    )  # fmt: skip
     parser.add_argument(
         "--prefill", choices=("exact", "fast"), default="exact",
         help="fast runs prompts in 8-bit integers, from a second copy of the weights (default: exact)",
@@ -84,8 +94,9 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     # What an interrupted run has finished; the same command goes on behind it.
     unfinished = None if args.out is None else args.out.absolute().with_name(f"{args.out.absolute().name}.unfinished")
     model = jettison.optimize(
-        args.model, args.passes, target=args.target, prefill=args.prefill, strict=args.strict, check=args.check,
-        max_kl=args.max_kl, calibration=args.calibration, context=args.context, seed=args.seed,
+        args.model, args.passes, target=args.target, dtype=args.dtype, prefill=args.prefill, strict=args.strict,
+        check=args.check, max_kl=args.max_kl, calibration=args.calibration, context=args.context, seed=args.seed,
+        archs=[arch.strip() for arch in args.arch.split(",") if arch.strip()],
         **({} if args.calibration_size is None else {"calibration_size": args.calibration_size}),
         resume=None if args.dry_run else unfinished,
     )  # fmt: skip

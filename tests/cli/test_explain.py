@@ -10,7 +10,7 @@ from jettison.cli.explain import _decode_limit
 
 KEYS = {
     "artifact", "pipeline", "passes", "not_recognised", "layers", "weight_bytes", "state_bytes_per_token",
-    "state_bytes_fixed", "decode_limit",
+    "state_bytes_fixed", "decode_limit", "run_by_torch",
 }  # fmt: skip
 LAYER_KEYS = {"layer", "weights", "weight_bytes", "kv_policy", "state_bytes_per_token", "state_bytes_fixed"}
 

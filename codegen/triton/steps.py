@@ -1,0 +1,195 @@
+"""What an entry is cut into: groups of nodes that one launch computes, and the kernels that do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from jettison.codegen.triton.kernels.base import Kernel
+from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
+from jettison.codegen.triton.kernels.embedding import Embedding
+from jettison.codegen.triton.kernels.epilogue import Epilogue
+from jettison.codegen.triton.kernels.gemm import Gemm
+from jettison.codegen.triton.kernels.gemv import Gemv
+from jettison.codegen.triton.kernels.joint_attention import JointAttention
+from jettison.codegen.triton.kernels.norm import RmsNorm
+from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
+from jettison.codegen.triton.kernels.weight_form import WeightForm
+from jettison.ir.packed_parts import LutParts, PackedParts
+
+
+@dataclass
+class Step:
+    """Nodes that run together.
+
+    Attributes:
+        nodes: In the order of the graph.
+        inputs: Values that it takes when it runs.
+        outputs: Nodes whose values it returns, in this order.
+        reason: Why these nodes, or why no kernel.
+    """
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    reason: str = ""
+
+    def kernels(self) -> Iterator[Kernel]:
+        """What it may launch; nothing for what PyTorch runs."""
+        return iter(())
+
+
+@dataclass
+class TorchStep(Step):
+    """One node that PyTorch runs."""
+
+
+@dataclass
+class LinearStep(Step):
+    """Linears that read the same x, with what stands before and behind them.
+
+    `inputs` is x, and the residual if there is one.
+
+    Attributes:
+        weights: Of each linear, the packed one or the name of a dense one.
+        biases: Names of constants, as many as weights or none.
+        parts: Rows of each weight.
+        columns: K.
+        form: Of all of them.
+        dtype: Of x.
+        norm: Name of the weight of an RMS norm of x, or None.
+        norm_eps: Of that norm.
+        epilogue: What follows the products.
+    """
+
+    weights: tuple[PackedParts | LutParts | str, ...] = ()
+    biases: tuple[str, ...] = ()
+    parts: tuple[int, ...] = ()
+    columns: int = 0
+    form: WeightForm = field(default_factory=lambda: WeightForm(torch.float32))
+    dtype: torch.dtype = torch.float32
+    norm: str | None = None
+    norm_eps: float = 0.0
+    epilogue: Epilogue = field(default_factory=Epilogue)
+
+    @property
+    def rows(self) -> int:
+        """N of the result."""
+        return self.parts[0] if self.epilogue.is_gated else sum(self.parts)
+
+    @property
+    def gemv(self) -> Gemv:
+        """For one row of x."""
+        eps = None if self.norm is None else self.norm_eps
+        return Gemv(self.form, self.columns, self.rows, self.dtype, eps, self.epilogue)
+
+    @property
+    def few_rows(self) -> Gemm:
+        """For a batch that decodes."""
+        return Gemm(self.form, self.columns, self.rows, self.dtype, True, self.epilogue)
+
+    @property
+    def gemm(self) -> Gemm:
+        """For prompts."""
+        return replace(self.few_rows, is_decode=False)
+
+    @property
+    def norm_kernel(self) -> RmsNorm | None:
+        """The norm by itself, before products of several rows."""
+        return None if self.norm is None else RmsNorm(self.columns, self.dtype, self.norm_eps)
+
+    def kernels(self) -> Iterator[Kernel]:
+        """See `Step`."""
+        yield from (self.gemv, self.few_rows, self.gemm)
+        if self.norm_kernel is not None:
+            yield self.norm_kernel
+
+
+@dataclass
+class NormStep(Step):
+    """An RMS norm by itself; `inputs` is x.
+
+    Attributes:
+        weight: Name of a constant.
+        kernel: What computes it.
+    """
+
+    weight: str = ""
+    kernel: RmsNorm = field(default_factory=lambda: RmsNorm(1, torch.float32, 0.0))
+
+    def kernels(self) -> Iterator[Kernel]:
+        """See `Step`."""
+        yield self.kernel
+
+
+@dataclass
+class LookupStep(Step):
+    """Rows of a quantised table; `inputs` is the indices.
+
+    Attributes:
+        weight: The table.
+        kernel: What computes it.
+    """
+
+    weight: PackedParts | LutParts = field(default_factory=lambda: PackedParts("", "", None, 8, 32, 0))
+    kernel: Embedding = field(default_factory=lambda: Embedding(WeightForm(torch.float32), 1, torch.float32))
+
+    def kernels(self) -> Iterator[Kernel]:
+        """See `Step`."""
+        yield self.kernel
+
+
+@dataclass
+class CacheStep(Step):
+    """Queries and keys rotated, keys and values written; `inputs` are q, k, v, then cos and sin, the slots, the caches.
+
+    `outputs` are the rotated queries and the two caches.
+
+    Attributes:
+        kernel: What computes it.
+    """
+
+    kernel: RotaryWrite | None = None
+
+    def kernels(self) -> Iterator[Kernel]:
+        """See `Step`."""
+        if self.kernel is not None:
+            yield self.kernel
+
+
+@dataclass
+class JointAttentionStep(Step):
+    """Attention of one token per row over a compressed cache, too.
+
+    `inputs` are the queries, codes, scales and zeros of the stored keys, and of the values, how many are stored, the
+    newest keys and values, and the slots.
+
+    Attributes:
+        kernel: What computes it.
+    """
+
+    kernel: JointAttention | None = None
+
+    def kernels(self) -> Iterator[Kernel]:
+        """See `Step`."""
+        if self.kernel is not None:
+            yield self.kernel
+
+
+@dataclass
+class AttentionStep(Step):
+    """Attention of one token per row; `inputs` are the queries, the caches and the slots.
+
+    Attributes:
+        kernel: What computes it.
+    """
+
+    kernel: DecodeAttention | None = None
+
+    def kernels(self) -> Iterator[Kernel]:
+        """See `Step`."""
+        if self.kernel is not None:
+            yield self.kernel

@@ -1,0 +1,362 @@
+"""An entry as Python code whose steps launch Triton kernels, and PyTorch runs what has none."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from jettison.codegen.triton.kernels.gemm import DECODE_ROWS
+from jettison.codegen.triton.launch import Launcher
+from jettison.codegen.triton.steps import (
+    AttentionStep,
+    CacheStep,
+    JointAttentionStep,
+    LinearStep,
+    LookupStep,
+    NormStep,
+    Step,
+    TorchStep,
+)
+from jettison.codegen.triton.word_layout import WordWeight, to_words
+from jettison.ir import ops
+from jettison.ir.match import arguments, is_call
+from jettison.ir.ops.lut_linear import group_scales
+from jettison.ir.ops.write_slots import write_slots_
+from jettison.ir.packed_parts import LutParts, PackedParts
+from jettison.ir.program import Program, output_node, placeholders
+from jettison.runtime.state_operators import attend_slots, slot_range
+
+# Slots per key head that count how many splits of an attention have finished.
+_COUNTER_DTYPE = torch.int32
+
+
+class DeviceWeights:
+    """Weights on the device, each held once.
+
+    Args:
+        program: Whose.
+        device: Where.
+
+    Attributes:
+        nbytes: Bytes held so far.
+    """
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        self.program, self.device = program, device
+        self.nbytes = 0
+        self._tensors: dict[tuple[object, ...], list[Tensor]] = {}
+
+    def constant(self, name: str) -> Tensor:
+        """A constant as it is."""
+        return self._once((name,), lambda: [self.program.constants[name].value().to(self.device).contiguous()])[0]
+
+    def stacked(self, weights: Sequence[PackedParts | LutParts | str], dtype: torch.dtype) -> list[Tensor]:
+        """Weights one below the other: what kernels take for them.
+
+        Args:
+            weights: All packed in one form, or all dense.
+            dtype: Of scales and offsets.
+        """
+        return self._once((*weights, dtype), lambda: self._stack(weights, dtype))
+
+    def _stack(self, weights: Sequence[PackedParts | LutParts | str], dtype: torch.dtype) -> list[Tensor]:
+        dense = [each for each in weights if isinstance(each, str)]
+        if dense:
+            if len(dense) == 1:
+                return [self.constant(dense[0])]
+            return [torch.cat([self.program.constants[name].value().to(self.device) for name in dense])]
+        own = [self._words(each, dtype) for each in weights if not isinstance(each, str)]
+        if len(own) == 1:
+            return own[0].tensors
+        # The table is the same for all of them.
+        rows = [[each for each in weight.tensors if each is not weight.table] for weight in own]
+        table = [] if own[0].table is None else [own[0].table]
+        return [*(torch.cat(parts) for parts in zip(*rows, strict=True)), *table]
+
+    def _words(self, parts: PackedParts | LutParts, dtype: torch.dtype) -> WordWeight:
+        if isinstance(parts, LutParts):
+            return self._looked_up(parts, dtype)
+        codes, scales, zeros = (
+            None if name is None else self.program.constants[name].value()
+            for name in (parts.codes, parts.scales, parts.zeros)
+        )
+        assert codes is not None, "only zero points may be missing"
+        assert scales is not None, "only zero points may be missing"
+        return to_words(codes, scales, zeros, parts.bits, parts.group, dtype, self.device)
+
+    def _looked_up(self, parts: LutParts, dtype: torch.dtype) -> WordWeight:
+        codes, lut, scales, steps = (
+            None if name is None else self.program.constants[name].value()
+            for name in (parts.codes, parts.lut, parts.scales, parts.steps)
+        )
+        found = group_scales(scales, steps)
+        assert codes is not None, "only steps may be missing"
+        assert found is not None, "only steps may be missing"
+        assert lut is not None, "only steps may be missing"
+        return to_words(codes, found, None, parts.bits, parts.group, dtype, self.device, lut.flatten())
+
+    def joined(self, names: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
+        """Biases one behind the other; nothing for none."""
+        if not names:
+            return []
+        make = lambda: [torch.cat([self.program.constants[name].value().to(self.device, dtype) for name in names])]  # noqa: E731
+        return self._once(("bias", *names), make)
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        if key not in self._tensors:
+            self._tensors[key] = made = make()
+            known = {tensor.data_ptr() for other, held in self._tensors.items() if other != key for tensor in held}
+            self.nbytes += sum(tensor.nbytes for tensor in made if tensor.data_ptr() not in known)
+        return self._tensors[key]
+
+
+class _Runner:
+    """What a step becomes; generated code calls it by its name."""
+
+    __name__ = "run_step"
+
+
+class RunLinear(_Runner):
+    """Runs a `LinearStep`: one launch for one row of x, a norm and a launch for more."""
+
+    def __init__(self, step: LinearStep, weights: DeviceWeights) -> None:
+        self.step = step
+        self.weights = weights.stacked(step.weights, step.form.dtype)
+        self.bias = weights.joined(step.biases, step.dtype)
+        self.norm = [] if step.norm is None else [weights.constant(step.norm)]
+        self.gemv, self.few_rows, self.gemm = (Launcher(each) for each in (step.gemv, step.few_rows, step.gemm))
+        kernel = step.norm_kernel
+        self.norm_launcher = None if kernel is None else Launcher(kernel)
+
+    def __call__(self, x: Tensor, *residual: Tensor) -> tuple[Tensor, ...]:
+        """The results of the linears, columns of one matrix where there are several."""
+        step = self.step
+        flat = x.reshape(-1, step.columns)
+        count = len(flat)
+        out = x.new_empty(*x.shape[:-1], step.rows)
+        after = [*self.bias, *(each.contiguous() for each in residual), out]
+        if count == 1:
+            self.gemv(flat, *self.norm, *self.weights, *after, sizes={})
+        else:
+            if self.norm_launcher is not None:
+                normed = torch.empty_like(flat, memory_format=torch.contiguous_format)
+                self.norm_launcher(flat.contiguous(), *self.norm, normed, sizes={"M": count})
+                flat = normed
+            launcher = self.few_rows if count <= DECODE_ROWS else self.gemm
+            launcher(flat.contiguous(), *self.weights, *after, sizes={"M": count})
+        return (out,) if len(step.outputs) == 1 else out.split(step.parts, -1)
+
+
+class RunNorm(_Runner):
+    """Runs a `NormStep`."""
+
+    def __init__(self, step: NormStep, weights: DeviceWeights) -> None:
+        self.launcher, self.weight = Launcher(step.kernel), weights.constant(step.weight)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The norm of each row."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self.launcher(x, self.weight, out, sizes={"M": x.numel() // x.shape[-1]})
+        return (out,)
+
+
+class RunLookup(_Runner):
+    """Runs a `LookupStep`."""
+
+    def __init__(self, step: LookupStep, weights: DeviceWeights) -> None:
+        self.launcher = Launcher(step.kernel)
+        self.columns, self.dtype = step.kernel.columns, step.kernel.dtype
+        self.weights = weights.stacked([step.weight], step.kernel.weight.dtype)
+
+    def __call__(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Rows of the table."""
+        out = torch.empty(*indices.shape, self.columns, dtype=self.dtype, device=indices.device)
+        self.launcher(indices.contiguous(), *self.weights, out, sizes={"M": indices.numel()})
+        return (out,)
+
+
+class RunCache(_Runner):
+    """Runs a `CacheStep`; the caches are written in place."""
+
+    def __init__(self, step: CacheStep) -> None:
+        assert step.kernel is not None, "made with one"
+        self.kernel, self.launcher = step.kernel, Launcher(step.kernel)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """Rotated queries and the caches."""
+        *angles, slots, key_cache, value_cache = others
+        batch, steps = slots.shape
+        rotated = query.new_empty(batch, self.kernel.heads, steps, self.kernel.dim)
+        query, key, value = (_rows(part) for part in (query, key, value))
+        rows = {"QUERY_ROW": query.stride(0), "KEY_ROW": key.stride(0), "VALUE_ROW": value.stride(0)}
+        sizes = {"B": batch, "S": steps, "C": key_cache.shape[2], **rows}
+        angles = [angle.contiguous() for angle in angles]
+        self.launcher(
+            query, key, value, *angles, slots.contiguous(), rotated, key_cache, value_cache, sizes=sizes
+        )  # fmt: skip
+        return rotated, key_cache, value_cache
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """`[B, S, H * D]` or `[B, S, H, D]` as rows of tokens `[B * S, H * D]`: a view where they are evenly apart."""
+    flat = heads.flatten(2)
+    return flat.view(-1, flat.shape[2]) if flat.stride(0) == flat.shape[1] * flat.stride(1) else flat.flatten(0, 1)
+
+
+class RunAttention(_Runner):
+    """Runs an `AttentionStep`."""
+
+    def __init__(self, step: AttentionStep, counters: dict[int, Tensor]) -> None:
+        assert step.kernel is not None, "made with one"
+        self.kernel, self.launcher = step.kernel, Launcher(step.kernel)
+        self.scratch = _Scratch(counters, step.kernel.kv_heads, step.kernel.shared, step.kernel.dim)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
+        """`[B, 1, H * D]`."""
+        kernel, batch = self.kernel, query.shape[0]
+        out = query.new_empty(batch, 1, kernel.heads * kernel.dim)
+        self.launcher(
+            query.contiguous(), key, value, slots.contiguous(),
+            *self.scratch(query, self.launcher.tuning["SPLITS"]), out, sizes={"B": batch, "C": key.shape[2]},
+        )  # fmt: skip
+        return (out,)
+
+
+class RunJointAttention(_Runner):
+    """Runs a `JointAttentionStep`."""
+
+    def __init__(self, step: JointAttentionStep, counters: dict[int, Tensor]) -> None:
+        assert step.kernel is not None, "made with one"
+        self.kernel, self.launcher = step.kernel, Launcher(step.kernel)
+        self.scratch = _Scratch(counters, step.kernel.kv_heads, step.kernel.shared, step.kernel.dim)
+
+    def __call__(self, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """`[B, 1, H * D]`."""
+        *stored, count, key, value, slots = others
+        kernel, batch = self.kernel, query.shape[0]
+        out = query.new_empty(batch, 1, kernel.heads * kernel.dim)
+        sizes = {"B": batch, "SLOTS": stored[0].shape[2], "C": key.shape[2]}
+        self.launcher(
+            query.contiguous(), *stored, count, key, value, slots.contiguous(),
+            *self.scratch(query, self.launcher.tuning["SPLITS"]), out, sizes=sizes,
+        )  # fmt: skip
+        return (out,)
+
+
+class _Scratch:
+    """What splits of an attention leave for the last one, and the counters by which it is known."""
+
+    def __init__(self, counters: dict[int, Tensor], kv_heads: int, shared: int, dim: int) -> None:
+        self._counters, self._kv_heads, self._shared, self._dim = counters, kv_heads, shared, dim
+
+    def __call__(self, query: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted values, maxima and sums, and counters."""
+        pairs = query.shape[0] * self._kv_heads
+        if pairs not in self._counters:
+            # Zero between two launches: the last program of a launch sees to it.
+            self._counters[pairs] = torch.zeros(pairs, dtype=_COUNTER_DTYPE, device=query.device)
+        parts = query.new_empty(pairs, splits, self._shared, self._dim, dtype=torch.float32)
+        return parts, query.new_empty(pairs, splits, self._shared, 2, dtype=torch.float32), self._counters[pairs]
+
+
+def build_entry(
+    program: Program, entry_name: str, steps: Sequence[Step], weights: DeviceWeights
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Code that runs an entry: takes its states, then its inputs; returns what the graph returns.
+
+    Args:
+        program: Whose.
+        entry_name: Of the entry.
+        steps: What `fuse` made of it.
+        weights: Of the program.
+    """
+    entry = program.entries[entry_name]
+    builder = _Builder(weights)
+    for node in placeholders(entry):
+        builder.placeholder(node)
+    for step in steps:
+        builder.add(step)
+    returned = output_node(entry).args[0]
+    builder.graph.output(tuple(builder.value(node) for node in returned))
+    return fx.GraphModule(nn.Module(), builder.graph).forward
+
+
+class _Builder:
+    """A graph of steps."""
+
+    def __init__(self, weights: DeviceWeights) -> None:
+        self.graph = fx.Graph()
+        self._weights = weights
+        self._new: dict[fx.Node, Any] = {}
+        self._counters: dict[int, Tensor] = {}
+        self._constants: dict[str, fx.Node] = {}
+
+    def placeholder(self, node: fx.Node) -> None:
+        """States and inputs are given; constants are fetched where PyTorch reads them."""
+        if "constant" not in node.meta:
+            self._new[node] = self.graph.placeholder(node.name)
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """A value in the new graph."""
+        if node not in self._new:
+            name = node.meta["constant"]
+            self._weights.constant(name)  # held, and counted, from the beginning
+            self._new[node] = self.graph.call_function(self._weights.constant, (name,))
+        return self._new[node]
+
+    def add(self, step: Step) -> None:
+        """Append a step."""
+        if isinstance(step, TorchStep):
+            self._torch(step.nodes[0])
+            return
+        run = self._runner(step)
+        made = self.graph.call_function(run, tuple(self.value(node) for node in step.inputs))
+        for index, node in enumerate(step.outputs):
+            self._new[node] = self.graph.call_function(operator.getitem, (made, index))
+
+    def _runner(self, step: Step) -> Callable[..., tuple[Tensor, ...]]:
+        if isinstance(step, LinearStep):
+            return RunLinear(step, self._weights)
+        if isinstance(step, NormStep):
+            return RunNorm(step, self._weights)
+        if isinstance(step, LookupStep):
+            return RunLookup(step, self._weights)
+        if isinstance(step, CacheStep):
+            return RunCache(step)
+        if isinstance(step, JointAttentionStep):
+            return RunJointAttention(step, self._counters)
+        assert isinstance(step, AttentionStep), step
+        return RunAttention(step, self._counters)
+
+    def _torch(self, node: fx.Node) -> None:
+        """One operator, on the device."""
+        found = arguments(node) if is_call(node, ops.attention) else {}
+        if found and found["query"].meta["val"].shape[2] != 1 and _follows_positions(found):
+            operands = [found[name] for name in ("query", "key", "value")]
+            slots = self.graph.call_function(slot_range, (self.value(found["query_positions"]),))
+            options = [found[name] for name in ("key_positions", "key_valid", "sinks", "scale", "causal", "window",
+                                                "softcap")]  # fmt: skip
+            given = [*(self.value(each) for each in operands), slots, *self._translated(options)]
+            self._new[node] = self.graph.call_function(attend_slots, tuple(given))
+        elif is_call(node, ops.write_slots) and "state" in node.args[0].meta and len(node.args[0].users) == 1:
+            self._new[node] = self.graph.call_function(write_slots_, tuple(self._translated(node.args)))
+        else:
+            copied = self.graph.node_copy(node, self.value)
+            if "device" in copied.kwargs:
+                copied.kwargs = {**copied.kwargs, "device": self._weights.device}
+            self._new[node] = copied
+
+    def _translated(self, old: Sequence[Any]) -> list[Any]:
+        return [self.value(each) if isinstance(each, fx.Node) else each for each in old]
+
+
+def _follows_positions(found: Mapping[str, Any]) -> bool:
+    """Whether keys are slots that are written at the positions of the queries."""
+    key = found["key"]
+    is_own = is_call(key, ops.write_slots) and key.args[2] is found["query_positions"]
+    return is_own and found["key_positions"] is None and found["key_valid"] is None and bool(found["causal"])

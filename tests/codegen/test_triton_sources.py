@@ -1,0 +1,73 @@
+"""Golden sources: what a kernel of each kind reads like, as an artifact holds it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jettison.codegen.triton.emit import emit
+from jettison.codegen.triton.kernels.base import Kernel
+from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
+from jettison.codegen.triton.kernels.embedding import Embedding
+from jettison.codegen.triton.kernels.epilogue import Epilogue
+from jettison.codegen.triton.kernels.gemm import Gemm
+from jettison.codegen.triton.kernels.gemv import Gemv
+from jettison.codegen.triton.kernels.joint_attention import JointAttention, Ranges
+from jettison.codegen.triton.kernels.norm import RmsNorm
+from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
+from jettison.codegen.triton.kernels.weight_form import WeightForm
+from jettison.passes.policies import Full
+from jettison.passes.quantize_weights import QuantizeWeights
+from tests.codegen.running import cached_program
+from tests.models.tiny_models import tiny_model
+
+BF16, HALF = torch.bfloat16, torch.float16
+GATED = Epilogue(activation="silu", is_gated=True)
+RESIDUAL = Epilogue(has_bias=True, has_residual=True)
+# Sizes of Llama-3.1-8B.
+KERNELS: dict[str, Kernel] = {
+    "gemv_dense": Gemv(WeightForm(BF16), 4096, 6144, BF16, 1e-5),
+    "gemv_int4_gated": Gemv(WeightForm(HALF, 4, 128, True), 4096, 14336, BF16, 1e-5, GATED),
+    "gemv_int8_residual": Gemv(WeightForm(HALF, 8, 128, False), 14336, 4096, BF16, None, RESIDUAL),
+    "gemv_int3": Gemv(WeightForm(HALF, 3, 64, True), 4096, 6144, BF16),
+    "gemv_int2_odd": Gemv(WeightForm(HALF, 2, 32, True), 100, 37, BF16),
+    "few_rows_int4": Gemm(WeightForm(HALF, 4, 128, True), 4096, 6144, BF16, is_decode=True),
+    "gemm_int4_gated": Gemm(WeightForm(HALF, 4, 128, True), 4096, 14336, BF16, False, GATED),
+    "gemm_dense": Gemm(WeightForm(BF16), 4096, 6144, BF16),
+    "embedding_int4": Embedding(WeightForm(HALF, 4, 128, True), 4096, BF16),
+    "norm_residual": RmsNorm(4096, BF16, 1e-5, True),
+    "rotary_write": RotaryWrite(32, 8, 128, 128, False, BF16, BF16),
+    "decode_attention": DecodeAttention(32, 8, 128, 128**-0.5, 0, 0.0, BF16, BF16),
+    "joint_attention_kivi2": JointAttention(32, 8, 128, 128**-0.5, 32, Ranges(2, 1, 128), Ranges(2, 32, 4), BF16, BF16),
+    "joint_attention_int8": JointAttention(32, 8, 128, 128**-0.5, 1, Ranges(8, 1, 1), Ranges(8, 1, 1), BF16, BF16),
+    "gemv_nf4": Gemv(WeightForm(HALF, 4, 64, has_table=True), 4096, 6144, BF16),
+    "decode_attention_window": DecodeAttention(8, 4, 256, 0.0625, 4096, 50.0, BF16, BF16),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_source(name, snapshot):
+    assert KERNELS[name].source() == snapshot(name=name)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_sources_are_modules_of_lines_that_fit(name):
+    text = KERNELS[name].source()
+    compile(text, name, "exec")
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_files_name_the_nodes_that_they_implement(snapshot):
+    program = cached_program(tiny_model("llama"), Full(), QuantizeWeights(bits=4, group=32))
+    emitted = emit(program)
+    file = next(name for name in emitted.sources() if "gemv_int4_g32_gated" in name)
+    assert emitted.sources()[file] == snapshot(name="file_of_an_artifact")
+
+
+def test_names_are_unique_to_their_sources():
+    by_name: dict[str, str] = {}
+    for policy in (Full(),):
+        for family in ("llama", "qwen3", "gemma2", "phi3"):
+            for each in emit(cached_program(tiny_model(family), policy)).kernels.values():
+                known = by_name.setdefault(each.kernel.name, each.kernel.source())
+                assert known == each.kernel.source()

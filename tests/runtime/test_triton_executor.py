@@ -1,0 +1,106 @@
+"""The Triton executor against the torch one: the same logits and tokens, on any machine in Triton's interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jettison.api import parse_passes
+from jettison.codegen.triton.steps import TorchStep
+from jettison.ir.compare import assert_close
+from jettison.ir.errors import OptionError
+from jettison.ir.program import Program
+from jettison.passes.base import Pass
+from jettison.passes.cache_kv import CacheKV
+from jettison.passes.pipeline import apply, prepare
+from jettison.passes.policies import Full, Kivi, SnapKV, Window
+from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.runtime.session import Session
+from jettison.runtime.torch_executor import TorchExecutor
+from jettison.runtime.triton_executor import TritonExecutor
+from jettison.source import open_source
+from tests.models.tiny_models import tiny_model
+
+STEPS = 5
+TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
+
+
+def with_passes(model: object, *passes: Pass, dtype: str = "float32") -> Program:
+    program = open_source(model, dtype=dtype).program
+    prepare(program)
+    apply(program, passes)
+    return program
+
+
+def compare(program: Program, prompts: list[list[int]], tolerance: float | None = None, steps: int = STEPS) -> None:
+    """Prompts, then greedy tokens, through both."""
+    expected = Session(TorchExecutor(program, kernels="reference"), len(prompts), 64, prefill_chunk=8)
+    actual = Session(TritonExecutor(program), len(prompts), 64, prefill_chunk=8)
+    reason = "another order of operations in the dtype of the graph" if tolerance else ""
+    logits, wanted = actual.prefill(prompts), expected.prefill(prompts)
+    for _ in range(steps):
+        assert_close(logits.float(), wanted.float(), tolerance=tolerance, reason=reason)
+        tokens = wanted.argmax(-1).tolist()
+        if tolerance is None:
+            assert logits.argmax(-1).tolist() == tokens
+        logits, wanted = actual.decode(tokens), expected.decode(tokens)
+
+
+@pytest.mark.parametrize(("bits", "rows"), [(4, 1), (None, 3)])
+def test_greedy_tokens_of_a_trained_model(bits, rows):
+    passes = [QuantizeWeights(bits=bits, group=64)] if bits else []
+    program = with_passes(TINY_LLAMA, *passes, CacheKV(Full()))
+    compare(program, [[5, 100, 200, 77 + row, 9] for row in range(rows)], steps=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2", "gpt_neox", "opt", "mixtral"])
+def test_families(family):
+    program = with_passes(tiny_model(family), QuantizeWeights(bits=8, group=32), CacheKV(Full()))
+    compare(program, [[1, 5, 9, 3, 8, 4, 6, 2, 7, 11, 12]], steps=3)
+
+
+@pytest.mark.parametrize("policy", [Window(size=16), SnapKV(budget=16, window=4), Kivi(bits=4, group=8, residual=16)])
+def test_policies(policy):
+    program = with_passes(tiny_model("llama"), CacheKV(policy))
+    compare(program, [list(range(3, 40))])
+
+
+@pytest.mark.parametrize("options", ["format=nf4{group=32}", "bits=3,group=32", "bits=2,group=32,symmetric=true"])
+def test_formats(options):
+    program = with_passes(tiny_model("llama"), *parse_passes(f"quantize-weights{{{options}}}"), CacheKV(Full()))
+    compare(program, [[1, 5, 9, 3]], steps=2)
+
+
+def test_half_precision_stays_close():
+    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(Full()), dtype="bfloat16")
+    compare(program, [[1, 5, 9, 3]], tolerance=0.05)
+
+
+def test_a_layer_is_six_launches():
+    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(Full()))
+    steps = TritonExecutor(program).emitted.steps["decode"]
+    launched = [step for step in steps if not isinstance(step, TorchStep)]
+    layers = 2
+    assert len(launched) == 6 * layers + 3  # and the embedding, the last norm and the head
+
+
+def test_weights_are_held_once():
+    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(Full()))
+    executor = TritonExecutor(program)
+    # Zero points take a number each here, and four bits there.
+    assert executor.weight_bytes < 1.5 * program.weight_bytes()
+    assert executor.weight_bytes >= program.weight_bytes()
+
+
+def test_an_unknown_entry_is_refused():
+    with pytest.raises(OptionError, match="no entry 'sideways'"):
+        TritonExecutor(with_passes(tiny_model("llama"), CacheKV(Full()))).run("sideways", {}, {})
+
+
+def test_states_are_on_the_device():
+    executor = TritonExecutor(with_passes(tiny_model("llama"), CacheKV(Full())))
+    session = Session(executor, 1, 64)
+    assert {state.device.type for state in session.states.values()} == {executor.device.type}
+    assert session.prefill([[1, 2, 3]]).device == torch.device("cpu")
