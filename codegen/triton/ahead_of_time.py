@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jettison.codegen.triton.kernels.base import Kernel, Tuning
+from jettison.codegen.triton.kernels.base import COMPILE_OPTIONS, Kernel, Tuning
 from jettison.codegen.triton.source import define
 from jettison.ir.errors import CodegenError, OptionError
 
@@ -85,6 +86,14 @@ def compile_ahead(kernels: Sequence[tuple[Kernel, Tuning]], archs: Sequence[str]
     ]  # fmt: skip
     if not orders:
         return []
+    share = -(-len(orders) // min(os.cpu_count() or 1, len(orders)))
+    parts = [orders[start : start + share] for start in range(0, len(orders), share)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return [compiled for part in pool.map(_compile_all, parts) for compiled in part]
+
+
+def _compile_all(orders: Sequence[dict[str, Any]]) -> list[Compiled]:
+    """Compile in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run(
         [sys.executable, "-m", "jettison.codegen.triton.ahead_of_time"], input=json.dumps(orders), text=True,
@@ -112,7 +121,7 @@ def _compile(order: dict[str, Any]) -> dict[str, Any]:
         attrs={(index,): [["tt.divisibility", ALIGNMENT_BYTES]] for index in pointers},
     )
     target = GPUTarget("cuda", int(order["arch"].removeprefix("sm_")), 32)
-    options = {"num_warps": order["warps"], "num_stages": order["stages"]}
+    options = {"num_warps": order["warps"], "num_stages": order["stages"], **COMPILE_OPTIONS}
     compiled = triton.compile(source, target=target, options=options)
     cubin = compiled.asm["cubin"]
     used = resource_usage(cubin)

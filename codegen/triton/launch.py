@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jettison.codegen.triton.interpreter import mend_products
-from jettison.codegen.triton.kernels.base import Kernel, Tuning
+from jettison.codegen.triton.kernels.base import COMPILE_OPTIONS, Kernel, Tuning
 from jettison.codegen.triton.source import define
 from jettison.ir.errors import UnsupportedError
 
@@ -50,7 +50,8 @@ class Launcher:
         self.kernel = kernel
         self.tuning = tuning or (kernel.widest() if os.environ.get(INTERPRET) == "1" else kernel.tunings()[0])
         self._function = _defined(kernel)
-        self._options = {**dict(self.tuning.tiles), "num_warps": self.tuning.warps, "num_stages": self.tuning.stages}
+        launched = {"num_warps": self.tuning.warps, "num_stages": self.tuning.stages, **COMPILE_OPTIONS}
+        self._options = {**dict(self.tuning.tiles), **launched}
 
     def __call__(self, *tensors: Tensor, sizes: Mapping[str, int]) -> None:
         """Launch.

@@ -66,8 +66,7 @@ def test_files_name_the_nodes_that_they_implement(snapshot):
 
 def test_names_are_unique_to_their_sources():
     by_name: dict[str, str] = {}
-    for policy in (Full(),):
-        for family in ("llama", "qwen3", "gemma2", "phi3"):
-            for each in emit(cached_program(tiny_model(family), policy)).kernels.values():
-                known = by_name.setdefault(each.kernel.name, each.kernel.source())
-                assert known == each.kernel.source()
+    for family in ("llama", "gemma2"):
+        for each in emit(cached_program(tiny_model(family), Full())).kernels.values():
+            known = by_name.setdefault(each.kernel.name, each.kernel.source())
+            assert known == each.kernel.source()

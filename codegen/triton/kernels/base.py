@@ -17,6 +17,8 @@ ELEMENTS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
     torch.int16: "i16", torch.uint8: "u8",
 }  # fmt: skip
+# Said, because the default changes with Triton 3.10.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 TRITON_TYPES = {
     torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.int32: "tl.int32",
 }  # fmt: skip
