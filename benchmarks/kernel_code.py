@@ -1,4 +1,4 @@
-"""Machine code of the Triton kernels without a GPU: registers, spills, and instructions per weight in the inner loop.
+"""Machine code of the Triton kernels without a GPU: registers, spills, and instructions per weight.
 
     python benchmarks/kernel_code.py [--arch sm_90]
 
@@ -30,12 +30,14 @@ from jettison.codegen.triton.kernels.weight_form import WeightForm
 COLUMNS, ROWS = 4096, 14336
 BYTES_PER_CYCLE, SLOTS_PER_CYCLE = 15.0, 128.0
 BF16, HALF = torch.bfloat16, torch.float16
+# Behind every kernel stands a jump to itself.
+_LEAST_LOOP = 16
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z0-9_]+)")
 _LABEL, _BRANCH = re.compile(r"^(\.L_x_\d+):"), re.compile(r"BRA\S* .*`\((\.L_x_\d+)\)")
 
 
-def loop_instructions(cubin: bytes) -> Counter[str]:
-    """Instructions of the longest loop, by name."""
+def instructions(cubin: bytes) -> tuple[Counter[str], bool]:
+    """Instructions by name: of the longest loop, or of all where a row is one step and no loop is left; and which."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -50,7 +52,9 @@ def loop_instructions(cubin: bytes) -> Counter[str]:
         if jump is not None and jump[1] in labels:
             body = Counter(name[1] for each in lines[labels[jump[1]] : index + 1] if (name := _INSTRUCTION.match(each)))
             longest = max(longest, body, key=lambda counted: counted.total())
-    return longest
+    if longest.total() >= _LEAST_LOOP:
+        return longest, True
+    return Counter(name[1] for line in lines if (name := _INSTRUCTION.match(line))), False
 
 
 def main() -> None:
@@ -69,9 +73,10 @@ def main() -> None:
     orders = [(kernel, tuning) for kernel in kernels for tuning in kernel.tunings()]
     rows: list[dict[str, Any]] = []
     for (kernel, tuning), compiled in zip(orders, compile_ahead(orders, [arguments.arch]), strict=True):
-        counted = loop_instructions(compiled.cubin)
+        counted, is_loop = instructions(compiled.cubin)
         halves = 2 if kernel.epilogue.is_gated else 1
-        codes = halves * tuning["BLOCK_N"] * tuning["BLOCK_W"] * kernel.weight.fields / (32 * tuning.warps)
+        words = tuning["BLOCK_W"] if is_loop else kernel.weight.row_words(COLUMNS)
+        codes = halves * tuning["BLOCK_N"] * words * kernel.weight.fields / (32 * tuning.warps)
         per_code = counted.total() / codes
         codes_per_cycle = BYTES_PER_CYCLE * 8 / kernel.weight.bits
         rows.append({

@@ -19,6 +19,8 @@ from jettison.codegen.triton.kernels.weight_form import ONE, WeightForm
 # Rows of a program that every weight may be cut into without a mask.
 _ROWS = 16
 _LEAST_RUN = 32
+# Rows of each half of a gate.
+_GATED_ROWS = 8
 # Words of a tile in the interpreter.
 _WIDEST = 1 << 18
 
@@ -70,6 +72,8 @@ class Gemv(Kernel):
         wanted = [(8, 512, 4), (4, 512, 4), (4, 1024, 8), (16, 256, 4), (8, 256, 4), (2, 1024, 4), (1, 2048, 4)]
         if not self.weight.bits:
             wanted = [(4, 1024, 4), (8, 512, 4), (2, 2048, 8), (4, 2048, 8)]
+        if self.epilogue.is_gated:  # twice the sums, scales and offsets: more rows do not fit into registers
+            wanted = [each for each in wanted if each[0] <= _GATED_ROWS]
         # Runs of words that fill the rows need no mask.
         most = row_words & -row_words
         most = most if most >= _LEAST_RUN else max(_LEAST_RUN, 1 << (row_words - 1).bit_length())
