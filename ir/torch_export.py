@@ -23,13 +23,15 @@ def export_module(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shape
         torch._dynamo.exc.UserError: The module treats some sizes apart; and whatever else the module raises.
     """
     options: dict[str, Any] = {"dynamic_shapes": dynamic_shapes, "strict": False}
-    try:
-        return torch.export.export(module, examples, **options)
-    except torch._dynamo.exc.UserError as error:
-        if not _fails_without_need(str(error)):
-            raise
-    # The assumption becomes an assertion in the graph; there is no other, or it would have been refused as well.
-    return torch.export.export(module, examples, prefer_deferred_runtime_asserts_over_guards=True, **options)
+    # What torch remembers of operators it compares by symbolic sizes, which takes longer than computing them anew.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        try:
+            return torch.export.export(module, examples, **options)
+        except torch._dynamo.exc.UserError as error:
+            if not _fails_without_need(str(error)):
+                raise
+        # The assumption becomes an assertion in the graph; there is no other, or it would have been refused as well.
+        return torch.export.export(module, examples, prefer_deferred_runtime_asserts_over_guards=True, **options)
 
 
 def _fails_without_need(message: str) -> bool:

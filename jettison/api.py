@@ -31,6 +31,7 @@ from jettison.passes.policies import POLICIES, Policy
 from jettison.report import Report
 from jettison.runtime.onnx_executor import multiplies_int8
 from jettison.runtime.tokenizer import Tokenizer, load_tokenizer
+from jettison.runtime.tunings import stopwatch
 from jettison.sample_text import load_text, load_windows
 from jettison.source import ModelSource, open_source
 
@@ -86,6 +87,7 @@ def optimize(
     calibration_size: tuple[int, int] = (WINDOWS, LENGTH),
     resume: str | Path | None = None,
     archs: Sequence[str] = (),
+    tune: bool = False,
     allow_spinning: bool = True,
     after_each: AfterPass | None = None,
 ) -> OptimizedModel:
@@ -108,6 +110,7 @@ def optimize(
         resume: A folder for the layers that a calibrated pass has finished: made by the first, read by a run with the
             same model and options after an interruption. It can go when the model is saved.
         archs: GPUs that kernels are compiled for when the model is saved, such as `sm_90`; needs no GPU.
+        tune: Whether saving measures which tile sizes of the kernels are fastest on this machine's GPU.
         allow_spinning: Whether idle threads of ONNX Runtime spin: faster steps, but they slow torch in this process.
         after_each: Called with each pass, its record and the program.
 
@@ -120,7 +123,7 @@ def optimize(
         UnsupportedError: `strict`, and a pass could not fire somewhere.
         BudgetExceeded: A pass exceeded `max_kl`.
     """
-    _check_target(target, prefill, dtype, archs)
+    _check_target(target, prefill, dtype, archs, tune)
     chosen = _checked(parse_passes(passes) if isinstance(passes, str) else list(passes), target)
     started = time.perf_counter()
     if calibration is not None:
@@ -157,13 +160,13 @@ def optimize(
         seconds=time.perf_counter() - started, prefill=prefill,
         prefill_bytes=fast_bytes(program) if prefill == "fast" else 0, calibration=tokens.as_dict(),
     )  # fmt: skip
-    optimized = _wrap(source, program, report, before, seed, allow_spinning, archs)
+    optimized = _wrap(source, program, report, before, seed, allow_spinning, archs, tune)
     if drift is not None and prefill == "fast" and program.info.kind == "decoder" and multiplies_int8():
         report.prefill_kl = drift.of_prompts(optimized.session)
     return optimized
 
 
-def _check_target(target: str, prefill: str, dtype: str, archs: Sequence[str]) -> None:
+def _check_target(target: str, prefill: str, dtype: str, archs: Sequence[str], tune: bool) -> None:
     if target not in TARGETS:
         raise OptionError(f"[optimize] target={target!r}: needed one of {', '.join(TARGETS)}.")
     if prefill not in PREFILLS or (prefill == "fast" and target != "onnx"):
@@ -181,6 +184,10 @@ def _check_target(target: str, prefill: str, dtype: str, archs: Sequence[str]) -
                 f"[optimize] archs={','.join(archs)} with target={target!r}: only triton compiles kernels."
             )
         check_archs(archs)
+    if tune and target != "triton":
+        raise OptionError(f"[optimize] tune with target={target!r}: only kernels of triton have tile sizes to choose.")
+    if tune:
+        stopwatch()  # refuses a machine without a GPU before the work, not after
 
 
 def _checked(chosen: list[Pass], target: str) -> list[Pass]:
@@ -208,8 +215,9 @@ def _drift_check(source: ModelSource, calibration: str | Path | None, max_kl: fl
 def _wrap(
     source: ModelSource, program: Program, report: Report, before: str, seed: int, allow_spinning: bool,
     archs: Sequence[str],
+    tune: bool,
 ) -> OptimizedModel:  # fmt: skip
-    contents = ArtifactContents(source, program, report, before, program_text(program), seed, tuple(archs))
+    contents = ArtifactContents(source, program, report, before, program_text(program), seed, tuple(archs), tune)
     folder = source.folder
 
     def tokenizer() -> Tokenizer:
@@ -235,7 +243,12 @@ def _wrap(
 
 
 def load(
-    folder: str | Path, *, verify: bool = False, threads: int | None = None, allow_spinning: bool = True
+    folder: str | Path,
+    *,
+    verify: bool = False,
+    threads: int | None = None,
+    allow_spinning: bool = True,
+    trust_kernels: bool = False,
 ) -> OptimizedModel:
     """Open an artifact folder.
 
@@ -244,6 +257,9 @@ def load(
         verify: Check the hash of every file, not only of small ones.
         threads: Threads within an operator; default the runtime's own choice.
         allow_spinning: See `optimize`.
+        trust_kernels: Whether machine code in the folder may run. It is not checked against its source, so trust who
+            wrote it. Without, or for another GPU or Triton (a warning says so), kernels are compiled when they first
+            run.
 
     Returns:
         The model.
@@ -252,4 +268,6 @@ def load(
         ArtifactError: The folder is no artifact, is damaged, or was written by a newer jettison.
         UnsupportedError: The installed ONNX Runtime is too old for it.
     """
-    return load_artifact(Path(folder), verify=verify, threads=threads, allow_spinning=allow_spinning)
+    return load_artifact(
+        Path(folder), verify=verify, threads=threads, allow_spinning=allow_spinning, trust_kernels=trust_kernels
+    )

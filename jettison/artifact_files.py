@@ -48,6 +48,7 @@ class ArtifactContents:
     graph_after: str
     seed: int
     archs: tuple[str, ...] = ()
+    tune: bool = False
     emitted: list[EmittedGraph] = field(default_factory=list)
 
 
@@ -74,7 +75,7 @@ def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = Fa
                 save_program(program, writer.path(PROGRAM_FILE), writer.path(WEIGHTS_FILE), on_bytes=advance)
             manifest["weight_bytes"] = program.weight_bytes()
         if contents.report.target == "triton":
-            manifest |= write_kernels(program, writer, contents.archs)
+            manifest |= write_kernels(program, writer, contents.archs, contents.tune)
         contents.report.weight_bytes = manifest["weight_bytes"]
         writer.write_text("graph/before.txt", contents.graph_before)
         writer.write_text("graph/after.txt", contents.graph_after)
@@ -199,7 +200,12 @@ def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool
 
 
 def load_artifact(
-    folder: Path, *, verify: bool = False, threads: int | None = None, allow_spinning: bool = True
+    folder: Path,
+    *,
+    verify: bool = False,
+    threads: int | None = None,
+    allow_spinning: bool = True,
+    trust_kernels: bool = False,
 ) -> OptimizedModel:
     """Open an artifact folder; see `jettison.load`."""
     artifact = Artifact.open(folder, verify=verify)
@@ -217,7 +223,8 @@ def load_artifact(
 
     def open_executor() -> Executor:
         if target == "triton":
-            return kernels_executor(artifact, load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE)))
+            program = load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE))
+            return kernels_executor(artifact, program, trust_kernels)
         if target == "torch":
             program = load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE), metadata=False)
             if threads is not None:

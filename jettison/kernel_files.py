@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jettison.codegen.triton.ahead_of_time import compile_ahead
 from jettison.codegen.triton.emit import FOLDER, emit, fallbacks, plan_text
+from jettison.codegen.triton.kernels.base import Tuning
+from jettison.codegen.triton.machine_code import StoredKernel, architecture, restore
 from jettison.codegen.triton.source import source_hash
 from jettison.ir.errors import ArtifactError
 from jettison.ir.program import Program
 from jettison.ir.progress import track
 from jettison.runtime.artifact import Artifact, ArtifactWriter
 from jettison.runtime.triton_executor import TritonExecutor
+from jettison.runtime.tunings import cached_tunings, keep, known_tunings, measure, stopwatch
 
 PLAN_FILE = "graph/launches.txt"
+TUNINGS_FILE = f"{FOLDER}/tunings.json"
 
 
-def write_kernels(program: Program, writer: ArtifactWriter, archs: Sequence[str]) -> dict[str, Any]:
-    """Write the sources, the plan of launches and the machine code.
+def write_kernels(program: Program, writer: ArtifactWriter, archs: Sequence[str], tune: bool) -> dict[str, Any]:
+    """Write the sources, the plan of launches, tunings and the machine code.
 
     Args:
         program: What was optimised.
         writer: Of its artifact.
         archs: GPUs to compile for, none to leave that to the first run.
+        tune: Whether to measure which tile sizes are fastest on the GPU here.
 
     Returns:
         What the manifest says of them.
 
     Raises:
         CodegenError: A kernel does not compile.
+        UnsupportedError: `tune`, and there is no GPU.
     """
     emitted = emit(program)
+    tunings: dict[str, Tuning] = {}
+    if tune:
+        document = measure(TritonExecutor(program, emitted=emitted), stopwatch())
+        keep(document)
+        writer.write_text(TUNINGS_FILE, json.dumps(document, indent=1) + "\n")
+        tunings = known_tunings(document)
     for file, text in emitted.sources().items():
         writer.write_text(file, text)
     writer.write_text(PLAN_FILE, plan_text(program, emitted))
-    kernels = [(each.kernel, each.kernel.tunings()[0]) for each in emitted.kernels.values()]
+    kernels = [
+        (each.kernel, tunings.get(each.kernel.name, each.kernel.tunings()[0])) for each in emitted.kernels.values()
+    ]
     listed: list[dict[str, Any]] = []
     with track("compile kernels", len(kernels) * len(archs)) as advance:
         for compiled in compile_ahead(kernels, archs):
             writer.path(f"{FOLDER}/{compiled.arch}/{compiled.name}.cubin").write_bytes(compiled.cubin)
+            writer.write_text(f"{FOLDER}/{compiled.arch}/{compiled.name}.json", compiled.metadata)
             listed.append(compiled.as_dict())
             advance(1)
     unknown = {"arch": None, "registers": None, "shared_bytes": None, "spill_bytes": None}
@@ -49,12 +67,13 @@ def write_kernels(program: Program, writer: ArtifactWriter, archs: Sequence[str]
     }
 
 
-def kernels_executor(artifact: Artifact, program: Program) -> TritonExecutor:
-    """What runs an artifact. No file of it is executed: sources are made anew and must be those that are stored.
+def kernels_executor(artifact: Artifact, program: Program, trust_kernels: bool) -> TritonExecutor:
+    """What runs an artifact. Sources are made anew and must be those that are stored.
 
     Args:
         artifact: The folder.
         program: That it holds, with metadata.
+        trust_kernels: Whether the machine code in it may run; else no file of it is executed.
 
     Raises:
         ArtifactError: A stored source is another one.
@@ -71,4 +90,30 @@ def kernels_executor(artifact: Artifact, program: Program) -> TritonExecutor:
             f"[load] {min(wrong)}: the artifact holds another kernel than this version of jettison writes for its "
             "program, so what you reviewed is not what would run. Write it again with `jettison optimize`."
         )
-    return TritonExecutor(program, emitted=emitted)
+    stored_tunings = None
+    if TUNINGS_FILE in artifact.manifest["files"]:
+        stored_tunings = json.loads(artifact.path(TUNINGS_FILE).read_text())
+    if trust_kernels:
+        reason = _restore(artifact)
+        if reason is not None:
+            warnings.warn(
+                f"machine code of {artifact.folder} is not used: {reason}; kernels are compiled", stacklevel=2
+            )
+    tunings = known_tunings(stored_tunings, cached_tunings())
+    return TritonExecutor(program, emitted=emitted, tunings=tunings)
+
+
+def _restore(artifact: Artifact) -> str | None:
+    """Hand Triton the machine code for the GPU that is here; why not, if not."""
+    arch, suffix = architecture(), ".cubin"
+    if arch is None:
+        return "there is no GPU"
+    names = [
+        name[: -len(suffix)] for name in artifact.manifest["files"]
+        if name.startswith(f"{FOLDER}/{arch}/") and name.endswith(suffix)
+    ]  # fmt: skip
+    if not names:
+        return f"there is none for {arch} in it"
+    return restore(
+        StoredKernel(Path(name).name, artifact.path(f"{name}{suffix}"), artifact.path(f"{name}.json")) for name in names
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -60,6 +60,33 @@ class Executor(Protocol):
 
         Returns:
             Outputs by name.
+        """
+
+
+@runtime_checkable
+class SelectingExecutor(Executor, Protocol):
+    """An executor that picks the best tokens where the logits are, so that only these have to be handed over.
+
+    Attributes:
+        most_best: Most tokens of a row that it picks.
+    """
+
+    most_best: int
+
+    def run_best(
+        self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run an entry once that returns `logits`, `[B, P, V]`.
+
+        Args:
+            entry: Its name.
+            inputs: See `run`.
+            states: See `run`.
+            count: How many tokens of each row, from 1 to `most_best`.
+
+        Returns:
+            Logits `[B, P, count] f32`, largest first, the lower of two equally good tokens first; and their tokens,
+            i64. A logit that is no number comes first, as infinity.
         """
 
 

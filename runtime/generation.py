@@ -49,6 +49,15 @@ class Session(Protocol):
         """Append one token to each row; `[B, V] f32`."""
         ...
 
+    @property
+    def most_best(self) -> int:
+        """Most tokens that `decode_best` picks for a row; 0 where it cannot."""
+        ...
+
+    def decode_best(self, tokens: Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one token to each row; logits `[B, count] f32` of the best next ones, best first, and their ids."""
+        ...
+
     def repeated(self, times: int) -> Session:
         """A session in which every row stands so many times, each to be continued in a way of its own."""
         ...
@@ -277,13 +286,17 @@ class _Batch:
         rows, sampler = self.rows, self._sampler(session.vocab_size)
         start = time.perf_counter()
         session, logits = self._prefill(session)
-        events = self._accept(sampler, logits, budget)
+        events = self._accept(sampler.choose, (logits,), budget)
+        best = sampler.enough if 0 < sampler.enough <= session.most_best else 0
         prefill_seconds, decode_seconds, steps = time.perf_counter() - start, 0.0, 0
         yield from events
         while any(row.finish_reason is None for row in rows):
             start = time.perf_counter()
-            logits = session.decode([self._next_input(row, session.vocab_size) for row in rows])
-            events = self._accept(sampler, logits, budget)
+            tokens = [self._next_input(row, session.vocab_size) for row in rows]
+            if best:
+                events = self._accept(sampler.choose_best, session.decode_best(tokens, best), budget)
+            else:
+                events = self._accept(sampler.choose, (session.decode(tokens),), budget)
             decode_seconds += time.perf_counter() - start
             steps += 1
             yield from events
@@ -307,12 +320,12 @@ class _Batch:
             return session, logits
         return session.repeated(times), logits.repeat_interleave(times, 0)
 
-    def _accept(self, sampler: Sampler, logits: torch.Tensor, budget: int) -> list[_Event]:
+    def _accept(self, choose: Callable[..., list[int]], logits: tuple[torch.Tensor, ...], budget: int) -> list[_Event]:
         """Choose a token for every row that goes on; finished rows draw nothing."""
         active = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
-        logits = logits if len(active) == len(self.rows) else logits[active]
+        logits = logits if len(active) == len(self.rows) else tuple(each[active] for each in logits)
         events = []
-        for i, token in zip(active, sampler.choose(logits, active), strict=True):
+        for i, token in zip(active, choose(*logits, active), strict=True):
             is_last = len(self.rows[i].token_ids) + 1 >= budget
             events.append((i, token, self.rows[i].accept(token, self.end_tokens.get(token), is_last)))
         return events

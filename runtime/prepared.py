@@ -4,8 +4,8 @@ ONNX Runtime copies every quantised weight into the order its kernels read. That
 anonymous memory as the weights have bytes. Prepared, the packed form lies in a file of the cache folder: loading maps
 it, and the system may drop its pages and read them again.
 
-The cache is `$JETTISON_CACHE`, else `$XDG_CACHE_HOME/jettison`, else `~/.cache/jettison`. An entry belongs to one
-artifact (by the hashes of its graphs and weights), one version of ONNX Runtime and one kind of CPU; no other is used.
+An entry of the cache belongs to one artifact (by the hashes of its graphs and weights), one version of ONNX Runtime and
+one kind of CPU; no other is used.
 Its file holds both forms, because ONNX Runtime packs the plain one again, a weight at a time, to see that the packed
 one is the same (with the plain one left out it keeps its own packing, made of nothing).
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import secrets
 import shutil
@@ -23,20 +22,13 @@ from pathlib import Path
 
 from jettison.ir.errors import ArtifactError, UnsupportedError
 from jettison.runtime.artifact import Artifact
+from jettison.runtime.cache_folder import cache_folder
 
 _LISTING = "prepared.json"
 # Packed and plain form, with sums and padding between them: 2.25 times the weights was seen for int4 in groups of 128.
 _BYTES_PER_WEIGHT_BYTE = 2.5
 # ONNX Runtime 1.31 writes the packed weights of this operator, and crashes when it runs on what it reads back.
 _UNPREPARABLE = "QMoE"
-
-
-def cache_folder() -> Path:
-    """Where prepared weights are kept."""
-    given = os.environ.get("JETTISON_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jettison"
 
 
 def prepared_folder(artifact: Artifact) -> Path:

@@ -67,6 +67,7 @@ class Sampler:
             penalty: of the same rows; is told what they choose.
         """
         self.do_sample, self.temperature, self.penalty = do_sample, temperature, penalty
+        self._top_k = top_k
         self._filters: list[Callable[[Scores], Positions]] = []
         if top_k:
             self._filters.append(partial(keep_best, k=top_k))
@@ -101,6 +102,42 @@ class Sampler:
         # Damaged logits may overflow here; they are refused below.
         with np.errstate(over="ignore", invalid="ignore"):
             return [self._choose(row, scores) for row, scores in zip(wanted, values, strict=True)]
+
+    @property
+    def enough(self) -> int:
+        """How many of the best tokens `choose_best` needs to see; 0 if it needs all."""
+        if self.penalty is not None:
+            return 0
+        if not self.do_sample:
+            return 1
+        # One more shows whether others are tied with the last.
+        return self._top_k + 1 if self._top_k else 0
+
+    def choose_best(self, logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[int] | None = None) -> list[int]:
+        """Choose one token per row among the best ones: the token that `choose` chooses from all of them.
+
+        With `top_k`, more tokens may be tied with the last than are seen; those with the lowest ids stay then.
+
+        Args:
+            logits: `[N, K] f32`, largest first, K at least `enough`, or all there are.
+            tokens: Their ids, `[N, K] i64`.
+            rows: the N rows they belong to; None means all, in order.
+
+        Returns:
+            One token id per entry of `rows`, in that order.
+
+        Raises:
+            ArtifactError: See `choose`.
+        """
+        values, ids = logits.numpy(), tokens.numpy()
+        chosen = []
+        for index, row in enumerate(range(len(values)) if rows is None else rows):
+            if not np.isfinite(values[index, 0]):
+                raise _not_numbers(row)
+            # A draw goes through the tokens in the order of the vocabulary.
+            order = np.argsort(ids[index])
+            chosen.append(int(ids[index][order][self._choose(row, values[index][order])]))
+        return chosen
 
     def candidates(self, row: int, logits: Scores) -> tuple[Scores, Positions | None]:
         """What a draw chooses among: penalty, temperature and filters applied.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError
-from jettison.runtime.executor import Executor, allocate_states
+from jettison.runtime.executor import Executor, SelectingExecutor, allocate_states
 from jettison.runtime.kept_states import KeptStates, SlottedStates
 
 SLOT_GRANULE = 64
@@ -126,13 +126,43 @@ class Session:
         Raises:
             OptionError: As `prefill`.
         """
+        rows = self._rows_to_decode(tokens)
+        return self._run("decode", rows, 0, [LAST_TOKEN])[:, 0]
+
+    @property
+    def most_best(self) -> int:
+        """Most tokens that `decode_best` picks for a row; 0 where it cannot."""
+        return self.executor.most_best if isinstance(self.executor, SelectingExecutor) else 0
+
+    def decode_best(self, tokens: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+        """Append one token to each row, and let the executor pick the best next ones.
+
+        Args:
+            tokens: One id per row.
+            count: How many to pick for each row, 1 to `most_best`.
+
+        Returns:
+            Their logits `[B, count] f32`, largest first, and their ids `[B, count] i64`.
+
+        Raises:
+            OptionError: As `prefill`, or the executor picks fewer.
+        """
+        if not 1 <= count <= self.most_best or not isinstance(self.executor, SelectingExecutor):
+            raise OptionError(f"[session] the best {count} tokens: this target picks at most {self.most_best}.")
+        rows = self._rows_to_decode(tokens)
+        inputs = self._inputs("decode", rows, 0, [LAST_TOKEN])
+        values, ids = self.executor.run_best("decode", inputs, self.states, count)
+        self._grow(0, self.batch, 1)
+        return values[:, 0], ids[:, 0]
+
+    def _rows_to_decode(self, tokens: Sequence[int]) -> Tensor:
         rows = [[token] for token in tokens]
         self._check_tokens(rows)
         if self.kept:
             self._make_room([1] * self.batch, is_prompt=False)
             for row in range(self.batch):
                 self._free_slots(row)
-        return self._run("decode", _as_tensor(rows), 0, [LAST_TOKEN])[:, 0]
+        return _as_tensor(rows)
 
     def _can_run_together(self, rows: Sequence[Sequence[int]]) -> bool:
         length = len(rows[0])
@@ -231,9 +261,14 @@ class Session:
         wanted: list[int],
         states: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
+        inputs = self._inputs(entry, tokens, first_row, wanted)
+        logits = self.executor.run(entry, inputs, self.states if states is None else states)["logits"]
+        self._grow(first_row, first_row + tokens.shape[0], tokens.shape[1])
+        return logits
+
+    def _inputs(self, entry: str, tokens: Tensor, first_row: int, wanted: list[int]) -> dict[str, Tensor]:
         rows, steps = tokens.shape
-        last_row = first_row + rows
-        before = torch.tensor(self.lengths[first_row:last_row], dtype=torch.int64)
+        before = torch.tensor(self.lengths[first_row : first_row + rows], dtype=torch.int64)
         columns = torch.arange(steps)[None]
         total = before + steps
         positions = before[:, None] + columns
@@ -245,12 +280,13 @@ class Session:
         }  # fmt: skip
         for kept in self.kept:
             inputs |= kept.inputs(first_row, rows, steps, is_prompt=entry == "prefill")
-        logits = self.executor.run(entry, inputs, self.states if states is None else states)["logits"]
+        return inputs
+
+    def _grow(self, first_row: int, last_row: int, steps: int) -> None:
         for row in range(first_row, last_row):
             self.lengths[row] += steps
             for kept in self.kept:
                 kept.held[row] += steps
-        return logits
 
     def _check_tokens(self, rows: Sequence[Sequence[int]]) -> None:
         """Refuse before anything runs: a call that fails half-way would leave some rows longer than others."""

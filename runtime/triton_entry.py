@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from jettison.codegen.triton.kernels.gemm import DECODE_ROWS
-from jettison.codegen.triton.launch import Launcher
+from jettison.codegen.triton.launch import Launcher, Launchers
 from jettison.codegen.triton.steps import (
     AttentionStep,
     CacheStep,
@@ -29,9 +30,6 @@ from jettison.ir.ops.write_slots import write_slots_
 from jettison.ir.packed_parts import LutParts, PackedParts
 from jettison.ir.program import Program, output_node, placeholders
 from jettison.runtime.state_operators import attend_slots, slot_range
-
-# Slots per key head that count how many splits of an attention have finished.
-_COUNTER_DTYPE = torch.int32
 
 
 class DeviceWeights:
@@ -123,14 +121,14 @@ class _Runner:
 class RunLinear(_Runner):
     """Runs a `LinearStep`: one launch for one row of x, a norm and a launch for more."""
 
-    def __init__(self, step: LinearStep, weights: DeviceWeights) -> None:
+    def __init__(self, step: LinearStep, weights: DeviceWeights, launchers: Launchers) -> None:
         self.step = step
         self.weights = weights.stacked(step.weights, step.form.dtype)
         self.bias = weights.joined(step.biases, step.dtype)
         self.norm = [] if step.norm is None else [weights.constant(step.norm)]
-        self.gemv, self.few_rows, self.gemm = (Launcher(each) for each in (step.gemv, step.few_rows, step.gemm))
+        self.gemv, self.few_rows, self.gemm = (launchers(each) for each in (step.gemv, step.few_rows, step.gemm))
         kernel = step.norm_kernel
-        self.norm_launcher = None if kernel is None else Launcher(kernel)
+        self.norm_launcher = None if kernel is None else launchers(kernel)
 
     def __call__(self, x: Tensor, *residual: Tensor) -> tuple[Tensor, ...]:
         """The results of the linears, columns of one matrix where there are several."""
@@ -154,22 +152,22 @@ class RunLinear(_Runner):
 class RunNorm(_Runner):
     """Runs a `NormStep`."""
 
-    def __init__(self, step: NormStep, weights: DeviceWeights) -> None:
-        self.launcher, self.weight = Launcher(step.kernel), weights.constant(step.weight)
+    def __init__(self, step: NormStep, weights: DeviceWeights, launchers: Launchers) -> None:
+        self.launcher, self.parameters = launchers(step.kernel), [weights.constant(name) for name in step.parameters]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """The norm of each row."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        self.launcher(x, self.weight, out, sizes={"M": x.numel() // x.shape[-1]})
+        self.launcher(x, *self.parameters, out, sizes={"M": x.numel() // x.shape[-1]})
         return (out,)
 
 
 class RunLookup(_Runner):
     """Runs a `LookupStep`."""
 
-    def __init__(self, step: LookupStep, weights: DeviceWeights) -> None:
-        self.launcher = Launcher(step.kernel)
+    def __init__(self, step: LookupStep, weights: DeviceWeights, launchers: Launchers) -> None:
+        self.launcher = launchers(step.kernel)
         self.columns, self.dtype = step.kernel.columns, step.kernel.dtype
         self.weights = weights.stacked([step.weight], step.kernel.weight.dtype)
 
@@ -183,9 +181,9 @@ class RunLookup(_Runner):
 class RunCache(_Runner):
     """Runs a `CacheStep`; the caches are written in place."""
 
-    def __init__(self, step: CacheStep) -> None:
+    def __init__(self, step: CacheStep, launchers: Launchers) -> None:
         assert step.kernel is not None, "made with one"
-        self.kernel, self.launcher = step.kernel, Launcher(step.kernel)
+        self.kernel, self.launcher = step.kernel, launchers(step.kernel)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Rotated queries and the caches."""
@@ -211,10 +209,10 @@ def _rows(heads: Tensor) -> Tensor:
 class RunAttention(_Runner):
     """Runs an `AttentionStep`."""
 
-    def __init__(self, step: AttentionStep, counters: dict[int, Tensor]) -> None:
+    def __init__(self, step: AttentionStep, counters: Counters, launchers: Launchers) -> None:
         assert step.kernel is not None, "made with one"
-        self.kernel, self.launcher = step.kernel, Launcher(step.kernel)
-        self.scratch = _Scratch(counters, step.kernel.kv_heads, step.kernel.shared, step.kernel.dim)
+        self.kernel, self.launcher = step.kernel, launchers(step.kernel)
+        self.scratch = _Scratch(counters, self.launcher, step.kernel.kv_heads, step.kernel.shared, step.kernel.dim)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
         """`[B, 1, H * D]`."""
@@ -222,7 +220,7 @@ class RunAttention(_Runner):
         out = query.new_empty(batch, 1, kernel.heads * kernel.dim)
         self.launcher(
             query.contiguous(), key, value, slots.contiguous(),
-            *self.scratch(query, self.launcher.tuning["SPLITS"]), out, sizes={"B": batch, "C": key.shape[2]},
+            *self.scratch(query), out, sizes={"B": batch, "C": key.shape[2]},
         )  # fmt: skip
         return (out,)
 
@@ -230,10 +228,10 @@ class RunAttention(_Runner):
 class RunJointAttention(_Runner):
     """Runs a `JointAttentionStep`."""
 
-    def __init__(self, step: JointAttentionStep, counters: dict[int, Tensor]) -> None:
+    def __init__(self, step: JointAttentionStep, counters: Counters, launchers: Launchers) -> None:
         assert step.kernel is not None, "made with one"
-        self.kernel, self.launcher = step.kernel, Launcher(step.kernel)
-        self.scratch = _Scratch(counters, step.kernel.kv_heads, step.kernel.shared, step.kernel.dim)
+        self.kernel, self.launcher = step.kernel, launchers(step.kernel)
+        self.scratch = _Scratch(counters, self.launcher, step.kernel.kv_heads, step.kernel.shared, step.kernel.dim)
 
     def __call__(self, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """`[B, 1, H * D]`."""
@@ -243,29 +241,63 @@ class RunJointAttention(_Runner):
         sizes = {"B": batch, "SLOTS": stored[0].shape[2], "C": key.shape[2]}
         self.launcher(
             query.contiguous(), *stored, count, key, value, slots.contiguous(),
-            *self.scratch(query, self.launcher.tuning["SPLITS"]), out, sizes=sizes,
+            *self.scratch(query), out, sizes=sizes,
         )  # fmt: skip
         return (out,)
+
+
+class Counters:
+    """How many programs of a launch have finished, for each thing that several of them share.
+
+    They are zero between two launches, the last program of a launch sees to it; so all kernels share them.
+
+    Args:
+        device: Where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: dict[int, Tensor] = {}
+
+    def __call__(self, count: int) -> Tensor:
+        """So many counters."""
+        if count not in self._held:
+            self._held[count] = torch.zeros(count, dtype=torch.int32, device=self._device)
+        return self._held[count]
 
 
 class _Scratch:
     """What splits of an attention leave for the last one, and the counters by which it is known."""
 
-    def __init__(self, counters: dict[int, Tensor], kv_heads: int, shared: int, dim: int) -> None:
-        self._counters, self._kv_heads, self._shared, self._dim = counters, kv_heads, shared, dim
+    def __init__(self, counters: Counters, launcher: Launcher, kv_heads: int, shared: int, dim: int) -> None:
+        self._counters, self._launcher = counters, launcher
+        self._kv_heads, self._shared, self._dim = kv_heads, shared, dim
 
-    def __call__(self, query: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted values, maxima and sums, and counters."""
-        pairs = query.shape[0] * self._kv_heads
-        if pairs not in self._counters:
-            # Zero between two launches: the last program of a launch sees to it.
-            self._counters[pairs] = torch.zeros(pairs, dtype=_COUNTER_DTYPE, device=query.device)
+        pairs, splits = query.shape[0] * self._kv_heads, self._launcher.largest(lambda tuning: tuning["SPLITS"])
         parts = query.new_empty(pairs, splits, self._shared, self._dim, dtype=torch.float32)
-        return parts, query.new_empty(pairs, splits, self._shared, 2, dtype=torch.float32), self._counters[pairs]
+        stats = query.new_empty(pairs, splits, self._shared, 2, dtype=torch.float32)
+        return parts, stats, self._counters(pairs)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the entries of a program share.
+
+    Attributes:
+        weights: On the device.
+        counters: See `Counters`.
+        launchers: Of all kernels.
+    """
+
+    weights: DeviceWeights
+    counters: Counters
+    launchers: Launchers
 
 
 def build_entry(
-    program: Program, entry_name: str, steps: Sequence[Step], weights: DeviceWeights
+    program: Program, entry_name: str, steps: Sequence[Step], parts: Parts
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Code that runs an entry: takes its states, then its inputs; returns what the graph returns.
 
@@ -273,10 +305,10 @@ def build_entry(
         program: Whose.
         entry_name: Of the entry.
         steps: What `fuse` made of it.
-        weights: Of the program.
+        parts: Of the program.
     """
     entry = program.entries[entry_name]
-    builder = _Builder(weights)
+    builder = _Builder(parts)
     for node in placeholders(entry):
         builder.placeholder(node)
     for step in steps:
@@ -289,12 +321,10 @@ def build_entry(
 class _Builder:
     """A graph of steps."""
 
-    def __init__(self, weights: DeviceWeights) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.graph = fx.Graph()
-        self._weights = weights
+        self._weights, self._counters, self._launchers = parts.weights, parts.counters, parts.launchers
         self._new: dict[fx.Node, Any] = {}
-        self._counters: dict[int, Tensor] = {}
-        self._constants: dict[str, fx.Node] = {}
 
     def placeholder(self, node: fx.Node) -> None:
         """States and inputs are given; constants are fetched where PyTorch reads them."""
@@ -321,17 +351,17 @@ class _Builder:
 
     def _runner(self, step: Step) -> Callable[..., tuple[Tensor, ...]]:
         if isinstance(step, LinearStep):
-            return RunLinear(step, self._weights)
+            return RunLinear(step, self._weights, self._launchers)
         if isinstance(step, NormStep):
-            return RunNorm(step, self._weights)
+            return RunNorm(step, self._weights, self._launchers)
         if isinstance(step, LookupStep):
-            return RunLookup(step, self._weights)
+            return RunLookup(step, self._weights, self._launchers)
         if isinstance(step, CacheStep):
-            return RunCache(step)
+            return RunCache(step, self._launchers)
         if isinstance(step, JointAttentionStep):
-            return RunJointAttention(step, self._counters)
+            return RunJointAttention(step, self._counters, self._launchers)
         assert isinstance(step, AttentionStep), step
-        return RunAttention(step, self._counters)
+        return RunAttention(step, self._counters, self._launchers)
 
     def _torch(self, node: fx.Node) -> None:
         """One operator, on the device."""

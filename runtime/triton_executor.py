@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from jettison.codegen.triton.emit import EmittedProgram, emit
-from jettison.codegen.triton.launch import choose_device
+from jettison.codegen.triton.kernels.base import Tuning
+from jettison.codegen.triton.kernels.top_k import MOST, TopK
+from jettison.codegen.triton.launch import Launchers, Stopwatch, choose_device
 from jettison.ir.errors import OptionError
+from jettison.ir.match import is_call
 from jettison.ir.program import Program, input_placeholders, state_placeholders
 from jettison.runtime.executor import EntrySignature
-from jettison.runtime.triton_entry import DeviceWeights, build_entry
+from jettison.runtime.recorded_step import Record, RecordedSteps, record_cuda_graph
+from jettison.runtime.triton_entry import Counters, DeviceWeights, Parts, build_entry
+
+aten = torch.ops.aten
+MASK = "attention_mask"
+# Masks are as long as the next multiple: this many steps look the same.
+_MASK_GRANULE = 1024
 
 
 class TritonExecutor:
-    """See `Executor`. Inputs may come from the CPU; outputs return there.
+    """See `SelectingExecutor`. Inputs may come from the CPU; outputs return there.
 
     Args:
         program: What to run, with metadata.
         emitted: What `emit` made of it; default made anew.
         device: Where; default the GPU, or the CPU with the interpreter.
+        tunings: Of kernels, by name; default those that the kernels name first.
+        record: How decode steps are recorded; default as CUDA graphs on a GPU and not at all elsewhere.
 
     Raises:
         UnsupportedError: See `choose_device`.
     """
 
+    most_best = MOST
+
     def __init__(
-        self, program: Program, *, emitted: EmittedProgram | None = None, device: torch.device | None = None
+        self,
+        program: Program,
+        *,
+        emitted: EmittedProgram | None = None,
+        device: torch.device | None = None,
+        tunings: Mapping[str, Tuning] | None = None,
+        record: Record | None = None,
     ) -> None:
         self.device = device or choose_device()
         self.info = program.info
@@ -36,7 +56,10 @@ class TritonExecutor:
         self.retentions, self.storages = dict(program.retentions), dict(program.storages)
         weights = DeviceWeights(program, self.device)
         self.emitted = emitted or emit(program)
-        self._calls = {name: build_entry(program, name, steps, weights) for name, steps in self.emitted.steps.items()}
+        self._parts = Parts(weights, Counters(self.device), Launchers(tunings))
+        self._calls = {
+            name: build_entry(program, name, steps, self._parts) for name, steps in self.emitted.steps.items()
+        }
         self.entries = {
             name: EntrySignature(
                 tuple(input_placeholders(entry)), tuple(state_placeholders(entry)), program.outputs_of(name)
@@ -44,17 +67,85 @@ class TritonExecutor:
             for name, entry in program.entries.items()
         }
         self.weight_bytes = weights.nbytes
+        if record is None and self.device.type == "cuda":
+            record = record_cuda_graph
+        self.recorded = None if record is None else RecordedSteps(self.device, record)
+        self._counts_tokens = "decode" in program.entries and _only_counts_tokens(program.entries["decode"])
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Executor.run`."""
-        signature = self.entries.get(entry)
-        if signature is None:
+        return dict(zip(self._signature(entry).outputs, self._run(entry, inputs, states, 0), strict=True))
+
+    def run_best(
+        self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `SelectingExecutor.run_best`."""
+        values, tokens = self._run(entry, inputs, states, count)
+        return values, tokens
+
+    def _signature(self, entry: str) -> EntrySignature:
+        if entry not in self.entries:
             raise OptionError(f"[triton] no entry {entry!r}: this program has {', '.join(self.entries)}.")
-        given = [states[name] for name in signature.states]
-        given += [inputs[name].to(self.device) for name in signature.inputs]
+        return self.entries[entry]
+
+    def _run(
+        self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor], best: int
+    ) -> Sequence[Tensor]:
+        signature = self._signature(entry)
+
+        def compute(on_device: Mapping[str, Tensor]) -> Sequence[Tensor]:
+            return self._outputs(entry, on_device, states, best)
+
+        given = {name: inputs[name] for name in signature.inputs}
         with torch.inference_mode():
-            returned = self._calls[entry](*given)
-            for name, new in zip(signature.states, returned[len(signature.outputs) :], strict=True):
-                if new is not states[name] and new.data_ptr() != states[name].data_ptr():
-                    states[name].copy_(new)
-        return {name: value.cpu() for name, value in zip(signature.outputs, returned, strict=False)}
+            if entry == "decode" and self.recorded is not None:
+                if self._counts_tokens:
+                    given[MASK] = F.pad(given[MASK], (0, -given[MASK].shape[1] % _MASK_GRANULE))
+                places = tuple((name, states[name].shape, states[name].data_ptr()) for name in signature.states)
+                outputs = self.recorded.run((places, best), given, compute)
+            else:
+                outputs = compute({name: value.to(self.device) for name, value in given.items()})
+            return [value.cpu() for value in outputs]
+
+    def _outputs(
+        self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor], best: int
+    ) -> Sequence[Tensor]:
+        """Everything of a call that happens on the device."""
+        signature = self.entries[entry]
+        given = [states[name] for name in signature.states] + [inputs[name] for name in signature.inputs]
+        returned = self._calls[entry](*given)
+        for name, new in zip(signature.states, returned[len(signature.outputs) :], strict=True):
+            if new is not states[name] and new.data_ptr() != states[name].data_ptr():
+                states[name].copy_(new)
+        outputs = returned[: len(signature.outputs)]
+        return self._best(outputs[signature.outputs.index("logits")], best) if best else outputs
+
+    def _best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The largest logits `[..., V]`, in descending order, and their tokens."""
+        columns = logits.shape[-1]
+        kernel = TopK(count, columns, logits.dtype)
+        launcher = self._parts.launchers(kernel)
+        rows = logits.numel() // columns
+        blocks = launcher.largest(kernel.blocks)
+        found = logits.new_empty(rows, blocks, kernel.padded, dtype=torch.int64)
+        values = logits.new_empty(*logits.shape[:-1], count, dtype=torch.float32)
+        tokens = torch.empty_like(values, dtype=torch.int64)
+        launcher(logits.contiguous(), found, self._parts.counters(rows), values, tokens, sizes={"B": rows})
+        return values, tokens
+
+    def measure(self, stopwatch: Stopwatch | None) -> None:
+        """See `Launchers.measure`."""
+        self._parts.launchers.measure(stopwatch)
+
+    @property
+    def measured(self) -> dict[str, dict[Tuning, float]]:
+        """See `Launchers.measured`."""
+        return self._parts.launchers.measured
+
+
+def _only_counts_tokens(decode: fx.GraphModule) -> bool:
+    """Whether the mask is only ever summed along the tokens: zeros behind it change nothing then."""
+    mask = input_placeholders(decode).get(MASK)
+    return mask is not None and all(
+        is_call(user, aten.sum.dim_IntList) and list(user.args[1]) in ([1], [-1]) for user in mask.users
+    )

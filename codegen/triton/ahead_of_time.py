@@ -19,14 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jettison.codegen.triton.kernels.base import COMPILE_OPTIONS, Kernel, Tuning
+from jettison.codegen.triton.kernels.base import COMPILE_OPTIONS, ELEMENTS, Kernel, Tuning
 from jettison.codegen.triton.source import define
 from jettison.ir.errors import CodegenError, OptionError
 
 _ARCH = re.compile(r"sm_(\d{2,3})")
 _OLDEST_ARCH = 80
-# Addresses that the runtime hands over are multiples of this many bytes; loads are vectors because of it.
-ALIGNMENT_BYTES = 16
+_DTYPES = {f"*{element}": dtype for dtype, element in ELEMENTS.items()}
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Compiled:
         shared_bytes: Of a program, what is asked for at launch included.
         spill_bytes: Of a thread: what did not fit into registers.
         cubin: The code.
+        metadata: What Triton notes beside it, JSON: how to launch it, and in `hash` what it was made of.
     """
 
     name: str
@@ -48,11 +48,12 @@ class Compiled:
     shared_bytes: int
     spill_bytes: int
     cubin: bytes
+    metadata: str
 
     def as_dict(self) -> dict[str, Any]:
         """What `inspect` lists."""
         fields = asdict(self)
-        del fields["cubin"]
+        del fields["cubin"], fields["metadata"]
         return fields
 
 
@@ -107,28 +108,46 @@ def _compile_all(orders: Sequence[dict[str, Any]]) -> list[Compiled]:
     return [Compiled(**{**each, "cubin": base64.b64decode(each["cubin"])}) for each in results]
 
 
-def _compile(order: dict[str, Any]) -> dict[str, Any]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class _Driver:
+    """Says which GPU there is, where there is none: Triton asks nothing else until it launches."""
 
-    kernel = define(order["source"], order["name"])
-    pointers = [index for index, kind in enumerate(order["signature"].values()) if kind.startswith("*")]
-    source = ASTSource(
-        fn=kernel,
-        signature={**order["signature"], **dict.fromkeys(order["tiles"], "constexpr")},
-        constexprs=order["tiles"],
-        attrs={(index,): [["tt.divisibility", ALIGNMENT_BYTES]] for index in pointers},
-    )
-    target = GPUTarget("cuda", int(order["arch"].removeprefix("sm_")), 32)
+    def __init__(self, arch: str) -> None:
+        self._capability = int(arch.removeprefix("sm_"))
+
+    def get_current_device(self) -> int:
+        return self._capability  # compiled kernels are known by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+
+def _compile(order: dict[str, Any]) -> dict[str, Any]:
+    """Compile as a launch would, so that a launch finds what was compiled; see `machine_code`."""
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(order["arch"]))
+    # Pointers are as aligned as the tensors of PyTorch; of sizes the value does not matter.
+    given = [_DTYPES[kind] if kind.startswith("*") else 0 for kind in order["signature"].values()]
     options = {"num_warps": order["warps"], "num_stages": order["stages"], **COMPILE_OPTIONS}
-    compiled = triton.compile(source, target=target, options=options)
+    kernel = define(order["source"], order["name"])
+    compiled = kernel.warmup(*given, grid=(1,), **order["tiles"], **options)
     cubin = compiled.asm["cubin"]
     used = resource_usage(cubin)
     return {"name": order["name"], "arch": order["arch"], "registers": used["REG"],
             "shared_bytes": max(used["SHARED"], compiled.metadata.shared),
             "spill_bytes": max(used["STACK"], used["LOCAL"]),
-            "cubin": base64.b64encode(cubin).decode()}  # fmt: skip
+            "cubin": base64.b64encode(cubin).decode(), "metadata": _metadata(compiled)}  # fmt: skip
+
+
+def _metadata(compiled: Any) -> str:
+    """As Triton's cache holds it."""
+    path = next(path for name, path in compiled.metadata_group.items() if name.endswith(".json"))
+    return Path(path).read_text()
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

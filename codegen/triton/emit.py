@@ -8,12 +8,14 @@ from torch import fx
 
 from jettison.codegen.triton.fuse import fuse
 from jettison.codegen.triton.kernels.base import Kernel
+from jettison.codegen.triton.kernels.top_k import TopK
 from jettison.codegen.triton.source import comment, source_hash
 from jettison.codegen.triton.steps import Step, TorchStep
-from jettison.ir.program import Program
+from jettison.ir.program import Program, output_node
 from jettison.ir.text import target_text, value_names
 
 FOLDER = "kernels"
+LOGITS = "logits"
 
 
 @dataclass
@@ -78,7 +80,20 @@ def emit(program: Program) -> EmittedProgram:
             for kernel in step.kernels():
                 emitted = kernels.setdefault(kernel.name, EmittedKernel(kernel))
                 emitted.uses.setdefault(entry, []).append(_nodes_text(step, names))
+        if entry == "decode":
+            kernels |= _best_token(program, names)
     return EmittedProgram(steps, kernels)
+
+
+def _best_token(program: Program, names: dict[fx.Node, str]) -> dict[str, EmittedKernel]:
+    """What a greedy step ends with, outside of the graph; of more tokens it is made when they are asked for."""
+    outputs = program.outputs_of("decode")
+    if LOGITS not in outputs:
+        return {}
+    logits = output_node(program.entries["decode"]).args[0][outputs.index(LOGITS)]
+    value = logits.meta["val"]
+    kernel = TopK(1, int(value.shape[-1]), value.dtype)
+    return {kernel.name: EmittedKernel(kernel, {"decode": [f"the best token of {names[logits]}"]})}
 
 
 def _nodes_text(step: Step, names: dict[fx.Node, str]) -> str:

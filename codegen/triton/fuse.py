@@ -23,6 +23,7 @@ from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
 from jettison.codegen.triton.kernels.embedding import Embedding
 from jettison.codegen.triton.kernels.epilogue import ACTIVATIONS, Epilogue
 from jettison.codegen.triton.kernels.joint_attention import JointAttention, Ranges
+from jettison.codegen.triton.kernels.layer_norm import LayerNorm
 from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
 from jettison.codegen.triton.kernels.weight_form import WeightForm
@@ -329,11 +330,22 @@ class _Fusion:
     # Single nodes.
 
     def norm(self, node: fx.Node) -> None:
-        """An RMS norm by itself."""
-        norm = _norm(node)
-        if norm is not None and node.meta["val"].dtype in DTYPES:
-            kernel = RmsNorm(int(node.meta["val"].shape[-1]), node.meta["val"].dtype, norm[1])
-            self.add(NormStep([node], [node.args[0]], [node], "", norm[0], kernel))
+        """A norm by itself."""
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
+            return
+        norm, columns = _norm(node), int(value.shape[-1])
+        if norm is not None:
+            self.add(NormStep([node], [node.args[0]], [node], "", norm[:1], RmsNorm(columns, value.dtype, norm[1])))
+        if is_call(node, aten.layer_norm.default):
+            found = arguments(node)
+            given = [found[name] for name in ("weight", "bias") if found[name] is not None]
+            names = tuple(name for name in map(constant_name, given) if name is not None)
+            if found["weight"] is None or len(names) < len(given) or len(found["normalized_shape"]) != 1:
+                self.misses[node] = "a norm without a weight has no kernel"
+                return
+            kernel = LayerNorm(columns, value.dtype, float(found["eps"]), len(names) == 2)
+            self.add(NormStep([node], [node.args[0]], [node], "", names, kernel))
 
     def lookup(self, node: fx.Node) -> None:
         """An embedding."""

@@ -15,6 +15,7 @@ from jettison.codegen.triton.kernels.epilogue import Epilogue
 from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention
+from jettison.codegen.triton.kernels.layer_norm import LayerNorm
 from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
 from jettison.codegen.triton.kernels.weight_form import WeightForm
@@ -110,15 +111,15 @@ class LinearStep(Step):
 
 @dataclass
 class NormStep(Step):
-    """An RMS norm by itself; `inputs` is x.
+    """A norm by itself; `inputs` is x.
 
     Attributes:
-        weight: Name of a constant.
+        parameters: Names of constants: the weight, and the bias of a layer norm that has one.
         kernel: What computes it.
     """
 
-    weight: str = ""
-    kernel: RmsNorm = field(default_factory=lambda: RmsNorm(1, torch.float32, 0.0))
+    parameters: tuple[str, ...] = ()
+    kernel: RmsNorm | LayerNorm = field(default_factory=lambda: RmsNorm(1, torch.float32, 0.0))
 
     def kernels(self) -> Iterator[Kernel]:
         """See `Step`."""

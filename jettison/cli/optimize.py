@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also compile the kernels of triton for these GPUs, such as sm_80,sm_90; needs no GPU",
     )  # fmt: skip
     parser.add_argument(
+        "--tune", action="store_true", help="measure which tile sizes of the triton kernels are fastest on this GPU"
+    )
+    parser.add_argument(
         "--prefill", choices=("exact", "fast"), default="exact",
         help="fast runs prompts in 8-bit integers, from a second copy of the weights (default: exact)",
     )  # fmt: skip
@@ -97,6 +100,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         args.model, args.passes, target=args.target, dtype=args.dtype, prefill=args.prefill, strict=args.strict,
         check=args.check, max_kl=args.max_kl, calibration=args.calibration, context=args.context, seed=args.seed,
         archs=[arch.strip() for arch in args.arch.split(",") if arch.strip()],
+        tune=args.tune,
         **({} if args.calibration_size is None else {"calibration_size": args.calibration_size}),
         resume=None if args.dry_run else unfinished,
     )  # fmt: skip

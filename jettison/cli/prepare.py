@@ -1,13 +1,17 @@
-"""`jettison prepare`: pack the weights of an artifact for this machine once; loads then map them."""
+"""`jettison prepare`: do once what depends on this machine: pack weights for its CPU, or tune kernels for its GPU."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from jettison.cli.console import Terminal, size_text
 from jettison.cli.parser import add_artifact
 from jettison.ir.errors import OptionError
 from jettison.ir.progress import track
+
+if TYPE_CHECKING:
+    from jettison.runtime.artifact import Artifact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,30 +22,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Carry the subcommand out; returns the exit code."""
-    from jettison.runtime import prepared
     from jettison.runtime.artifact import Artifact, check_requirements
 
     artifact = Artifact.open(args.artifact, verify=True)
-    if artifact.manifest["target"] != "onnx":
+    target = artifact.manifest["target"]
+    if target == "torch" or (target == "triton" and args.remove):
         raise OptionError(
-            f"[prepare] {args.artifact}: its target is {artifact.manifest['target']}: needed onnx, whose weights are "
-            "packed when they are loaded. Use it as it is."
+            f"[prepare] {args.artifact}: its target is {target}, and nothing of it is packed: needed onnx, whose "
+            "weights are packed when they are loaded. Use it as it is."
         )
     check_requirements(artifact.manifest)
-    folder = prepared.prepared_folder(artifact)
-    if args.remove:
-        was_there = prepared.remove_prepared(artifact)
-        document = {"artifact": str(args.artifact), "folder": str(folder), "bytes": 0, "removed": was_there}
-        text = f"removed {folder}" if was_there else f"{args.artifact} was not prepared"
-    else:
-        graphs = [graph["file"] for graph in artifact.manifest["graphs"]]
-        with track("pack weights", len(graphs)) as advance:
-            folder = prepared.prepare(artifact, graphs, advance)
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        document = {"artifact": str(args.artifact), "folder": str(folder), "bytes": size, "removed": False}
-        text = f"{folder}: {size_text(size)}; every load of {args.artifact} on this machine uses it"
+    document, text = _tuned(args) if target == "triton" else _packed(args, artifact)
     if terminal.is_json:
         terminal.document(document)
     else:
         terminal.line(text)
     return 0
+
+
+def _packed(args: argparse.Namespace, artifact: Artifact) -> tuple[dict[str, Any], str]:
+    from jettison.runtime import prepared
+
+    folder = prepared.prepared_folder(artifact)
+    document = {"artifact": str(args.artifact), "folder": str(folder), "bytes": 0, "removed": False}
+    if args.remove:
+        was_there = prepared.remove_prepared(artifact)
+        text = f"removed {folder}" if was_there else f"{args.artifact} was not prepared"
+        return {**document, "removed": was_there}, text
+    graphs = [graph["file"] for graph in artifact.manifest["graphs"]]
+    with track("pack weights", len(graphs)) as advance:
+        folder = prepared.prepare(artifact, graphs, advance)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    text = f"{folder}: {size_text(size)}; every load of {args.artifact} on this machine uses it"
+    return {**document, "bytes": size}, text
+
+
+def _tuned(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    import jettison
+    from jettison.runtime.triton_executor import TritonExecutor
+    from jettison.runtime.tunings import keep, measure, stopwatch
+
+    watch = stopwatch()
+    executor = jettison.load(args.artifact).executor
+    assert isinstance(executor, TritonExecutor), "what runs this target"
+    with track("tune kernels", 1) as advance:
+        tuned = measure(executor, watch)
+        advance(1)
+    path, count = keep(tuned), len(tuned["kernels"])
+    document = {"artifact": str(args.artifact), "file": str(path), "kernels": tuned["kernels"]}
+    return document, f"{path}: {count} kernels; every load on this machine uses it"

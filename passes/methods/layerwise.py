@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from jettison.ir.allocator import give_back
 from jettison.ir.chunked_run import ChunkedRun
 from jettison.ir.constants import Constant, scratch_tensor
 from jettison.ir.errors import UnsupportedError
@@ -164,6 +165,7 @@ class LayerwiseRun:
         """Encode what is complete with this input; also returns the factors of the columns, if there are any."""
         statistics = InputStatistics(x.meta["val"].shape[-1])
         run.advance(x, statistics.add)
+        give_back()
         _require_finite(statistics, self._method, self._readers[x][0], x)
         alone, scales = self._alone(x), None
         if self._method.scales_inputs and self._divider(x) is not None:
@@ -180,6 +182,7 @@ class LayerwiseRun:
                 made |= encode_weights(last, self._method, self._format, self._shared.pop(name), self._advance)
         if self._program.finished is not None and len(alone) == len(self._readers[x]):
             self._program.finished.store(self._step, made, scales)
+        give_back()
         return made, scales
 
     def _divider(self, x: fx.Node) -> Divider | None:

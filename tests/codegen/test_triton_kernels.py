@@ -7,14 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jettison.codegen.triton.kernels.base import Tuning
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
 from jettison.codegen.triton.kernels.embedding import Embedding
 from jettison.codegen.triton.kernels.epilogue import Epilogue
 from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention, Ranges
+from jettison.codegen.triton.kernels.layer_norm import LayerNorm
 from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
+from jettison.codegen.triton.kernels.top_k import TopK
 from jettison.codegen.triton.kernels.weight_form import WeightForm
 from jettison.codegen.triton.launch import Launcher, choose_device
 from jettison.codegen.triton.word_layout import WordWeight, refusal, to_words
@@ -221,6 +224,45 @@ def test_decode_attention(heads, kv_heads, dim, window, softcap, splits):
             query, key, value, positions, slots, None, None, dim**-0.5, True, window, softcap
         )  # fmt: skip
         assert_close(out.cpu(), expected.transpose(1, 2).flatten(2).cpu(), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("columns", [64, 100])
+def test_layer_norm(columns, has_bias):
+    x, weight, bias = 3 + normal(5, columns), normal(columns, seed=1), normal(columns, seed=2) if has_bias else None
+    out = torch.empty_like(x)
+    given = [x, weight] if bias is None else [x, weight, bias]
+    Launcher(LayerNorm(columns, FP32, 1e-5, has_bias))(*given, out, sizes={"M": 5})
+    assert_close(out.cpu(), F.layer_norm(x, (columns,), weight, bias, 1e-5).cpu(), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "columns"), [(1, 97), (5, 97), (51, 300), (64, 64), (7, 1)])
+def test_top_k(count, columns, dtype):
+    count = min(count, columns)
+    logits = normal(3, columns, seed=columns).to(dtype)
+    logits[1] = logits[1].round()  # ties, and zeros of both signs
+    kernel = TopK(count, columns, dtype)
+    for tuning in (kernel.widest(), Tuning.of(BLOCK_V=64)):
+        found = torch.empty(3, kernel.blocks(tuning), kernel.padded, dtype=torch.int64, device=DEVICE)
+        counters = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+        values = torch.empty(3, count, device=DEVICE)
+        tokens = torch.empty(3, count, dtype=torch.int64, device=DEVICE)
+        Launcher(kernel, tuning)(logits, found, counters, values, tokens, sizes={"B": 3})
+        best = (logits.float() + 0.0).sort(dim=1, descending=True, stable=True)  # of zeros there is one now
+        assert torch.equal(values, best.values[:, :count])
+        assert torch.equal(tokens, best.indices[:, :count])
+        assert not counters.any()
+
+
+def test_what_is_no_number_comes_first():
+    logits = torch.tensor([[1.0, -torch.nan, torch.inf, 3.0]], device=DEVICE)
+    kernel = TopK(1, 4, FP32)
+    found = torch.empty(1, kernel.blocks(kernel.widest()), 1, dtype=torch.int64, device=DEVICE)
+    value, token = torch.empty(1, 1, device=DEVICE), torch.empty(1, 1, dtype=torch.int64, device=DEVICE)
+    counters = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    Launcher(kernel)(logits, found, counters, value, token, sizes={"B": 1})
+    assert (value.item(), token.item()) == (torch.inf, 1)
 
 
 # Of a slot: tokens, groups of keys, groups of values.

@@ -13,8 +13,10 @@ from jettison.codegen.triton.kernels.epilogue import Epilogue
 from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention, Ranges
+from jettison.codegen.triton.kernels.layer_norm import LayerNorm
 from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
+from jettison.codegen.triton.kernels.top_k import TopK
 from jettison.codegen.triton.kernels.weight_form import WeightForm
 from jettison.passes.policies import Full
 from jettison.passes.quantize_weights import QuantizeWeights
@@ -35,12 +37,15 @@ KERNELS: dict[str, Kernel] = {
     "gemm_int4_gated": Gemm(WeightForm(HALF, 4, 128, True), 4096, 14336, BF16, False, GATED),
     "gemm_dense": Gemm(WeightForm(BF16), 4096, 6144, BF16),
     "embedding_int4": Embedding(WeightForm(HALF, 4, 128, True), 4096, BF16),
+    "layer_norm": LayerNorm(4096, BF16, 1e-5),
     "norm_residual": RmsNorm(4096, BF16, 1e-5, True),
     "rotary_write": RotaryWrite(32, 8, 128, 128, False, BF16, BF16),
     "decode_attention": DecodeAttention(32, 8, 128, 128**-0.5, 0, 0.0, BF16, BF16),
     "joint_attention_kivi2": JointAttention(32, 8, 128, 128**-0.5, 32, Ranges(2, 1, 128), Ranges(2, 32, 4), BF16, BF16),
     "joint_attention_int8": JointAttention(32, 8, 128, 128**-0.5, 1, Ranges(8, 1, 1), Ranges(8, 1, 1), BF16, BF16),
     "gemv_nf4": Gemv(WeightForm(HALF, 4, 64, has_table=True), 4096, 6144, BF16),
+    "top_1": TopK(1, 128256, BF16),
+    "top_51": TopK(51, 128256, BF16),
     "decode_attention_window": DecodeAttention(8, 4, 256, 0.0625, 4096, 50.0, BF16, BF16),
 }
 

@@ -182,7 +182,7 @@ def tiny_config(name: str) -> Any:
     return getattr(transformers, tiny.config)(**options)
 
 
-def tiny_model(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, layers: int | None = None) -> Any:
     """A small model in eval mode with seeded random weights, equal in every process.
 
     Buffers keep their dtype, as `from_pretrained` leaves them: angles of rotary embeddings in bf16 are of no use.
@@ -194,7 +194,10 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
     class_name = {"Gemma3TextForCausalLM": "Gemma3ForCausalLM", "Llama4TextForCausalLM": "Llama4ForCausalLM"}.get(
         tiny.model, tiny.model
     )
-    model = getattr(transformers, class_name)(tiny_config(name))
+    config = tiny_config(name)
+    if layers is not None:
+        config.num_hidden_layers = layers
+    model = getattr(transformers, class_name)(config)
     randomize(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -109,14 +109,14 @@ def compare(name, policy, target, prompts, steps, chunk=48):
     return session
 
 
-EMITTED = [("tiny-llama/2", POLICIES[index]) for index in (0, 4, 5)]
-EMITTED += [("tiny-opt/2", POLICIES[index]) for index in (1, 3, 6)]
+EMITTED = [("tiny-llama/2", POLICIES[index]) for index in (4, 5)]
+EMITTED += [("tiny-opt/2", POLICIES[index]) for index in (1, 6)]
 
 
 @pytest.mark.parametrize(
     ("name", "policy", "target"),
-    [(name, policy, "torch") for name in ("tiny-llama/2", "tiny-opt/2") for policy in POLICIES]
-    + [("tiny-llama", POLICIES[3], "torch"), ("tiny-opt", POLICIES[5], "torch")]
+    [("tiny-llama/2", policy, "torch") for policy in POLICIES]
+    + [("tiny-opt/2", POLICIES[index], "torch") for index in (1, 3, 5)]
     + [(*emitted, "onnx") for emitted in EMITTED],
 )
 def test_decoding_is_a_full_cache_with_dropped_keys_masked(name, policy, target):
@@ -171,7 +171,7 @@ def test_a_prompt_within_the_budget_is_bit_identical_to_full(policy, target):
     assert all(torch.equal(mine, yours) for mine, yours in zip(*logits, strict=True))
 
 
-@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[5]])
+@pytest.mark.parametrize("policy", [POLICIES[4], POLICIES[5]])
 @pytest.mark.parametrize("target", ["torch", "onnx"])
 def test_prompts_are_attended_to_exactly(policy, target):
     row = rows(LLAMA)[0]

@@ -26,6 +26,8 @@ PROMPTS = ["The captain", "It was a dark and stormy night; the rain fell in torr
 class PrefixSession:
     """Logits are a function of a row's own tokens, so a row alone and the row in a batch must agree."""
 
+    most_best = 0
+
     def __init__(
         self,
         logits_of: Callable[[list[int]], torch.Tensor],
@@ -51,6 +53,12 @@ class PrefixSession:
         self.fed.append(list(tokens))
         assert all(0 <= token < self.vocab_size for token in tokens), "an embedding would be read out of bounds"
         return self._append([[token] for token in tokens])
+
+    def decode_best(self, tokens: Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert 1 <= count <= self.most_best
+        self.asked = count
+        values, ids = self.decode(tokens).sort(dim=1, descending=True, stable=True)
+        return values[:, :count], ids[:, :count]
 
     def repeated(self, times: int) -> PrefixSession:
         wide = PrefixSession(self.logits_of, self.batch * times, self.capacity, self.vocab_size, self.context)
@@ -138,6 +146,18 @@ def open_llama(llama) -> Opener:
             return llama(torch.tensor([row])).logits[0, -1]
 
     return Opener(logits_of, llama.config.vocab_size, llama.config.max_position_embeddings)
+
+
+@pytest.mark.parametrize(("options", "asked"), [({}, 1), ({"do_sample": True, "top_k": 5, "seed": 2}, 6)])
+def test_a_session_that_picks_the_best_tokens_gives_the_same(options, asked, monkeypatch):
+    longest = generate(seeded(), [[1, 2, 3], [4]], GenerationOptions(max_new_tokens=12, **options)).token_ids
+    given = GenerationOptions(max_new_tokens=12, eos_token_id=[longest[0][4]], **options)
+    expected = generate(seeded(), [[1, 2, 3], [4]], given).token_ids
+    assert len(expected[0]) < len(expected[1]), "a row ends before the other"
+    monkeypatch.setattr(PrefixSession, "most_best", 8)
+    opener = seeded()
+    assert generate(opener, [[1, 2, 3], [4]], given).token_ids == expected
+    assert opener.sessions[0].asked == asked
 
 
 def drain(pieces) -> tuple[list[str], GenerationResult]:

@@ -247,6 +247,31 @@ def test_greedy_takes_the_best_token_and_ignores_the_sampling_options():
     assert Sampler(5).choose(logits[[4, 1]], [4, 1]) == logits[[4, 1]].argmax(-1).tolist()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 8}, {"do_sample": True, "top_k": 40, "top_p": 0.9, "temperature": 0.7}],
+    ids=str,
+)
+def test_the_best_tokens_are_enough(options):
+    logits = random_logits(4, 1000, seed=21)
+    whole, few = (Sampler(4, seed=3, **options) for _ in range(2))
+    best = [each[:, : few.enough] for each in logits.sort(dim=1, descending=True, stable=True)]
+    assert few.enough == options.get("top_k", 0) + 1
+    for _ in range(5):
+        assert few.choose_best(*best) == whole.choose(logits)
+    assert few.choose_best(*(each[[2]] for each in best), [2]) == whole.choose(logits[[2]], [2])
+
+
+def test_the_best_tokens_are_not_enough_for_what_looks_at_all():
+    assert Sampler(1, do_sample=True, top_p=0.9, top_k=0).enough == 0
+    assert Sampler(1, penalty=RepetitionPenalty(2.0, [[1]], 10)).enough == 0
+
+
+def test_best_logits_that_are_no_numbers_are_refused():
+    with pytest.raises(ArtifactError, match="row 1: the model's logits are not numbers"):
+        Sampler(2).choose_best(torch.tensor([[1.0], [torch.inf]]), torch.tensor([[3], [4]]))
+
+
 def test_top_k_of_one_is_greedy():
     logits = random_logits(5, 300, seed=10)
     assert Sampler(5, do_sample=True, top_k=1, seed=3).choose(logits) == logits.argmax(-1).tolist()

@@ -33,7 +33,6 @@ EMITTED = (
     ("tiny-llama/2", MIKV),
     ("tiny-llama/2", COMPOSED),
     ("tiny-opt/2", "int4{residual=8}"),
-    ("tiny-opt/2", KIVI),
     ("tiny-llama/2", XQUANT),
     ("tiny-opt/2", XQUANT),
 )
@@ -64,8 +63,11 @@ def as_full(name, opened):
     return full
 
 
-@pytest.mark.parametrize("name", ["tiny-llama/2", "tiny-opt/2"])
-@pytest.mark.parametrize("policy", BOUNDS)
+# With a head of keys for each head of queries, the layouts that differ then.
+NOT_SHARED = [("tiny-opt/2", policy) for policy in ("kivi{bits=2,residual=64}", MIKV, XQUANT)]
+
+
+@pytest.mark.parametrize(("name", "policy"), [*(("tiny-llama/2", policy) for policy in BOUNDS), *NOT_SHARED])
 def test_the_error_is_bounded_and_not_zero(name, policy):
     prompts = rows(name)
     logits = {each: run(session(name, each, "torch", 3), prompts, 20) for each in (policy, "full")}
@@ -79,7 +81,8 @@ def test_the_error_is_bounded_and_not_zero(name, policy):
 
 @pytest.mark.parametrize(
     ("name", "policy", "target"),
-    [(name, policy, "torch") for name in ("tiny-llama/2", "tiny-opt/2") for policy in BOUNDS]
+    [("tiny-llama/2", policy, "torch") for policy in BOUNDS]
+    + [(*each, "torch") for each in NOT_SHARED]
     + [(name, policy, "onnx") for name, policy in EMITTED if "+" not in policy],
 )
 def test_a_step_attends_to_all_that_is_stored(name, policy, target):

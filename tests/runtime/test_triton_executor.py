@@ -17,11 +17,14 @@ from jettison.passes.cache_kv import CacheKV
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.policies import Full, Kivi, SnapKV, Window
 from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.runtime.generation import generate
+from jettison.runtime.generation_options import GenerationOptions
 from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
 from jettison.source import open_source
 from tests.models.tiny_models import tiny_model
+from tests.runtime.test_recorded_step import Recorder
 
 STEPS = 5
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
@@ -50,7 +53,7 @@ def compare(program: Program, prompts: list[list[int]], tolerance: float | None 
 
 def test_greedy_tokens_of_a_trained_model():
     program = with_passes(TINY_LLAMA, QuantizeWeights(bits=4, group=64), CacheKV(Full()))
-    compare(program, [[5, 100, 200, 77, 9]], steps=2)
+    compare(program, [[5, 100, 200, 77, 9]], steps=1)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -59,27 +62,61 @@ def test_several_rows(bits):
     compare(with_passes(tiny_model("llama"), *passes, CacheKV(Full())), [[5, 10, 20], [7, 77, 9], [1, 2, 3]], steps=3)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2", "gpt_neox", "opt", "mixtral"])
-def test_families(family):
-    program = with_passes(tiny_model(family), QuantizeWeights(bits=8, group=32), CacheKV(Full()))
-    compare(program, [[1, 5, 9, 3, 8, 4, 6, 2, 7, 11, 12]], steps=3)
+@pytest.mark.parametrize(
+    ("family", "layers"), [("qwen3", 1), ("phi3", 1), ("gemma2", 2), ("gpt_neox", 1), ("opt", 1), ("mixtral", 1)]
+)
+def test_families(family, layers):
+    program = with_passes(tiny_model(family, layers=layers), QuantizeWeights(bits=8, group=32), CacheKV(Full()))
+    compare(program, [[1, 5, 9, 3, 8, 4, 6, 2, 7, 11, 12]], steps=2)
 
 
 @pytest.mark.parametrize("policy", [Window(size=16), SnapKV(budget=16, window=4), Kivi(bits=4, group=8, residual=16)])
 def test_policies(policy):
-    program = with_passes(tiny_model("llama"), CacheKV(policy))
+    program = with_passes(tiny_model("llama", layers=1), CacheKV(policy))
     compare(program, [list(range(3, 40))])
 
 
 @pytest.mark.parametrize("options", ["format=nf4{group=32}", "bits=3,group=32", "bits=2,group=32,symmetric=true"])
 def test_formats(options):
-    program = with_passes(tiny_model("llama"), *parse_passes(f"quantize-weights{{{options}}}"), CacheKV(Full()))
+    program = with_passes(
+        tiny_model("llama", layers=1), *parse_passes(f"quantize-weights{{{options}}}"), CacheKV(Full())
+    )
     compare(program, [[1, 5, 9, 3]], steps=2)
 
 
 def test_half_precision_stays_close():
-    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(Full()), dtype="bfloat16")
+    program = with_passes(
+        tiny_model("llama", layers=1), QuantizeWeights(bits=4, group=32), CacheKV(Full()), dtype="bfloat16"
+    )
     compare(program, [[1, 5, 9, 3]], tolerance=0.05)
+
+
+def test_replayed_steps_are_the_steps():
+    """What a CUDA graph does, without one: later steps run from buffers, with a mask that is longer than the row."""
+    recorder = Recorder()
+    program = with_passes(tiny_model("llama", layers=1), CacheKV(Full()))
+    plain, recorded = (Session(TritonExecutor(program, record=record), 1, 64) for record in (None, recorder))
+    assert torch.equal(*(each.prefill([[1, 5, 9, 3]]) for each in (plain, recorded)))
+    for token in (4, 8, 15, 16):
+        assert torch.equal(plain.decode([token]), recorded.decode([token]))
+    logits = plain.decode([23])
+    values, tokens = recorded.decode_best([23], 3)
+    assert torch.equal(values, logits.topk(3, 1).values)
+    assert torch.equal(tokens, logits.topk(3, 1).indices)
+    assert (recorder.recorded, recorder.replayed) == (1, 3), "the first step of a kind runs as it is"
+    assert plain.lengths == recorded.lengths
+    with pytest.raises(OptionError, match="picks at most 64"):
+        recorded.decode_best([1], 65)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 4, "seed": 3}])
+def test_generation_from_the_best_tokens_is_generation_from_all(options, monkeypatch):
+    program = with_passes(tiny_model("llama", layers=1), CacheKV(Full()))
+    executor = TritonExecutor(program)
+    given = GenerationOptions(max_new_tokens=5, eos_token_id=[], **options)
+    best = generate(lambda *sizes: Session(executor, *sizes), [[1, 2, 3], [4]], given).token_ids
+    monkeypatch.setattr(Session, "most_best", 0)
+    assert generate(lambda *sizes: Session(executor, *sizes), [[1, 2, 3], [4]], given).token_ids == best
 
 
 def test_a_layer_is_six_launches():

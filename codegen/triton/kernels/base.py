@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -93,7 +94,10 @@ class Kernel(ABC):
             constants
         )
         signature = f"def {self.name}(\n{indented(arguments)}\n):"
-        return f'"""{self.title}"""\n\n{HEADER}\n\n@triton.jit\n{signature}\n{self.body()}\n'
+        # One machine code for all sizes: what is compiled ahead is what runs.
+        sizes = [name for name, kind in self.parameters.items() if not kind.startswith("*")]
+        jit = f"@triton.jit(do_not_specialize={json.dumps(sizes)})" if sizes else "@triton.jit"
+        return f'"""{self.title}"""\n\n{HEADER}\n\n{jit}\n{signature}\n{self.body()}\n'
 
 
 def name_of(number: float) -> str:
