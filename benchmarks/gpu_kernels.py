@@ -24,8 +24,10 @@ from jettison.codegen.triton.kernels.base import Kernel, Tuning
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
 from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
+from jettison.codegen.triton.kernels.joint_attention import JointAttention, Ranges
 from jettison.codegen.triton.kernels.weight_form import WeightForm
 from jettison.codegen.triton.launch import Launcher
+from jettison.ir import ops
 
 BF16, HALF = torch.bfloat16, torch.float16
 # Of Llama-3.1-8B: K and N.
@@ -167,6 +169,51 @@ def attention(tokens: int, rounds: int, copy: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def joint(bits: int, tokens: int, rounds: int, copy: float) -> dict[str, Any]:
+    """Decode attention over a compressed cache (4 bits as KIVI has them, 8 bits per token) beside PyTorch's in bf16."""
+    heads, kv_heads, dim, newest = 32, 8, 128, 128
+    # Of a slot: tokens, and groups along tokens and channels, of keys and of values.
+    granule, groups = (1, ((1, 1), (1, 1))) if bits == 8 else (32, ((1, dim), (32, dim // 32)))
+    slots = tokens // granule
+    kernel = JointAttention(
+        heads, kv_heads, dim, dim**-0.5, granule, *(Ranges(bits, *each) for each in groups), BF16, BF16
+    )
+    wide = torch.randn(1, kv_heads, slots, granule, dim)
+    stored = [part.cuda() for each in groups for part in ops.quantize_slots(wide, bits, *each)]
+    caches = [[part.clone() for part in stored] for _ in range(3)]
+    query = torch.randn(1, heads, 1, dim, device="cuda").to(BF16)
+    key, value = (torch.randn(1, kv_heads, newest, dim, device="cuda").to(BF16) for _ in range(2))
+    count, places = torch.tensor([tokens], device="cuda"), torch.tensor([[newest - 1]], device="cuda")
+    counters = torch.zeros(kv_heads, dtype=torch.int32, device="cuda")
+    out = torch.empty(1, 1, heads * dim, device="cuda", dtype=BF16)
+
+    def launches(tuning: Tuning) -> list[Callable[[], object]]:
+        launcher, splits = Launcher(kernel, tuning), tuning["SPLITS"]
+        parts = torch.empty(kv_heads, splits, heads // kv_heads, dim, device="cuda")
+        stats = torch.empty(kv_heads, splits, heads // kv_heads, 2, device="cuda")
+        sizes = {"B": 1, "SLOTS": slots, "C": newest}
+        return [
+            lambda own=own: launcher(query, *own, count, key, value, places, parts, stats, counters, out, sizes=sizes)
+            for own in caches
+        ]
+
+    tuning, own = fastest(kernel, launches)
+    full = [[torch.randn(1, kv_heads, tokens, dim, device="cuda").to(BF16) for _ in range(2)] for _ in range(3)]
+    grouped = query.view(1, kv_heads, heads // kv_heads, dim)
+    peers = {
+        "sdpa": [lambda own=own: F.scaled_dot_product_attention(query, *own, enable_gqa=True) for own in full],
+        "sdpa grouped": [lambda own=own: F.scaled_dot_product_attention(grouped, *own) for own in full],
+    }
+    times = interleaved({"ours": graph_of(own)} | {name: graph_of(each) for name, each in peers.items()}, rounds)
+    read = sum(part.nbytes for part in stored)
+    floor, best = read / (copy * 1e3), min(times["sdpa"], times["sdpa grouped"])
+    return {
+        "kernel": kernel.name, "tuning": str(tuning), "tokens": tokens, "bytes": read, "microseconds": times["ours"],
+        "floor_microseconds": floor, "share_of_copy_bandwidth": floor / times["ours"],
+        "sdpa_bf16_microseconds": best, "over_sdpa": best / times["ours"],
+    }  # fmt: skip
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,6 +234,9 @@ def main() -> None:
     for tokens in (1024, 8192, 32768):
         figures["attention"].append(attention(tokens, rounds, copy))
         print(figures["attention"][-1], flush=True)
+        for bits in (8, 4, 2):
+            figures["attention"].append(joint(bits, tokens, rounds, copy))
+            print(figures["attention"][-1], flush=True)
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     print(write(f"gpu-{name}", figures, before))
 

@@ -142,12 +142,7 @@ def optimize(
     program.pipeline = pipeline_text(chosen)
     drift = _drift_check(source, calibration, max_kl, seed) if check or max_kl is not None else None
 
-    def call_all(pass_: Pass, record: PassRecord, current: Program) -> None:
-        for callback in (drift, after_each):
-            if callback is not None:
-                callback(pass_, record, current)
-
-    records = apply(program, chosen, strict=strict, after_each=call_all)
+    records = apply(program, chosen, strict=strict, after_each=_one_after_the_other(drift, after_each))
     # What a pass planned takes its place: the text says what was done.
     texts = [record.plan or pipeline_text([pass_]) for pass_, record in zip(chosen, records, strict=True)]
     program.pipeline = ",".join(texts)
@@ -164,6 +159,15 @@ def optimize(
     if drift is not None and prefill == "fast" and program.info.kind == "decoder" and multiplies_int8():
         report.prefill_kl = drift.of_prompts(optimized.session)
     return optimized
+
+
+def _one_after_the_other(*callbacks: AfterPass | None) -> AfterPass:
+    def call_all(pass_: Pass, record: PassRecord, current: Program) -> None:
+        for callback in callbacks:
+            if callback is not None:
+                callback(pass_, record, current)
+
+    return call_all
 
 
 def _check_target(target: str, prefill: str, dtype: str, archs: Sequence[str], tune: bool) -> None:

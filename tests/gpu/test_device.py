@@ -9,7 +9,17 @@ from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.weight_form import WeightForm
 from jettison.codegen.triton.launch import Launcher, choose_device
 from jettison.codegen.triton.word_layout import to_words
+from jettison.ir.compare import assert_close
 from jettison.ir.ops.quantized_linear import dequantize_rows, pack_codes
+from jettison.passes.cache_kv import CacheKV
+from jettison.passes.policies import Full, Kivi, SnapKV
+from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.runtime import tunings
+from jettison.runtime.session import Session
+from jettison.runtime.torch_executor import TorchExecutor
+from jettison.runtime.triton_executor import TritonExecutor
+from tests.models.tiny_models import tiny_model
+from tests.runtime.test_triton_executor import with_passes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,3 +42,36 @@ def test_every_tuning_computes_the_same(bits):
         Launcher(kernel, tuning)(x.cuda(), *words.tensors, out, sizes={})
         error = (out.cpu().double() - expected).abs().max() / expected.abs().max()
         assert error < 2**-8, tuning
+
+
+@pytest.mark.parametrize("policy", [Full(), SnapKV(budget=16, window=4), Kivi(bits=4, group=8, residual=16)], ids=str)
+def test_steps_are_replayed_and_right(policy):
+    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(policy))
+    executor = TritonExecutor(program)
+    ours, theirs = Session(executor, 1, 128), Session(TorchExecutor(program, kernels="reference"), 1, 128)
+    prompt = list(range(3, 40))
+    wanted, found = theirs.prefill([prompt]), ours.prefill([prompt])
+    for _ in range(20):
+        assert_close(found, wanted)
+        tokens = wanted.argmax(-1).tolist()
+        wanted, found = theirs.decode(tokens), ours.decode(tokens)
+    assert executor.recorded is not None
+    assert executor.recorded.refusal is None
+    values, tokens = ours.decode_best([5], 3)
+    expected = theirs.decode([5]).topk(3, 1)
+    assert torch.equal(tokens, expected.indices)
+    assert_close(values, expected.values)
+
+
+def test_tunings_are_measured_and_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("JETTISON_CACHE", str(tmp_path))
+    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(Full()))
+    document = tunings.measure(TritonExecutor(program), tunings.stopwatch())
+    assert all(each["microseconds"] > 0 for each in document["kernels"].values())
+    tunings.keep(document)
+    known = tunings.known_tunings(tunings.cached_tunings())
+    assert set(known) == set(document["kernels"])
+    session = Session(TritonExecutor(program, tunings=known), 1, 64)
+    expected = Session(TorchExecutor(program, kernels="reference"), 1, 64)
+    assert_close(session.prefill([[1, 2, 3]]), expected.prefill([[1, 2, 3]]))
+    assert_close(session.decode([4]), expected.decode([4]))

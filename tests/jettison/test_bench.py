@@ -22,6 +22,7 @@ from jettison.bench import (
     threads_of,
     weight_bytes_per_step,
 )
+from jettison.ir.allocator import give_back
 from jettison.ir.capture import capture
 from jettison.ir.errors import OptionError
 from jettison.ir.huggingface import source_from_model
@@ -133,6 +134,7 @@ def test_states_take_the_memory_that_is_reported():
         apply(program, parse_passes(f"cache-kv{{policy={policy}}}"))
         executor = TorchExecutor(program)
         gc.collect()
+        give_back()  # or states take pages that the process has already
         before = status_bytes("RssAnon")
         session = Session(executor, 4096, CONTEXT)
         session._make_room([CONTEXT - 8] * 4096, is_prompt=True)
