@@ -42,6 +42,11 @@ ROTATED_BYTES = 256 << 20
 LAUNCHES = 20
 
 
+def file_name() -> str:
+    """Of the results of this GPU."""
+    return "gpu-" + re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
 def graph_of(calls: list[Callable[[], object]]) -> Callable[[], float]:
     """Capture some launches; the result runs them and returns the microseconds of one."""
     stream = torch.cuda.Stream()
@@ -237,8 +242,7 @@ def main() -> None:
         for bits in (8, 4, 2):
             figures["attention"].append(joint(bits, tokens, rounds, copy))
             print(figures["attention"][-1], flush=True)
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    print(write(f"gpu-{name}", figures, before))
+    print(write(file_name(), figures, before))
 
 
 if __name__ == "__main__":

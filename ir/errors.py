@@ -48,3 +48,7 @@ class VerifyError(BugError):
 
 class CodegenError(BugError):
     """A verified program could not be lowered to its target."""
+
+
+class KernelsNotUsed(UserWarning):
+    """Machine code in an artifact does not fit this machine; its kernels are compiled instead."""

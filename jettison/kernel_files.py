@@ -13,7 +13,7 @@ from jettison.codegen.triton.emit import FOLDER, emit, fallbacks, plan_text
 from jettison.codegen.triton.kernels.base import Tuning
 from jettison.codegen.triton.machine_code import StoredKernel, architecture, restore
 from jettison.codegen.triton.source import source_hash
-from jettison.ir.errors import ArtifactError
+from jettison.ir.errors import ArtifactError, KernelsNotUsed
 from jettison.ir.program import Program
 from jettison.ir.progress import track
 from jettison.runtime.artifact import Artifact, ArtifactWriter
@@ -96,9 +96,7 @@ def kernels_executor(artifact: Artifact, program: Program, trust_kernels: bool) 
     if trust_kernels:
         reason = _restore(artifact)
         if reason is not None:
-            warnings.warn(
-                f"machine code of {artifact.folder} is not used: {reason}; kernels are compiled", stacklevel=2
-            )
+            warnings.warn(f"the stored machine code is not used: {reason}; kernels are compiled", KernelsNotUsed, 2)
     tunings = known_tunings(stored_tunings, cached_tunings())
     return TritonExecutor(program, emitted=emitted, tunings=tunings)
 

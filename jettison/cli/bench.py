@@ -6,7 +6,7 @@ import argparse
 
 from jettison.cli.artifact import open_model
 from jettison.cli.console import Terminal
-from jettison.cli.parser import add_artifact, add_threads, count
+from jettison.cli.parser import add_artifact, add_running, count
 from jettison.cli.signals import import_torch
 
 _PROMPT_TOKENS, _NEW_TOKENS, _BATCH, _ROUNDS = 512, 64, 1, 3
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--rounds", _ROUNDS, "repetitions; medians are reported"),
     ):
         parser.add_argument(flag, type=count, default=default, metavar="N", help=f"{text} (default: {default})")
-    add_threads(parser)
+    add_running(parser)
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from jettison.bench import bench
 
     result = bench(
-        open_model(args), prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, batch=args.batch,
+        open_model(args, terminal), prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, batch=args.batch,
         rounds=args.rounds,
     )  # fmt: skip
     if terminal.is_json:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jettison.cli.artifact import open_model
 from jettison.cli.console import Terminal, size_text
-from jettison.cli.parser import add_artifact, add_threads, count, divergence, seed
+from jettison.cli.parser import add_artifact, add_running, count, divergence, seed
 from jettison.cli.signals import import_torch
 
 BUDGET_MISSED = 3
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-kl", type=divergence, metavar="NATS", help="exit with code 3 above this many nats per token"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampled text (default: 0)")
-    add_threads(parser)
+    add_running(parser)
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.max_kl is not None and args.reference is None:
         raise OptionError("jettison eval: --max-kl needs something to diverge from. Add --reference MODEL.")
     text = None if args.text is None else load_text(args.text)
-    model = open_model(args, allow_spinning=False)
+    model = open_model(args, terminal, allow_spinning=False)
     result = evaluate(
         model, text=text, reference=args.reference, context=args.context, prefill=args.prefill, seed=args.seed
     ).as_dict()  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jettison.cli.artifact import open_model
 from jettison.cli.console import Terminal
-from jettison.cli.parser import add_artifact, add_threads, seed, token_ids
+from jettison.cli.parser import add_artifact, add_running, seed, token_ids
 from jettison.ir.errors import OptionError
 
 if TYPE_CHECKING:
@@ -60,13 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given repeatedly")
     parser.add_argument("--seed", type=seed, metavar="N", help="of the draws (default: another one every time)")
-    add_threads(parser)
+    add_running(parser)
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Carry the subcommand out; returns the exit code."""
     settings = _settings(args)
-    model = open_model(args)
+    model = open_model(args, terminal)
     if args.prompt_ids is not None:
         prompt, ids = None, args.prompt_ids
     else:

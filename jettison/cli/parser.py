@@ -123,8 +123,12 @@ def add_artifact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="DIR", type=Path, help="folder that `jettison optimize` wrote")
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
-    """`--threads`, for the subcommands that run a model."""
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Options of the subcommands that run an artifact."""
     parser.add_argument(
         "--threads", type=count, metavar="N", help="threads within an operator (default: the runtime's own choice)"
     )
+    parser.add_argument(
+        "--trust-kernels", action="store_true",
+        help="run the machine code in the artifact, which nothing checks, instead of compiling its kernels (triton)",
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jettison.ir.errors import KernelsNotUsed
 from tests.cli.running import forge, optimized, run_process
 
 
@@ -65,6 +66,37 @@ def test_generates_what_the_torch_target_generates(triton_artifact, small_model,
     twin = optimized(small_model, tmp_path / "twin", "--target", "torch", "--dtype", "bfloat16")
     found, wanted = (jettison.load(each).generate([[5, 9, 3]], max_new_tokens=4) for each in (triton_artifact, twin))
     assert found == wanted
+
+
+def test_machine_code_is_used_where_it_is_trusted_and_fits(triton_artifact, monkeypatch, tmp_path):
+    import jettison
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("jettison.kernel_files.architecture", lambda: None)
+    with pytest.warns(KernelsNotUsed, match="there is no GPU"):
+        jettison.load(triton_artifact, trust_kernels=True).executor  # noqa: B018
+    monkeypatch.setattr("jettison.kernel_files.architecture", lambda: "sm_80")
+    with pytest.warns(KernelsNotUsed, match="there is none for sm_80"):
+        jettison.load(triton_artifact, trust_kernels=True).executor  # noqa: B018
+    monkeypatch.setattr("jettison.kernel_files.architecture", lambda: "sm_90")
+    jettison.load(triton_artifact).executor  # noqa: B018
+    assert not list(tmp_path.iterdir()), "not without being told"
+    jettison.load(triton_artifact, trust_kernels=True).executor  # noqa: B018
+    stored = {path.name for path in (triton_artifact / "kernels" / "sm_90").glob("*.cubin")}
+    assert {path.name for path in tmp_path.rglob("*.cubin")} == stored
+
+
+def test_tuning_needs_a_gpu_and_kernels(run, small_model, triton_artifact, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, which can be measured")
+    out = tmp_path / "out"
+    run("optimize", small_model, "--out", out, "--target", "triton", "--tune").fails(1, "no GPU was found")
+    run("optimize", small_model, "--out", out, "--tune").fails(2, "only kernels of triton have tile sizes")
+    run("prepare", triton_artifact).fails(1, "no GPU was found")
+    run("prepare", triton_artifact, "--remove").fails(2, "nothing of it is packed")
+    assert not out.exists()
 
 
 def test_another_source_than_ours_is_not_run(run, triton_artifact, tmp_path):
