@@ -122,18 +122,23 @@ def test_an_interrupted_run_goes_on(small_model, text, tmp_path, monkeypatch, me
     assert (inputs, len([each for each in calls if each is not None])) == (2, 0)
 
 
-@pytest.mark.parametrize("damage", ["options", "file", "identity"])
-def test_what_does_not_fit_is_done_again(small_model, text, tmp_path, damage):
+def test_what_does_not_fit_is_done_again(small_model, text, tmp_path):
     folder = tmp_path / "unfinished"
     whole = parts(optimize(small_model, calibration=text, resume=folder), tmp_path)
-    if damage == "options":
+
+    def other_options():
         optimize(small_model, GPTQ_TEXT.replace("32", "64"), calibration=text, resume=folder)
-    elif damage == "file":
+
+    def cut_files():
         for path in folder.glob("*.safetensors"):
             path.write_bytes(path.read_bytes()[:100])
-    else:
+
+    def no_identity():
         (folder / "identity").write_bytes(b"\xff")
-    assert parts(optimize(small_model, calibration=text, resume=folder), tmp_path) == whole
+
+    for damage in (other_options, cut_files, no_identity):
+        damage()
+        assert parts(optimize(small_model, calibration=text, resume=folder), tmp_path) == whole, damage
 
 
 def test_a_folder_with_something_else_is_left_alone(small_model, text, tmp_path):

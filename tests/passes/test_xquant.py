@@ -70,7 +70,6 @@ def stored_numbers(program):
     ("name", "numbers"),
     [
         # Two key heads of 8 below an input of 32: latents, as many as the keys and values.
-        ("qwen2", 32),  # biases
         ("qwen3", 32),  # a norm per head
         ("olmo2", 32),  # a norm over all heads
         ("glm", 32),  # half of the channels are rotated, interleaved
