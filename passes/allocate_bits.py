@@ -32,7 +32,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from jettison.ir.errors import OptionError
 from jettison.ir.match import is_call
@@ -209,6 +208,9 @@ def cheapest(choices: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 
 
 
 def _solve(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, int]:
+    # Not with the module: machines that only run kernels need no SciPy.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     flat = [(name, index, choice) for name, each in choices.items() for index, choice in enumerate(each)]
     losses = np.array([max(choice.loss, 0.0) for _, _, choice in flat])
     sizes = np.array([choice.bytes for _, _, choice in flat], dtype=float)

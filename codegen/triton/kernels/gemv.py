@@ -19,8 +19,8 @@ from jettison.codegen.triton.kernels.weight_form import ONE, WeightForm
 # Rows of a program that every weight may be cut into without a mask.
 _ROWS = 16
 _LEAST_RUN = 32
-# Rows of each half of a gate.
-_GATED_ROWS = 8
+# Rows of each half of a gate, and of codes that are looked up in a table.
+_GATED_ROWS, _LOOKED_UP_ROWS = 8, 4
 # Words of a tile in the interpreter.
 _WIDEST = 1 << 18
 
@@ -72,6 +72,8 @@ class Gemv(Kernel):
         wanted = [(8, 512, 4), (4, 512, 4), (4, 1024, 8), (16, 256, 4), (8, 256, 4), (2, 1024, 4), (1, 2048, 4)]
         if not self.weight.bits:
             wanted = [(4, 1024, 4), (8, 512, 4), (2, 2048, 8), (4, 2048, 8)]
+        if self.weight.has_table:  # a value that is looked up takes an address, too
+            wanted = [each for each in wanted if each[0] <= _LOOKED_UP_ROWS]
         if self.epilogue.is_gated:  # twice the sums, scales and offsets: more rows do not fit into registers
             wanted = [each for each in wanted if each[0] <= _GATED_ROWS]
         # Runs of words that fill the rows need no mask.
