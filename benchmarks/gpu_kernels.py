@@ -164,9 +164,14 @@ def attention(tokens: int, rounds: int, copy: float) -> dict[str, Any]:
     grouped = query.view(1, kv_heads, heads // kv_heads, dim)
     packed = [lambda own=own: F.scaled_dot_product_attention(grouped, *own) for own in caches]
     times = interleaved({"ours": graph_of(own), "sdpa": graph_of(peer), "sdpa grouped": graph_of(packed)}, rounds)
-    read = sum(each.nbytes for each in caches[0])
-    floor = read / (copy * 1e3)
-    best = min(times["sdpa"], times["sdpa grouped"])
+    return beside_sdpa(kernel, tuning, tokens, sum(each.nbytes for each in caches[0]), times, copy)
+
+
+def beside_sdpa(
+    kernel: Kernel, tuning: Tuning, tokens: int, read: int, times: dict[str, float], copy: float
+) -> dict[str, Any]:
+    """Figures of an attention that reads so many bytes."""
+    floor, best = read / (copy * 1e3), min(times["sdpa"], times["sdpa grouped"])
     return {
         "kernel": kernel.name, "tuning": str(tuning), "tokens": tokens, "bytes": read, "microseconds": times["ours"],
         "floor_microseconds": floor, "share_of_copy_bandwidth": floor / times["ours"],
@@ -210,13 +215,7 @@ def joint(bits: int, tokens: int, rounds: int, copy: float) -> dict[str, Any]:
         "sdpa grouped": [lambda own=own: F.scaled_dot_product_attention(grouped, *own) for own in full],
     }
     times = interleaved({"ours": graph_of(own)} | {name: graph_of(each) for name, each in peers.items()}, rounds)
-    read = sum(part.nbytes for part in stored)
-    floor, best = read / (copy * 1e3), min(times["sdpa"], times["sdpa grouped"])
-    return {
-        "kernel": kernel.name, "tuning": str(tuning), "tokens": tokens, "bytes": read, "microseconds": times["ours"],
-        "floor_microseconds": floor, "share_of_copy_bandwidth": floor / times["ours"],
-        "sdpa_bf16_microseconds": best, "over_sdpa": best / times["ours"],
-    }  # fmt: skip
+    return beside_sdpa(kernel, tuning, tokens, sum(part.nbytes for part in stored), times, copy)
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def kernels_executor(artifact: Artifact, program: Program, trust_kernels: bool) 
         )
     stored_tunings = None
     if TUNINGS_FILE in artifact.manifest["files"]:
-        stored_tunings = json.loads(artifact.path(TUNINGS_FILE).read_text())
+        stored_tunings = artifact.read_json(TUNINGS_FILE)
     if trust_kernels:
         reason = _restore(artifact)
         if reason is not None:

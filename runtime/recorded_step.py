@@ -83,12 +83,13 @@ class RecordedSteps:
             Outputs, valid until the next step.
         """
         key = (key, *((name, value.shape, value.dtype) for name, value in inputs.items()))
-        if self.refusal is not None or key not in self._recordings:
+        recording = None
+        if key in self._recordings:
+            self._recordings.move_to_end(key)
+            recording = self._recordings[key] or self._recorded(key, inputs, compute)
+        elif self.refusal is None:
             self._recordings[key] = None
             self._forget_the_oldest()
-            return compute({name: value.to(self._device) for name, value in inputs.items()})
-        self._recordings.move_to_end(key)
-        recording = self._recordings[key] or self._recorded(key, inputs, compute)
         if recording is None:
             return compute({name: value.to(self._device) for name, value in inputs.items()})
         return recording.run(inputs)

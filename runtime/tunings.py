@@ -48,9 +48,13 @@ def known_tunings(*documents: Mapping[str, Any] | None) -> dict[str, Tuning]:
 
     found: dict[str, Tuning] = {}
     for document in documents:
-        if document is None or (document.get("gpu"), document.get("triton")) != (gpu_name(), triton.__version__):
+        if not isinstance(document, Mapping) or (document.get("gpu"), document.get("triton")) != (
+            gpu_name(),
+            triton.__version__,
+        ):
             continue
-        for name, each in document.get("kernels", {}).items():
+        kernels = document.get("kernels")
+        for name, each in kernels.items() if isinstance(kernels, dict) else ():
             tuning = _tuning(each)
             if tuning is not None:
                 found[name] = tuning
@@ -134,7 +138,8 @@ def keep(document: Mapping[str, Any]) -> Path:
     """
     path = tunings_path()
     before = cached_tunings() or {}
-    merged = {**document, "kernels": {**before.get("kernels", {}), **document["kernels"]}}
+    known = before.get("kernels")
+    merged = {**document, "kernels": {**(known if isinstance(known, dict) else {}), **document["kernels"]}}
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ class _Nothing:
 
 
 def _patch_once(interpreter: Any) -> None:
-    """Replace the functions of the language once per launch, not at every `tl.max`: a quarter of the time."""
+    """Replace the functions of the language once per launch, not at every `tl.max`, which is faster than that."""
     import triton.language as tl
 
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang

@@ -44,6 +44,22 @@ class Step:
 
 
 @dataclass
+class KernelStep(Step):
+    """Nodes that one kernel computes.
+
+    Attributes:
+        kernel: Which.
+    """
+
+    kernel: Kernel | None = None
+
+    def kernels(self) -> Iterator[Kernel]:
+        """See `Step`."""
+        if self.kernel is not None:
+            yield self.kernel
+
+
+@dataclass
 class TorchStep(Step):
     """One node that PyTorch runs."""
 
@@ -144,7 +160,7 @@ class LookupStep(Step):
 
 
 @dataclass
-class CacheStep(Step):
+class CacheStep(KernelStep):
     """Queries and keys rotated, keys and values written; `inputs` are q, k, v, then cos and sin, the slots, the caches.
 
     `outputs` are the rotated queries and the two caches.
@@ -155,14 +171,9 @@ class CacheStep(Step):
 
     kernel: RotaryWrite | None = None
 
-    def kernels(self) -> Iterator[Kernel]:
-        """See `Step`."""
-        if self.kernel is not None:
-            yield self.kernel
-
 
 @dataclass
-class JointAttentionStep(Step):
+class JointAttentionStep(KernelStep):
     """Attention of one token per row over a compressed cache, too.
 
     `inputs` are the queries, codes, scales and zeros of the stored keys, and of the values, how many are stored, the
@@ -174,14 +185,9 @@ class JointAttentionStep(Step):
 
     kernel: JointAttention | None = None
 
-    def kernels(self) -> Iterator[Kernel]:
-        """See `Step`."""
-        if self.kernel is not None:
-            yield self.kernel
-
 
 @dataclass
-class AttentionStep(Step):
+class AttentionStep(KernelStep):
     """Attention of one token per row; `inputs` are the queries, the caches and the slots.
 
     Attributes:
@@ -189,8 +195,3 @@ class AttentionStep(Step):
     """
 
     kernel: DecodeAttention | None = None
-
-    def kernels(self) -> Iterator[Kernel]:
-        """See `Step`."""
-        if self.kernel is not None:
-            yield self.kernel

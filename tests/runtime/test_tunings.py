@@ -86,6 +86,7 @@ def test_other_gpus_and_versions_say_nothing(measured, changed):
 @pytest.mark.parametrize("entry", [None, {}, {"tiles": 3, "warps": 4, "stages": 1}, {"tiles": {}, "warps": "x"}])
 def test_entries_that_are_none_are_passed_over(measured, entry):
     assert tunings.known_tunings({**measured, "kernels": {"a": entry}}) == {}
+    assert tunings.known_tunings({**measured, "kernels": entry}, [entry]) == {}
 
 
 def test_a_cache_that_is_no_json_is_passed_over(monkeypatch, tmp_path):
