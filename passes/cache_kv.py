@@ -45,6 +45,7 @@ from jettison.ir.program import (
 from jettison.ir.projected_heads import KeyValueProjection
 from jettison.ir.rotary_table import angle_table, frequencies
 from jettison.passes.base import Pass, describe_node
+from jettison.passes.decode_only import specialize_entries
 from jettison.passes.options import ByRange, option
 from jettison.passes.policies import Full, Policy
 from jettison.passes.policies.base import AttentionSite
@@ -144,6 +145,7 @@ class CacheKV(Pass):
         edit.eliminate_dead_code()
         entry = program.entries.pop("forward")
         program.entries = {"prefill": entry, "decode": copy_graph(entry), **program.entries}
+        specialize_entries(program, self.name)
         for cache in caches.values():
             cache.add_entries(program, self.name)
         return len(sites), misses

@@ -1,0 +1,44 @@
+"""What operators that read less for a token become in the entries that `cache-kv` makes.
+
+`forward` computes every token as a decode step will, so that a check sees what a pass costs. Of the two entries made
+from it, `prefill` reads all weights again: a prompt needs nearly all of them anyway, and its keys and values are
+better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+
+from jettison.ir.edit import Edit
+from jettison.ir.match import is_call
+from jettison.ir.program import Program
+
+Form = Callable[[fx.Node, Edit], None]
+"""Rewrites a node in its entry."""
+
+FORMS: Mapping[Any, Mapping[str, Form]] = {}
+"""By operator and entry; an entry that is not named keeps the operator as it is."""
+
+
+def is_decode_only(program: Program) -> bool:
+    """Whether some token is computed in another way than a token of a prompt."""
+    return any(is_call(node, *FORMS) for entry in program.entries.values() for node in entry.graph.nodes)
+
+
+def specialize_entries(program: Program, made_by: str) -> None:
+    """Give each entry its form of the operators, in place.
+
+    Args:
+        program: With `prefill` and `decode`, which are copies of one graph but for this.
+        made_by: Text id of the pass.
+    """
+    for entry in ("prefill", "decode"):
+        edit = Edit(program, entry, made_by)
+        for node in list(edit.graph.nodes):
+            form = next((forms.get(entry) for target, forms in FORMS.items() if is_call(node, target)), None)
+            if form is not None:
+                form(node, edit)
+        edit.eliminate_dead_code()
