@@ -15,8 +15,8 @@ from jettison.passes.pipeline import CANONICALIZE, RAISE
 
 # Modules of the package that hold no pass.
 INFRASTRUCTURE = {"base", "decode_only", "expert_reads", "grammar", "options", "pipeline"}
-VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "fold", "fuse", "lower", "merge", "plan", "predict",
-         "quantize", "raise", "select", "split", "strip")  # fmt: skip
+VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "fold", "fuse",
+         "lower", "merge", "plan", "predict", "quantize", "raise", "select", "split", "strip")  # fmt: skip
 
 
 def pass_modules():
