@@ -24,16 +24,20 @@ if TYPE_CHECKING:
     from jettison.api import load, optimize
     from jettison.optimized_model import OptimizedModel
     from jettison.passes.cache_kv import CacheKV
+    from jettison.passes.cluster_neurons import ClusterNeurons
     from jettison.passes.merge_qkv_projections import MergeQkvProjections
     from jettison.passes.policies import Full, Window
+    from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
     from jettison.passes.quantize_weights import QuantizeWeights
     from jettison.report import Report
 
 __all__ = [
     "CacheKV",
+    "ClusterNeurons",
     "Full",
     "MergeQkvProjections",
     "OptimizedModel",
+    "PredictMlpSparsity",
     "QuantizeWeights",
     "Report",
     "Window",
@@ -43,9 +47,11 @@ __all__ = [
 
 _HOMES = {
     "CacheKV": "jettison.passes.cache_kv",
+    "ClusterNeurons": "jettison.passes.cluster_neurons",
     "Full": "jettison.passes.policies",
     "MergeQkvProjections": "jettison.passes.merge_qkv_projections",
     "OptimizedModel": "jettison.optimized_model",
+    "PredictMlpSparsity": "jettison.passes.predict_mlp_sparsity",
     "QuantizeWeights": "jettison.passes.quantize_weights",
     "Report": "jettison.report",
     "Window": "jettison.passes.policies",

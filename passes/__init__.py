@@ -4,10 +4,12 @@ from jettison.passes.allocate_bits import AllocateBits
 from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.canonicalize_linear import CanonicalizeLinear
+from jettison.passes.cluster_neurons import ClusterNeurons
 from jettison.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from jettison.passes.eliminate_no_ops import EliminateNoOps
 from jettison.passes.fold_constants import FoldConstants
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
+from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
 from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.passes.raise_attention import RaiseAttention
 from jettison.passes.raise_gated_mlp import RaiseGatedMlp
@@ -22,10 +24,12 @@ PASSES: tuple[type[Pass], ...] = (
     AllocateBits,
     CacheKV,
     CanonicalizeLinear,
+    ClusterNeurons,
     EliminateCommonSubexpressions,
     EliminateNoOps,
     FoldConstants,
     MergeQkvProjections,
+    PredictMlpSparsity,
     QuantizeWeights,
     RaiseAttention,
     RaiseGatedMlp,
@@ -36,6 +40,13 @@ PASSES: tuple[type[Pass], ...] = (
     StripExportAsserts,
 )
 # Canonicalisation and raising always run and stay out of the text.
-USER_PASSES: tuple[type[Pass], ...] = (AllocateBits, CacheKV, MergeQkvProjections, QuantizeWeights)
+USER_PASSES: tuple[type[Pass], ...] = (
+    AllocateBits,
+    CacheKV,
+    ClusterNeurons,
+    MergeQkvProjections,
+    PredictMlpSparsity,
+    QuantizeWeights,
+)
 
 __all__ = ["PASSES", "USER_PASSES"]

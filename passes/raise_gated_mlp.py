@@ -48,7 +48,7 @@ class RaiseGatedMlp(Pass):
 
     def match(self, node: fx.Node, program: Program) -> Gate | Miss | None:
         """Start from the activation."""
-        activation = _activation(node)
+        activation = activation_name(node)
         if activation is None or not any(is_call(user, aten.mul.Tensor) for user in node.users):
             return None
         product = only_user(node)
@@ -73,7 +73,8 @@ class RaiseGatedMlp(Pass):
         edit.replace(match.product, fused)
 
 
-def _activation(node: fx.Node) -> str | None:
+def activation_name(node: fx.Node) -> str | None:
+    """The key in `ACTIVATIONS` of what a node computes; None for any other node."""
     if is_call(node, aten.gelu.default):
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
     return _NAMES.get(node.target) if node.op == "call_function" else None

@@ -12,9 +12,11 @@ from jettison.ir.ops.quantize_slots import quantize_slots
 from jettison.ir.ops.quantized_embedding import quantized_embedding
 from jettison.ir.ops.quantized_experts import quantized_experts
 from jettison.ir.ops.quantized_linear import quantized_linear
+from jettison.ir.ops.quantized_sparse_mlp import quantized_sparse_mlp
 from jettison.ir.ops.rotary_embedding import rotary_embedding
 from jettison.ir.ops.scored_attention import scored_attention
 from jettison.ir.ops.scored_joint_attention import scored_joint_attention
+from jettison.ir.ops.sparse_mlp import sparse_mlp
 from jettison.ir.ops.windowed_attention import windowed_attention
 from jettison.ir.ops.write_slots import write_slots
 
@@ -31,9 +33,11 @@ __all__ = [
     "quantized_embedding",
     "quantized_experts",
     "quantized_linear",
+    "quantized_sparse_mlp",
     "rotary_embedding",
     "scored_attention",
     "scored_joint_attention",
+    "sparse_mlp",
     "windowed_attention",
     "write_slots",
 ]

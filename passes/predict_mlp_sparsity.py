@@ -1,0 +1,296 @@
+"""Read only the neurons of a feed-forward layer that a token needs, as a predictor says.
+
+Before:
+    %3: f32[s0,s1,64] = aten.linear(%2, @fc1.weight, @fc1.bias)
+    %4: f32[s0,s1,64] = aten.relu(%3)
+    %5: f32[s0,s1,32] = aten.linear(%4, @fc2.weight, @fc2.bias)
+After:
+    %3: f32[s0,s1,16] = aten.linear(%2, @fc1.predictor.first, @fc1.predictor.first_bias)
+    %4: f32[s0,s1,16] = aten.relu(%3)
+    %5: f32[s0,s1,8] = aten.linear(%4, @fc1.predictor.second, @fc1.predictor.second_bias)
+    %6, %7 = aten.topk(%5, 2)
+    %8: f32[s0,s1,32] = jettison.sparse_mlp(%2, %7, None, @fc1.weight, @fc1.bias, @fc2.weight.transposed, @fc2.bias,
+        @fc1.absent, 'relu', 8)
+
+Fires when: a feed-forward layer (linear, activation, perhaps a gate, linear) reads constants that nothing else reads,
+    keeping `keep` of its groups loses little (`error`), and reading them is faster than reading all. A group is `group`
+    neurons that follow each other; `cluster-neurons` before it makes neighbours of those that fire together.
+    `keep=auto` keeps as few groups as `error` allows, layer by layer. Quantised weights stay as they are; others are
+    stored with a row per neuron in both matrices, so that a group is contiguous.
+Declines when: the layer is not sparse enough, or dense is faster: a gather takes longer per byte, and the predictor is
+    read too (`force=true` rewrites all the same); `group` does not divide the neurons, or cuts groups of codes.
+Numerics: changes precision, but only of tokens that are decoded: `cache-kv` makes prompts dense again. What a group
+    adds on average where it is left out (`@fc1.absent`) is added in its place. `error` is the mean square of what is
+    lost, over that of the residual stream behind the layer, with the best choice of groups; the predictor comes on top.
+Saves: (1 - keep) * bytes of the layer - bytes of the predictor, read per token. Batches read the union of their tokens'
+    groups, and everything once that is half of them.
+Method: `method` chooses the groups (passes/predictors/).
+Source: Deja Vu (arXiv 2310.17157), HiRE (arXiv 2402.09360); the stand-in for what is left out is ours.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from jettison.ir.constants import Constant, scratch_tensor
+from jettison.ir.edit import Edit
+from jettison.ir.errors import OptionError
+from jettison.ir.match import Miss, arguments
+from jettison.ir.ops import quantized_sparse_mlp, sparse_mlp
+from jettison.ir.program import MissRecord, Program
+from jettison.ir.progress import track
+from jettison.passes.base import Pass, describe_node
+from jettison.passes.mlp_activity import MlpActivity, absent_means, dense_weight, dropped_energy, watch
+from jettison.passes.mlp_sites import MlpSite, ancestors, find_mlp, require_calibrated, residual_before_attention
+from jettison.passes.options import option
+from jettison.passes.predictors import DejaVu, Predictor, Samples
+
+aten = torch.ops.aten
+_TOKENS = 1 << 15
+# Most energy that may be lost where the share is given, and what `keep=auto` aims at.
+_MOST_ERROR, _AIM = 0.05, 0.01
+# How much longer a byte takes that is gathered, by whether it is quantised: how far the share of the time is above the
+# share of the groups (benchmarks/results/contextual_sparsity.json, 10 and 20 % kept).
+_GATHER_COST = {False: 1.9, True: 2.5}
+
+
+@dataclass(frozen=True)
+class SparseMlp:
+    """What becomes of a layer.
+
+    Attributes:
+        site: The layer.
+        kept: Groups that each token keeps.
+        predictor: Constants of its predictor.
+        absent: Stand-ins for what is left out, or None.
+    """
+
+    site: MlpSite
+    kept: int
+    predictor: dict[str, Tensor]
+    absent: Tensor | None
+
+
+@dataclass(frozen=True)
+class PredictMlpSparsity(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "predict-mlp-sparsity"
+    is_exact: ClassVar[bool] = False
+    method: Predictor = option(DejaVu(), doc="how groups are chosen", flat=True)
+    keep: float | Literal["auto"] = option("auto", doc="share of the groups that a token keeps", range="above 0, to 1")
+    group: int = option(32, doc="neurons of a group; divides those of a layer", range="1 or more")
+    error: float | None = option(
+        None, doc="most energy that a layer may lose; 0.05 unless given, and 0.01 for keep=auto", range="0 or more"
+    )
+    stand_in: bool = option(True, doc="add what groups contribute on average where they are left out")
+    skip: str | None = option(None, doc="regular expression; layers whose weights it is found in stay as they are")
+    force: bool = option(False, doc="rewrite layers that are faster, or much better, dense")
+    seed: int = option(0, doc="of what a predictor draws")
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise OptionError(f"[predict-mlp-sparsity] group={self.group}: needs 1 or more neurons.")
+        if self.keep != "auto" and not 0 < float(self.keep) <= 1:
+            raise OptionError(f"[predict-mlp-sparsity] keep={self.keep}: needs a share above 0, at most 1, or auto.")
+        if self.error is not None and not self.error >= 0:
+            raise OptionError(f"[predict-mlp-sparsity] error={self.error}: needs a share of energy, 0 or more.")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Pass`: predictors are learned from tokens."""
+        return True
+
+    def requires(self, program: Program) -> None:
+        """It runs the captured graph on text."""
+        require_calibrated(program, self.name)
+
+    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
+        """Learn layer by layer, in the order of the graph; then rewrite."""
+        sites, misses = self.find(program)
+        plans: list[SparseMlp] = []
+        with track(self.name, len(sites)) as advance:
+            for site, activity in watch(program, sites, self.group, self._source, most=_TOKENS):
+                planned = self._plan(program, site, activity)
+                if isinstance(planned, Miss):
+                    misses.append(MissRecord(describe_node(planned.node), planned.reason))
+                else:
+                    plans.append(planned)
+                advance(1)
+        edit = Edit(program, "forward", self.name)
+        for plan in plans:
+            self.rewrite(plan, edit)
+        edit.eliminate_dead_code()
+        return len(plans), misses
+
+    def find(self, program: Program) -> tuple[list[MlpSite], list[MissRecord]]:
+        """Layers that can be read by groups, and what stands in the way of others."""
+        sites, misses = [], []
+        for node in program.entries["forward"].graph.nodes:
+            found = self.match(node, program)
+            if isinstance(found, Miss):
+                misses.append(MissRecord(describe_node(found.node), found.reason))
+            elif found is not None:
+                sites.append(found)
+        return sites, misses
+
+    def match(self, node: fx.Node, program: Program) -> MlpSite | Miss | None:
+        """A layer whose weights can be read by groups."""
+        site = find_mlp(node, program)
+        if not isinstance(site, MlpSite):
+            return site
+        if self.skip is not None and re.search(self.skip, describe_node(site.up)):
+            return None
+        if site.neurons % self.group:
+            return Miss(f"groups of {self.group} do not divide its {site.neurons} neurons", site.up)
+        if site.is_packed:
+            columns = arguments(site.down)["group"]
+            if self.group % columns:
+                reason = f"groups of {self.group} neurons cut the groups of {columns} columns of its second matrix"
+                return Miss(reason, site.down)
+        if self._source(site) is None:
+            return Miss("there is no residual before an attention that lookahead=previous could read", site.up)
+        return site
+
+    def rewrite(self, match: SparseMlp, edit: Edit) -> None:
+        """Insert the predictor behind what it reads, and the operator in the place of the layer."""
+        site, program = match.site, edit.program
+        source = self._source(site)
+        assert source is not None, "matched"
+        stem = (site.constant(site.up, "codes" if site.is_packed else "weight") or "").removesuffix(".codes")
+        stem = stem.removesuffix(".weight")
+        dtype = site.x.meta["val"].dtype
+        names = list(match.predictor)
+        placed = [
+            edit.constant(Constant(f"{stem}.predictor.{name}", match.predictor[name].to(dtype))) for name in names
+        ]
+        absent = None
+        if match.absent is not None:
+            absent = edit.constant(Constant(f"{stem}.absent", match.absent.to(dtype)))
+
+        def choose(x: Tensor, *constants: Tensor) -> Tensor:
+            rows = x.reshape(-1, x.shape[-1]) if x.dim() > site.x.meta["val"].dim() else x
+            given = dict(zip(names, constants, strict=True))
+            return self.method.scores(rows, given, site.activation)
+
+        with edit.before(source.next):
+            scores = edit.inline(choose, source, *placed)
+            best = edit.call(aten.topk.default, scores, match.kept)
+            indices = edit.call(operator.getitem, best, 1)
+        with edit.before(site.down):
+            new = _packed_call(site, indices, absent, self.group, edit) if site.is_packed else None
+            if new is None:
+                new = _dense_call(site, indices, absent, self.group, edit, program)
+        edit.replace(site.down, new)
+
+    def ensures(self, program: Program) -> str | None:
+        """A predictor reads nothing that comes after its source."""
+        for node in program.entries["forward"].graph.nodes:
+            if node.target not in (sparse_mlp, quantized_sparse_mlp) or node.meta.get("made_by") != self.name:
+                continue
+            indices = arguments(node)["indices"]
+            if self.method.lookahead == "previous" and arguments(node)["x"] in ancestors(indices):
+                return f"the predictor of {describe_node(node)} reads what comes after its source"
+        return None
+
+    def _source(self, site: MlpSite) -> fx.Node | None:
+        """What the predictor of a layer reads."""
+        return site.x if self.method.lookahead == "same" else residual_before_attention(site)
+
+    def _plan(self, program: Program, site: MlpSite, activity: MlpActivity) -> SparseMlp | Miss:
+        """Choose the groups to keep and learn the predictor, or say why the layer stays dense."""
+        down = dense_weight(program, site, site.down)
+        groups = site.neurons // self.group
+        kept = groups if self.keep == "auto" else max(1, round(float(self.keep) * groups))
+        if self.keep == "auto":
+            kept = self._fewest(activity, down, groups)
+        lost, absent = self._lost(activity, kept, down)
+        most = _MOST_ERROR if self.error is None else self.error
+        if self.keep != "auto" and lost > most and not self.force:
+            reason = (
+                f"its activations are not sparse: {kept} of {groups} groups lose {lost:.1%} of the energy behind it"
+            )
+            return Miss(f"{reason}, more than {most:.1%} (error)", site.up)
+        samples = Samples(
+            activity.inputs, activity.scores, dense_weight(program, site, site.up), _vector(program, site, "bias"),
+            None if site.gate is None else dense_weight(program, site, site.gate), activity.norms, site.activation,
+        )  # fmt: skip
+        predictor = self.method.fit(samples, kept, self.seed)
+        share = kept / groups
+        extra = sum(tensor.numel() for tensor in predictor.values()) * _bytes_each(program, site)
+        read = share + extra / _stored_bytes(program, site)
+        if read * _GATHER_COST[site.is_packed] >= 1 and not self.force:
+            reason = f"dense is faster: {kept} of {groups} groups and the predictor are {read:.0%} of its bytes, and"
+            return Miss(f"{reason} a gathered byte takes {_GATHER_COST[site.is_packed]} times as long", site.up)
+        return SparseMlp(site, kept, predictor, absent)
+
+    def _lost(self, activity: MlpActivity, kept: int, down: Tensor) -> tuple[float, Tensor | None]:
+        """Energy that keeping so many groups loses, and the stand-ins for the others."""
+        absent = absent_means(activity, self.group, kept, down) if self.stand_in else None
+        return dropped_energy(activity, self.group, kept, down, absent), absent
+
+    def _fewest(self, activity: MlpActivity, down: Tensor, groups: int) -> int:
+        """The fewest groups that lose no more than is allowed, by bisection."""
+        most = _AIM if self.error is None else self.error
+        low, high = 0, groups
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._lost(activity, middle, down)[0] <= most else (middle, high)
+        return high
+
+
+def _vector(program: Program, site: MlpSite, operand: str) -> Tensor | None:
+    name = site.constant(site.up, operand)
+    return None if name is None else program.constants[name].value().to(torch.float32)
+
+
+def _stored_bytes(program: Program, site: MlpSite) -> int:
+    names = {site.constant(linear, o) for linear in site.linears for o in arguments(linear) if o not in ("x", "input")}
+    return sum(program.constants[name].stored_bytes for name in names if name is not None)
+
+
+def _bytes_each(program: Program, site: MlpSite) -> int:
+    """Of a number of a predictor, as it would be stored beside the layer: quantised where the layer is."""
+    return 1 if site.is_packed else int(site.x.meta["val"].dtype.itemsize)
+
+
+def _dense_call(
+    site: MlpSite, indices: fx.Node, absent: fx.Node | None, group: int, edit: Edit, program: Program
+) -> fx.Node:
+    """The operator over matrices with a row per neuron: the second one is stored transposed from now on."""
+    read = arguments(site.down)
+    name = str(site.constant(site.down, "weight"))
+    down = edit.constant(transposed(program.constants[name], f"{name}.transposed"))
+    gate = None if site.gate is None else arguments(site.gate)["weight"]
+    up = arguments(site.up)
+    return edit.call(
+        sparse_mlp, site.x, indices, gate, up["weight"], up["bias"], down, read["bias"], absent, site.activation, group
+    )
+
+
+def transposed(constant: Constant, name: str) -> Constant:
+    """A matrix as its transpose, stored in the dtype it was, a few rows at a time."""
+    rows, columns = constant.shape
+    made = scratch_tensor((columns, rows), constant.stored_dtype)
+    for start, stop in constant.row_chunks():
+        made[:, start:stop] = constant.rows(start, stop).to(constant.stored_dtype).T
+    return Constant(name, made, constant.dtype)
+
+
+def _packed_call(site: MlpSite, indices: fx.Node, absent: fx.Node | None, group: int, edit: Edit) -> fx.Node:
+    """The operator over the parts of quantised matrices, which stay where they are."""
+    up, down = arguments(site.up), arguments(site.down)
+    gate: Mapping[str, fx.Node | None] = {} if site.gate is None else arguments(site.gate)
+    parts = ("codes", "scales", "zeros")
+    return edit.call(
+        quantized_sparse_mlp, site.x, indices, *(gate.get(part) for part in parts), *(up[part] for part in parts),
+        up["bias"], *(down[part] for part in parts), down["bias"], absent, site.activation, group, up["bits"],
+        up["group"], down["bits"], down["group"],
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""HiRE: estimate every neuron with a smaller copy of the first matrix, and keep the groups that look largest.
+
+    z = A @ (B @ x) + up_bias   (rank r: A [F, r], B [r, E])
+    score[g] = sum over the neurons of g of (activation(z) * norm of its row of the second matrix) ^ 2
+
+A and B are the truncation of the matrix that is best for the inputs seen: SVD of `up @ L` with `L @ L.T` their second
+moment, so that B = V.T @ inverse(L). With a gate there are two estimates, and their product. Nothing is trained. It
+reads `r * (E + F)` weights, where a network of the same rank (`dejavu`) reads `r * (E + G)`: better recall for more
+bytes.
+
+Source: HiRE (arXiv 2402.09360), which trains its factors and keeps more candidates than it uses; the exact values that
+would tell them apart are those of the group, and once they are read it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jettison.ir.errors import OptionError
+from jettison.ir.ops.gated_activation import ACTIVATIONS
+from jettison.passes.options import option
+from jettison.passes.predictors.base import Predictor, Samples
+
+# Of the mean of the second moment's diagonal, added to it: directions that no input has need a finite inverse.
+_DAMPING = 1e-4
+
+
+@dataclass(frozen=True)
+class HiRE(Predictor):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "hire"
+    rank: int | None = option(None, doc="of the estimate; E / 8 unless given", range="1 or more")
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise OptionError(f"[hire] rank={self.rank}: needs 1 or more.")
+
+    def fit(self, samples: Samples, kept: int, seed: int) -> dict[str, Tensor]:
+        """Factorise; see `Predictor.fit`."""
+        rank = min(self.rank or max(1, samples.inputs.shape[1] // 8), *samples.up.shape)
+        root = _root(samples.inputs)
+        # The norms by group: the graph learns from their shape how many groups there are.
+        made = {"norms": samples.norms.reshape(samples.scores.shape[1], -1)}
+        for name, matrix in (("up", samples.up), ("gate", samples.gate)):
+            if matrix is not None:
+                made[f"{name}_rows"], made[f"{name}_columns"] = truncated(matrix, root, rank)
+        if samples.up_bias is not None:
+            made["up_bias"] = samples.up_bias
+        return made
+
+    def scores(self, x: Tensor, constants: Mapping[str, Tensor], activation: str) -> Tensor:
+        """See `Predictor.scores`."""
+
+        def estimate(name: str, bias: Tensor | None) -> Tensor:
+            return F.linear(F.linear(x, constants[f"{name}_columns"]), constants[f"{name}_rows"], bias)
+
+        hidden = estimate("up", constants.get("up_bias"))
+        activate = ACTIVATIONS[activation]
+        hidden = activate(estimate("gate", None)) * hidden if "gate_rows" in constants else activate(hidden)
+        norms = constants["norms"]
+        worth = hidden.unflatten(-1, tuple(norms.shape)) * norms
+        return worth.square().sum(-1)
+
+
+def _root(inputs: Tensor) -> Tensor:
+    """`[E, E]`, lower triangular: its product with its transpose is the second moment of the inputs."""
+    moment = inputs.T @ inputs / len(inputs)
+    moment.diagonal().add_(_DAMPING * moment.diagonal().mean().clamp_min(1e-30))
+    return torch.linalg.cholesky(moment)
+
+
+def truncated(matrix: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of a matrix that keep most of its products with inputs of a second moment.
+
+    Args:
+        matrix: `[N, E]`.
+        root: `[E, E]`, lower triangular; see `_root`.
+        rank: Of the factors.
+
+    Returns:
+        `[N, rank]` and `[rank, E]`.
+    """
+    left, values, right = torch.linalg.svd(matrix @ root, full_matrices=False)
+    rows = (left[:, :rank] * values[:rank]).contiguous()
+    columns = torch.linalg.solve_triangular(root, right[:rank], upper=False, left=False)
+    return rows, columns.contiguous()
