@@ -92,6 +92,33 @@ def parts_read(node: fx.Node) -> PackedParts | None:
     return PackedParts(codes, scales, zeros, read["bits"], read["group"], columns)
 
 
+def sparse_parts_read(node: fx.Node) -> dict[str, PackedParts]:
+    """The weights that a sparse feed-forward layer reads in packed form: `gate` (if it has one), `up` and `down`.
+
+    Empty for any other node, and where one of them is computed.
+    """
+    if not is_call(node, ops.quantized_sparse_mlp):
+        return {}
+    read = arguments(node)
+    sizes = {"up": read["width"], "down": read["neurons"]}
+    found = {}
+    for name, layout in (("gate", "up"), ("up", "up"), ("down", "down")):
+        if read[f"{name}_codes"] is None:
+            continue
+        codes, scales, zeros = (constant_name(read[f"{name}_{part}"]) for part in ("codes", "scales", "zeros"))
+        if codes is None or scales is None or (zeros is None and read[f"{name}_zeros"] is not None):
+            return {}
+        form = (read[f"{layout}_bits"], read[f"{layout}_group"], sizes[layout])
+        found[name] = PackedParts(codes, scales, zeros, *form)
+    return found
+
+
+def all_parts_read(node: fx.Node) -> tuple[PackedParts, ...]:
+    """Every weight that a node reads in packed form."""
+    parts = parts_read(node)
+    return tuple(sparse_parts_read(node).values()) if parts is None else (parts,)
+
+
 def lut_parts_read(node: fx.Node) -> LutParts | None:
     """The weight that a linear or an embedding reads as codes into a table, with scales; or None."""
     if not is_call(node, ops.lut_linear, ops.lut_embedding):
@@ -139,18 +166,19 @@ def _readers(program: Program) -> dict[PackedParts, list[fx.Node]]:
     for entry in program.entries.values():
         for placeholder in placeholders(entry):
             for user in placeholder.users:
-                parts = parts_read(user)
-                if parts is None:
+                read = all_parts_read(user)
+                if not read:
                     refused.add(constant_name(placeholder) or "")
-                elif constant_name(placeholder) == parts.codes:
-                    readers.setdefault(parts, []).append(user)
+                for parts in read:
+                    if constant_name(placeholder) == parts.codes:
+                        readers.setdefault(parts, []).append(user)
     forms = [parts.codes for parts in readers]
     return {
         parts: nodes
         for parts, nodes in readers.items()
         if parts.codes not in refused
         and forms.count(parts.codes) == 1
-        and any(is_call(node, ops.quantized_linear) for node in nodes)
+        and any(is_call(node, ops.quantized_linear, ops.quantized_sparse_mlp) for node in nodes)
     }
 
 
@@ -160,6 +188,8 @@ def _read_together(
     """Weights of linears that read the same x and have the same layout; an embedding reads its table alone."""
     by_input: dict[object, list[PackedParts]] = {}
     for node in entry.graph.nodes:
+        # Slabs are cut from each weight alone.
+        by_input.update({parts: [parts] for parts in sparse_parts_read(node).values() if parts in usable})
         parts = parts_read(node)
         if parts is None or parts not in usable:
             continue

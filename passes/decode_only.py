@@ -34,7 +34,7 @@ def _linears_again(node: fx.Node, edit: Edit) -> None:
 
     def linear(x: fx.Node, stack: str, layout: str, bias: fx.Node | None) -> fx.Node:
         parts = [read[f"{stack}_{part}"] for part in ("codes", "scales", "zeros")]
-        columns = int(x.meta["val"].shape[-1])
+        columns = read["neurons" if stack == "down" else "width"]
         return edit.call(quantized_linear, x, *parts, bias, read[f"{layout}_bits"], read[f"{layout}_group"], columns)
 
     with edit.before(node):

@@ -292,5 +292,5 @@ def _packed_call(site: MlpSite, indices: fx.Node, absent: fx.Node | None, group:
     return edit.call(
         quantized_sparse_mlp, site.x, indices, *(gate.get(part) for part in parts), *(up[part] for part in parts),
         up["bias"], *(down[part] for part in parts), down["bias"], absent, site.activation, group, up["bits"],
-        up["group"], down["bits"], down["group"],
+        up["group"], down["bits"], down["group"], site.width, site.neurons,
     )  # fmt: skip

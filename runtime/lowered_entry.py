@@ -7,7 +7,7 @@ what surrounds each of them counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,15 @@ from torch import Tensor, fx, nn
 
 from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
-from jettison.ir.packed_parts import JointWeight, PackedParts, parts_read
+from jettison.ir.packed_parts import JointWeight, PackedParts, all_parts_read, parts_read, sparse_parts_read
 from jettison.runtime.packed_experts import ExpertParts, experts_read, run_experts
 from jettison.runtime.packed_linear import PackedWeight
+from jettison.runtime.sparse_mlp import run_quantized_sparse_mlp, run_sparse_mlp
 from jettison.runtime.state_operators import attend_both, attend_slots, slot_range, windowed_attention_, write_range_
 
 aten = torch.ops.aten
+# Weights of a sparse feed-forward layer, in the order of its kernel's arguments.
+SLABBED = ("gate", "up", "down")
 # The same operators behind PyTorch's own argument parser, which takes a microsecond less per call.
 _PARSED = {
     aten.add.Tensor: torch.add,
@@ -88,10 +91,10 @@ class _Lowering:
         name = node.meta["constant"]
         if name in self._experts and name != self._experts[name].name:
             return
-        reads = [parts_read(user) for user in node.users]
-        packed = [parts for parts in reads if parts is not None and parts in self._packed]
+        reads = [[parts for parts in all_parts_read(user) if parts.has_part(name)] for user in node.users]
+        packed = [parts for read in reads for parts in read if parts in self._packed]
         is_weight = any(self._packed[parts].name == name for parts in packed)
-        if not is_weight and reads and len(packed) == len(reads) and all(parts.has_part(name) for parts in packed):
+        if not is_weight and packed and all(any(parts in self._packed for parts in read) for read in reads):
             return
         self.constants.append(name)
         self._new[node] = self._copied(node)
@@ -107,6 +110,11 @@ class _Lowering:
         parts = parts_read(node)
         if parts is not None and parts in self._packed:
             return self._packed_read(node, parts)
+        slabs = sparse_parts_read(node)
+        if slabs and all(each in self._packed for each in slabs.values()):
+            return self._sparse_read(node, slabs)
+        if is_call(node, ops.sparse_mlp):
+            return self._call(run_sparse_mlp, *self._translated(arguments(node).values()))
         stacks = experts_read(node)
         if stacks is not None and stacks.name in self._experts:
             read = arguments(node)
@@ -141,6 +149,13 @@ class _Lowering:
         start, rows = sum(joint.rows[:index]), joint.rows[index]
         return self._call(take_rows, self._once(run_linear, weight, x, None), start, rows, bias)
 
+    def _sparse_read(self, node: fx.Node, read: Mapping[str, PackedParts]) -> fx.Node:
+        """A feed-forward layer over slabs of packed weights."""
+        weights = [self._weights[self._packed[read[name]].name] if name in read else None for name in SLABBED]
+        names = ("x", "indices", "up_bias", "down_bias", "absent", "activation", "group")
+        operands = self._translated([arguments(node)[name] for name in names])
+        return self._call(run_quantized_sparse_mlp, *weights, *operands, read["down"].columns)
+
     def _once(self, function: Callable[..., Any], *arguments: Any) -> fx.Node:
         """A call whose result several nodes read."""
         key = (function, *arguments)
@@ -151,7 +166,7 @@ class _Lowering:
     def _call(self, function: Callable[..., Any], *arguments: Any) -> fx.Node:
         return self.graph.call_function(function, tuple(arguments))
 
-    def _translated(self, old_arguments: Sequence[Any]) -> list[Any]:
+    def _translated(self, old_arguments: Iterable[Any]) -> list[Any]:
         """Arguments in the new graph."""
         return [self._new[value] if isinstance(value, fx.Node) else value for value in old_arguments]
 

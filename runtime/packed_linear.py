@@ -43,6 +43,8 @@ INT4_GROUPS = (32, 64, 128, 256)
 # Rows of the weight that the int4 kernel interleaves: a block is `[K, 32]` bytes, row j in the low and row j + 32 in
 # the high bits of byte j with AVX-512, and half of that with AVX2.
 _WIDEST_INTERLEAVE = 64
+# Rows that every layout can give by themselves.
+SLAB_ROWS = _WIDEST_INTERLEAVE
 # Rows of the weight in a strip of the int8 layout; of 256 ... 8192 the fastest, and few weights have fewer rows.
 _STRIP = 512
 # Bytes of the sums per group that the int8 kernel makes before they are scaled.
@@ -68,10 +70,35 @@ class PackedWeight(Protocol):
             IndexError: An index is not in `[0, N)`, as the operator raises it.
         """
 
+    def linear_of_rows(self, x: Tensor, slabs: Tensor, rows: int) -> Tensor:
+        """`x @ w.T` for some of the rows of w: slabs of `rows` rows, a multiple of `SLAB_ROWS` that divides N.
+
+        Args:
+            x: `[M, K]`.
+            slabs: `[n] i64`, their numbers.
+            rows: Of a slab.
+
+        Returns:
+            `[M, n * rows]`.
+        """
+
+    def linear_of_columns(self, x: Tensor, slabs: Tensor, columns: int) -> Tensor:
+        """`x @ w.T` over some of the columns of w: slabs of `columns` columns, whole groups that divide K.
+
+        Args:
+            x: `[M, n * columns]`.
+            slabs: `[n] i64`, their numbers.
+            columns: Of a slab.
+
+        Returns:
+            `[M, N]`.
+        """
+
 
 def pack_weight(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, in_features: int, *, is_table: bool
-) -> PackedWeight | None:
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, in_features: int, *, is_table: bool,
+    is_cut: bool = False,
+) -> PackedWeight | None:  # fmt: skip
     """Copy a weight into the layout of its kernel, a few rows at a time.
 
     Args:
@@ -82,6 +109,7 @@ def pack_weight(
         group: Columns that share a scale.
         in_features: K.
         is_table: Whether an embedding looks rows up too.
+        is_cut: Whether `linear_of_rows` is called.
 
     Returns:
         The weight, or None if no kernel of this build of PyTorch on this processor reads it.
@@ -92,7 +120,7 @@ def pack_weight(
         return Int4Weight(codes, scales, zeros, group, in_features, is_table=is_table)
     # The layout of bags has zero points among the codes.
     if bits in (2, 8) and _has_bag_kernel() and (zeros is None or not zeros.is_floating_point()):
-        return BagWeight(codes, scales, zeros, bits, group, in_features)
+        return BagWeight(codes, scales, zeros, bits, group, in_features, SLAB_ROWS if is_cut else _STRIP)
     return None
 
 
@@ -197,9 +225,7 @@ class Int4Weight:
         if len(flat) >= INT4_MANY_ROWS[_product_dtype()]:
             out = self._multiply_decoded(flat)
         else:
-            out = aten._weight_int4pack_mm_for_cpu(
-                flat.to(torch.bfloat16), self._codes, self.group, self._scales_offsets
-            ).to(x.dtype)
+            out = self._multiply(flat, self._codes, self._scales_offsets)
         if out.shape[1] != self.rows:
             out = out[:, : self.rows].contiguous()
         if bias is not None:
@@ -220,6 +246,26 @@ class Int4Weight:
             zero = unpack_zeros(zeros[flat], 4, scales.shape[1])[:, :, None]
         values = (codes.unflatten(1, (-1, self.group)) - zero) * scales[flat][:, :, None]
         return values.flatten(1)[:, : self.columns].reshape(*indices.shape, self.columns)
+
+    def linear_of_rows(self, x: Tensor, slabs: Tensor, rows: int) -> Tensor:
+        """See `PackedWeight`."""
+        codes = self._codes[: self.rows].view(-1, rows * self._codes.shape[1]).index_select(0, slabs)
+        scales = self._scales_offsets[:, : self.rows].unflatten(1, (-1, rows)).index_select(1, slabs).flatten(1, 2)
+        x = F.pad(x, (0, self._padding)) if self._padding else x
+        return self._multiply(x, codes.view(-1, self._codes.shape[1]), scales)
+
+    def linear_of_columns(self, x: Tensor, slabs: Tensor, columns: int) -> Tensor:
+        """See `PackedWeight`."""
+        padded, half = len(self._codes), _int4_interleave() // 2
+        # A block of interleaved rows is `[K, half]` bytes: a slab of its columns is contiguous.
+        blocks = self._codes.view(padded // (2 * half), -1, columns * half)[:, : self.columns // columns]
+        scales = self._scales_offsets[: self.columns // self.group].unflatten(0, (-1, columns // self.group))
+        taken = blocks.index_select(1, slabs).view(padded, -1)
+        return self._multiply(x, taken, scales.index_select(0, slabs).flatten(0, 1))[:, : self.rows]
+
+    def _multiply(self, x: Tensor, codes: Tensor, scales_offsets: Tensor) -> Tensor:
+        product = aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), codes, self.group, scales_offsets)
+        return product.to(x.dtype)
 
     def _multiply_decoded(self, x: Tensor) -> Tensor:
         """`[M, K]` to `[M, N]` with padding, decoding `BLOCK_WEIGHTS` at a time."""
@@ -275,16 +321,24 @@ class BagWeight:
         bits: 8 or 2.
         group: Columns that share a scale.
         in_features: K.
+        strip: Rows of a strip, at most; `linear_of_rows` takes slabs of whole strips.
     """
 
     def __init__(
-        self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, in_features: int
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bits: int,
+        group: int,
+        in_features: int,
+        strip: int = _STRIP,
     ) -> None:
         rows, blocks = scales.shape
         self.rows, self.columns, self.bits, self.group = rows, in_features, bits, group
         self._padding = blocks * group - in_features
         self._has_zeros = zeros is not None
-        width = min(_STRIP, -(-rows // 4) * 4)
+        width = min(strip, -(-rows // 4) * 4)
         strips, bag = -(-rows // width), group + self._has_zeros
         # A row of the table ends with the scale and the bias that the kernel applies to it: 1 and minus the middle.
         dtype = torch.float32 if bits == 8 else torch.float16
@@ -293,15 +347,15 @@ class BagWeight:
         self._table = torch.zeros(strips, blocks, bag, self._codes_bytes + len(tail), dtype=torch.uint8)
         self._table[..., self._codes_bytes :] = tail
         self._scales = torch.zeros(strips, blocks, 1, width)
-        for strip in range(strips):
-            part = slice(strip * width, min((strip + 1) * width, rows))
+        for number in range(strips):
+            part = slice(number * width, min((number + 1) * width, rows))
             filled = slice(0, part.stop - part.start)
             column = torch.zeros(blocks, bag, width, dtype=torch.uint8)
             column[:, :group, filled] = unpack_codes(codes[part], bits).permute(1, 2, 0)
             if zeros is not None:
                 column[:, group, filled] = unpack_zeros(zeros[part], bits, blocks).T.to(torch.uint8)
-            self._table[strip, :, :, : self._codes_bytes] = pack_codes(column, bits)
-            self._scales[strip, :, 0, filled] = scales[part].T
+            self._table[number, :, :, : self._codes_bytes] = pack_codes(column, bits)
+            self._scales[number, :, 0, filled] = scales[part].T
         self.nbytes = self._table.nbytes + self._scales.nbytes
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -309,7 +363,11 @@ class BagWeight:
         flat = x.reshape(-1, self.columns).to(torch.float32)
         if self._padding:
             flat = F.pad(flat, (0, self._padding))
-        out = self._multiply_decoded(flat) if len(flat) >= BAG_MANY_ROWS else self._sum_bags(flat)
+        out = (
+            self._multiply_decoded(flat)
+            if len(flat) >= BAG_MANY_ROWS
+            else self._sum_bags(flat, self._table, self._scales)
+        )
         if out.shape[1] != self.rows:
             out = out[:, : self.rows].contiguous()
         if bias is not None:
@@ -330,10 +388,24 @@ class BagWeight:
         values = (codes[:, :, : self.group] - zero) * self._scales[strip, :, :, lane]
         return values.flatten(1)[:, : self.columns].reshape(*indices.shape, self.columns)
 
-    def _sum_bags(self, x: Tensor) -> Tensor:
+    def linear_of_rows(self, x: Tensor, slabs: Tensor, rows: int) -> Tensor:
+        """See `PackedWeight`."""
+        per_slab = rows // self._scales.shape[-1]
+        strips = (slabs[:, None] * per_slab + torch.arange(per_slab)).flatten()
+        x = F.pad(x.to(torch.float32), (0, self._padding)) if self._padding else x.to(torch.float32)
+        return self._sum_bags(x, self._table.index_select(0, strips), self._scales.index_select(0, strips)).to(x.dtype)
+
+    def linear_of_columns(self, x: Tensor, slabs: Tensor, columns: int) -> Tensor:
+        """See `PackedWeight`."""
+        per_slab = columns // self.group
+        blocks = (slabs[:, None] * per_slab + torch.arange(per_slab)).flatten()
+        table, scales = self._table.index_select(1, blocks), self._scales.index_select(1, blocks)
+        return self._sum_bags(x.to(torch.float32), table, scales)[:, : self.rows].to(x.dtype)
+
+    def _sum_bags(self, x: Tensor, table: Tensor, all_scales: Tensor) -> Tensor:
         """`[M, K]` to `[M, N]` with padding."""
-        strips, blocks, bag, row_bytes = self._table.shape
-        width, steps = self._scales.shape[-1], len(x)
+        strips, blocks, bag, row_bytes = table.shape
+        width, steps = all_scales.shape[-1], len(x)
         grouped = x.view(steps, blocks, self.group)
         if self._has_zeros:
             grouped = torch.cat([grouped, -grouped.sum(-1, keepdim=True)], -1)
@@ -341,9 +413,9 @@ class BagWeight:
         at_once = max(1, _SUMS_BYTES // (4 * blocks * steps * width))
         done = []
         for first in range(0, strips, at_once):
-            scales = self._scales[first : first + at_once]
+            scales = all_scales[first : first + at_once]
             sums = _BAG_KERNELS[self.bits](
-                self._table[first : first + at_once].view(-1, row_bytes),
+                table[first : first + at_once].view(-1, row_bytes),
                 *_bags(len(scales) * blocks, steps, bag),
                 per_sample_weights=grouped.expand(len(scales), -1, -1, -1).reshape(-1),
             )

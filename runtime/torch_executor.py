@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from jettison.ir.errors import OptionError
-from jettison.ir.packed_parts import JointWeight, joint_weights
+from jettison.ir.packed_parts import JointWeight, PackedParts, joint_weights, sparse_parts_read
 from jettison.ir.program import Program, input_placeholders, state_placeholders
 from jettison.runtime.executor import CPU, EntrySignature
 from jettison.runtime.lowered_entry import lower_entry
@@ -41,7 +41,8 @@ class TorchExecutor:
         self.retentions, self.storages = dict(program.retentions), dict(program.storages)
         self._values: dict[str, Tensor | PackedWeight | PackedExperts] = {}
         wanted = joint_weights(program) if kernels == "packed" else []
-        packed = [joint for joint in wanted if self._pack(program, joint)]
+        cut = {parts for entry in program.entries.values() for node in entry.graph.nodes for parts in _cut(node)}
+        packed = [joint for joint in wanted if self._pack(program, joint, is_cut=not cut.isdisjoint(joint.parts))]
         experts = []
         for parts in packable_experts(program) if kernels == "packed" else []:
             with torch.no_grad():
@@ -67,7 +68,7 @@ class TorchExecutor:
         }
         self.weight_bytes = sum(value.nbytes for value in self._values.values())
 
-    def _pack(self, program: Program, joint: JointWeight) -> bool:
+    def _pack(self, program: Program, joint: JointWeight, *, is_cut: bool) -> bool:
         """Hold a weight as its kernel reads it, if there is one."""
 
         def stacked(names: list[str]) -> Tensor:
@@ -80,6 +81,7 @@ class TorchExecutor:
             weight = pack_weight(
                 stacked([parts.codes for parts in joint.parts]), stacked([parts.scales for parts in joint.parts]),
                 stacked(zeros) if zeros else None, first.bits, first.group, first.columns, is_table=joint.is_table,
+                is_cut=is_cut,
             )  # fmt: skip
         if weight is not None:
             self._values[joint.name] = weight
@@ -97,3 +99,8 @@ class TorchExecutor:
                 if new is not states[name] and new.data_ptr() != states[name].data_ptr():
                     states[name].copy_(new)
         return dict(zip(signature.outputs, returned, strict=False))
+
+
+def _cut(node: fx.Node) -> list[PackedParts]:
+    """Weights of which a node reads slabs of rows."""
+    return [parts for name, parts in sparse_parts_read(node).items() if name != "down"]

@@ -20,7 +20,7 @@ def _quantized_sparse_mlp(
     x: Tensor, indices: Tensor, gate_codes: Tensor | None, gate_scales: Tensor | None, gate_zeros: Tensor | None,
     up_codes: Tensor, up_scales: Tensor, up_zeros: Tensor | None, up_bias: Tensor | None, down_codes: Tensor,
     down_scales: Tensor, down_zeros: Tensor | None, down_bias: Tensor | None, absent: Tensor | None, activation: str,
-    group: int, up_bits: int, up_group: int, down_bits: int, down_group: int,
+    group: int, up_bits: int, up_group: int, down_bits: int, down_group: int, width: int, neurons: int,
 ) -> Tensor:  # fmt: skip
     """Define the operator: compute every neuron, and drop those that are not named.
 
@@ -45,12 +45,13 @@ def _quantized_sparse_mlp(
         up_group: Columns of up and gate that share a scale.
         down_bits: Bits per code of down.
         down_group: Columns of down that share a scale; divides `group`.
+        width: E.
+        neurons: F.
 
     Returns:
         `[..., E]` in the dtype of x, contiguous.
     """
-    neurons = up_codes.shape[0]
-    layout = (up_bits, up_group, x.shape[-1])
+    layout = (up_bits, up_group, width)
     _check(x, indices, up_codes, up_scales, up_zeros, down_codes, down_scales, down_zeros, group, layout,
            (down_bits, down_group, neurons))  # fmt: skip
     check_absent(x, absent, neurons // group)
@@ -70,11 +71,11 @@ def _fake_quantized_sparse_mlp(
     x: Tensor, indices: Tensor, gate_codes: Tensor | None, gate_scales: Tensor | None, gate_zeros: Tensor | None,
     up_codes: Tensor, up_scales: Tensor, up_zeros: Tensor | None, up_bias: Tensor | None, down_codes: Tensor,
     down_scales: Tensor, down_zeros: Tensor | None, down_bias: Tensor | None, absent: Tensor | None, activation: str,
-    group: int, up_bits: int, up_group: int, down_bits: int, down_group: int,
+    group: int, up_bits: int, up_group: int, down_bits: int, down_group: int, width: int, neurons: int,
 ) -> Tensor:  # fmt: skip
     _check(x, indices, up_codes, up_scales, up_zeros, down_codes, down_scales, down_zeros, group,
-           (up_bits, up_group, x.shape[-1]), (down_bits, down_group, up_codes.shape[0]))  # fmt: skip
-    check_absent(x, absent, up_codes.shape[0] // group)
+           (up_bits, up_group, width), (down_bits, down_group, neurons))  # fmt: skip
+    check_absent(x, absent, neurons // group)
     return x.new_empty(x.shape)
 
 
@@ -82,7 +83,7 @@ quantized_sparse_mlp = define_op(
     "quantized_sparse_mlp(Tensor x, Tensor indices, Tensor? gate_codes, Tensor? gate_scales, Tensor? gate_zeros, "
     "Tensor up_codes, Tensor up_scales, Tensor? up_zeros, Tensor? up_bias, Tensor down_codes, Tensor down_scales, "
     "Tensor? down_zeros, Tensor? down_bias, Tensor? absent, str activation, int group, int up_bits, int up_group, "
-    "int down_bits, int down_group) -> Tensor",
+    "int down_bits, int down_group, int width, int neurons) -> Tensor",
     _quantized_sparse_mlp,
     _fake_quantized_sparse_mlp,
 )
@@ -92,7 +93,14 @@ def _check(
     x: Tensor, indices: Tensor, up_codes: Tensor, up_scales: Tensor, up_zeros: Tensor | None, down_codes: Tensor,
     down_scales: Tensor, down_zeros: Tensor | None, group: int, up: tuple[int, int, int], down: tuple[int, int, int],
 ) -> None:  # fmt: skip
-    check_groups(x, indices, up_codes.shape[0], group)
+    check_groups(x, indices, down[2], group)
+    torch._check(
+        up_codes.shape[0] == down[2] and down_codes.shape[0] == up[2] and x.shape[-1] == up[2],
+        lambda: (
+            f"up must have {down[2]} rows, down and x {up[2]} rows and columns, found {up_codes.shape[0]}, "
+            f"{down_codes.shape[0]} and {x.shape[-1]}"
+        ),
+    )
     check_packed(up_codes, up_scales, up_zeros, *up)
     check_packed(down_codes, down_scales, down_zeros, *down)
     torch._check(
