@@ -23,6 +23,7 @@ from jettison.codegen.onnx.lowered_graph import LoweredGraph
 from jettison.codegen.onnx.lowerings import require_kernels
 from jettison.codegen.onnx.packed_projections import pack_projections
 from jettison.codegen.onnx.routed_experts import spell_out_experts
+from jettison.codegen.onnx.sparse_mlp import cut_into_slabs, is_group_mixture
 from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
 from jettison.ir.match import is_call
@@ -190,7 +191,7 @@ def emit_entry(
     emitted.states = {state: (state, present) for state, present in presents.items()}
     if any(is_call(node, ops.windowed_attention) for node in entry.graph.nodes):
         emitted.minimum_ort = MINIMUM_ORT["windowed_cache"]
-    if any(is_call(node, ops.experts, ops.quantized_experts) for node in entry.graph.nodes):
+    if any(is_call(node, ops.experts, ops.quantized_experts) or is_group_mixture(node) for node in entry.graph.nodes):
         emitted.minimum_ort = MINIMUM_ORT["experts"]
     return emitted
 
@@ -356,7 +357,7 @@ def emit_program(
         CodegenError: A graph cannot be lowered.
     """
     require_kernels(program)
-    program = pack_projections(spell_out_experts(program))
+    program = pack_projections(cut_into_slabs(spell_out_experts(program)))
     entries = [name for name in program.entries if name not in program.state_entries]
     is_one_graph = len(entries) == 1 or (len(entries) == 2 and _same_graph(*map(program.entries.get, entries)))
     if is_one_graph:
