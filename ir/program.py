@@ -156,7 +156,24 @@ class MissRecord:
 
 @dataclass
 class PassRecord:
-    """What one pass did to a program."""
+    """What one pass did to a program.
+
+    Attributes:
+        name: Text id.
+        rewrites: Places that it changed.
+        misses: Places where it could have fired and did not.
+        seconds: Wall time.
+        bytes_before: Of the weights, before it.
+        bytes_after: Of the weights, after it.
+        kl: Mean KL(captured || program) in nats per token after it; None without a check.
+        max_error: Of the outputs, against the captured program; None without a check.
+        top1_agreement: Share of tokens with the same best next token; None without a check.
+        where: Weights that what it made reads.
+        plan: Text of the passes that it chose, for a pass that plans.
+        predicted_kl: Of the plan.
+        measured_kl: Of the plan.
+        layers: Figures of layers that were treated differently, by name.
+    """
 
     name: str
     rewrites: int = 0
@@ -171,6 +188,7 @@ class PassRecord:
     plan: str | None = None
     predicted_kl: float | None = None
     measured_kl: float | None = None
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON-ready values."""

@@ -36,6 +36,13 @@ _TABLE_OPERANDS = {
 }  # fmt: skip
 # Operators that are asked for as many rows (experts) by each token as one of their operands has columns.
 _CHOICES_OPERAND = {"jettison.experts": 1, "jettison.quantized_experts": 1}
+# Operators that read groups of neurons: operands of which they read the share that a token names, the one whose rows
+# are the groups, and where the size of a group is.
+_GROUPED_OPERANDS = {
+    "jettison.sparse_mlp": ((2, 3, 4, 5), 7, 9),
+    "jettison.quantized_sparse_mlp": ((2, 3, 4, 5, 6, 7, 8, 9, 10, 11), 13, 15),
+}
+_CHOICES_OPERAND |= dict.fromkeys(_GROUPED_OPERANDS, 1)
 
 
 @dataclass
@@ -213,6 +220,7 @@ def weight_bytes_per_step(graph: str, batch: int) -> int:
     lookups: Counter[str] = Counter()
     whole: set[str] = set()
     columns: dict[str, int] = {}
+    shares: dict[str, float] = {}
     for value, type_, operator, arguments in re.findall(
         r"^  (%\d+): (.*?) = ([\w.]+)\((.*)\)$", _entry_text(graph, "decode"), re.MULTILINE
     ):
@@ -220,16 +228,24 @@ def weight_bytes_per_step(graph: str, batch: int) -> int:
         operands = arguments.split(", ")
         rows = columns[operands[_CHOICES_OPERAND[operator]]] if operator in _CHOICES_OPERAND else 1
         tables = _TABLE_OPERANDS.get(operator, ())
+        grouped, stand_ins, size = _GROUPED_OPERANDS.get(operator, ((), None, 0))
         for position, argument in enumerate(operands):
             for name in re.findall(r"@([^\s,\[\]()]+)", argument):
                 if position in tables:
                     lookups[name] += rows
+                elif position in grouped:
+                    neurons = constants[re.findall(r"@([^\s,\[\]()]+)", operands[3 if size == 9 else 5])[0]][1][0]
+                    shares[name] = min(1.0, batch * rows * int(operands[size]) / neurons)
+                elif position == stand_ins:
+                    lookups[name] += rows + 1
                 else:
                     whole.add(name)
     total = 0
     for name, (itemsize, sizes) in constants.items():
         if name in whole:
             total += itemsize * torch.Size(sizes).numel()
+        elif name in shares:
+            total += round(shares[name] * itemsize * torch.Size(sizes).numel())
         else:
             total += itemsize * torch.Size(sizes[1:]).numel() * min(sizes[0], batch * lookups[name])
     return total

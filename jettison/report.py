@@ -123,6 +123,9 @@ class Report:
                     f"{record.measured_kl:.2e} on the calibration text",
                     highlight=False,
                 )
+            for layer, figures in record.layers.items():
+                told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in figures.items())
+                console.print(f"{record.name}: {layer}: {told}", markup=False, highlight=False)
             for miss in record.misses:
                 console.print(
                     f"{record.name} did not fire at {miss.node}: {miss.reason}", markup=False, highlight=False

@@ -109,6 +109,7 @@ class Pass:
         record.seconds = time.perf_counter() - started
         record.bytes_after = program.weight_bytes()
         record.where = _where(program, self.name, known)
+        record.layers = _figures(program, known)
         verify(program, after=self.name)
         self._check_metadata(program, known)
         has_changed = program_text(program, by_identity=True) != before
@@ -179,6 +180,12 @@ def _where(program: Program, made_by: str, known: Container[fx.Node]) -> list[st
                 dense = name.rpartition(".")[0]
                 weights[dense if dense in program.packed else name] = None
     return list(weights or dict.fromkeys(node.meta["where"] for node in made if "where" in node.meta))
+
+
+def _figures(program: Program, known: Container[fx.Node]) -> dict[str, dict[str, float]]:
+    """What a pass has to say about single nodes that it made: what it left in `meta["figures"]`."""
+    nodes = (node for entry in program.entries.values() for node in entry.graph.nodes)
+    return {describe_node(n): n.meta["figures"] for n in nodes if "figures" in n.meta and n not in known}
 
 
 def describe_node(node: fx.Node) -> str:

@@ -51,6 +51,7 @@ from jettison.passes.mlp_activity import MlpActivity, absent_means, dense_weight
 from jettison.passes.mlp_sites import MlpSite, ancestors, find_mlp, require_calibrated, residual_before_attention
 from jettison.passes.options import option
 from jettison.passes.predictors import DejaVu, Predictor, Samples
+from jettison.passes.predictors.base import held_out, recall
 
 aten = torch.ops.aten
 _TOKENS = 1 << 15
@@ -70,12 +71,14 @@ class SparseMlp:
         kept: Groups that each token keeps.
         predictor: Constants of its predictor.
         absent: Stand-ins for what is left out, or None.
+        figures: For the report.
     """
 
     site: MlpSite
     kept: int
     predictor: dict[str, Tensor]
     absent: Tensor | None
+    figures: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,7 @@ class PredictMlpSparsity(Pass):
             new = _packed_call(site, indices, absent, self.group, edit) if site.is_packed else None
             if new is None:
                 new = _dense_call(site, indices, absent, self.group, edit, program)
+        new.meta["figures"] = {name: round(value, 4) for name, value in match.figures.items()}
         edit.replace(site.down, new)
 
     def ensures(self, program: Program) -> str | None:
@@ -229,7 +233,12 @@ class PredictMlpSparsity(Pass):
         if read * _GATHER_COST[site.is_packed] >= 1 and not self.force:
             reason = f"dense is faster: {kept} of {groups} groups and the predictor are {read:.0%} of its bytes, and"
             return Miss(f"{reason} a gathered byte takes {_GATHER_COST[site.is_packed]} times as long", site.up)
-        return SparseMlp(site, kept, predictor, absent)
+        found = self.method.scores(held_out(samples.inputs), predictor, site.activation)
+        figures = {
+            "groups": groups, "kept": kept, "recall": recall(found, held_out(samples.scores), kept),
+            "energy_lost": lost, "bytes_read": read, "sparse_up_to_batch": max(1, groups // (2 * kept)),
+        }  # fmt: skip
+        return SparseMlp(site, kept, predictor, absent, figures)
 
     def _lost(self, activity: MlpActivity, kept: int, down: Tensor) -> tuple[float, Tensor | None]:
         """Energy that keeping so many groups loses, and the stand-ins for the others."""

@@ -9,6 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+HELD_OUT = 20
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -71,6 +73,11 @@ class Predictor(ABC):
         Returns:
             `[..., G]`, larger for groups that matter more.
         """
+
+
+def held_out(values: Tensor) -> Tensor:
+    """The rows `[T', ...]` of some values that no predictor learns from: every 20th token."""
+    return values[HELD_OUT - 1 :: HELD_OUT] if len(values) >= HELD_OUT else values
 
 
 def recall(predicted: Tensor, scores: Tensor, kept: int) -> float:

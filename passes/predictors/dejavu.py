@@ -26,13 +26,12 @@ from torch import Tensor
 
 from jettison.ir.errors import OptionError
 from jettison.passes.options import option
-from jettison.passes.predictors.base import Predictor, Samples, recall
+from jettison.passes.predictors.base import HELD_OUT, Predictor, Samples, held_out, recall
 
 _BATCH = 512
 _EPOCHS = 20
 _PATIENCE = 4
 _LEARNING_RATE = 3e-3
-_HELD_OUT = 20  # every so many tokens, one
 _ENOUGH_RECALL = 0.99
 
 
@@ -55,17 +54,15 @@ class DejaVu(Predictor):
         x, scores = samples.inputs, samples.scores
         target = torch.log1p(scores / scores.mean().clamp_min(1e-30))
         mean, deviation = x.mean(0), x.std().clamp_min(1e-12)
-        is_held_out = torch.arange(len(x)) % _HELD_OUT == _HELD_OUT - 1
-        is_held_out[-1] |= not bool(is_held_out.any())
-        train, test = ~is_held_out if len(x) > 1 else is_held_out, is_held_out
+        train = torch.arange(len(x)) % HELD_OUT != HELD_OUT - 1
         network = _Network(x.shape[1], self.rank or max(64, x.shape[1] // 8), scores.shape[1], seed)
         best = (-1.0, network.state())
         since = 0
         inputs, wanted = (x[train] - mean) / deviation, target[train]
-        held_out = (x[test] - mean) / deviation
+        unseen, unseen_scores = (held_out(x) - mean) / deviation, held_out(scores)
         for _ in range(_EPOCHS):
             network.epoch(inputs, wanted)
-            found = recall(network.forward(held_out), scores[test], kept)
+            found = recall(network.forward(unseen), unseen_scores, kept)
             best, since = ((found, network.state()), 0) if found > best[0] else (best, since + 1)
             if found > _ENOUGH_RECALL or since == _PATIENCE:
                 break
