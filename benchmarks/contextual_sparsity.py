@@ -1,33 +1,69 @@
-"""How sparse a trained ReLU model is by itself: what fires, and what dropping the rest costs.
+"""What it costs and what it saves to read only the neurons that a token needs.
 
-    python benchmarks/contextual_sparsity.py --text FILE
+    python benchmarks/contextual_sparsity.py --text FILE --calibration FILE [--only natural quality speed step]
 
-On the bundled tiny-opt, for every layer: the share of FFN neurons that fire, the share that covers 99 % of the mass of
-the activations (each neuron's activation times the norm of its row of the second matrix), and, for all layers at once,
-the perplexity when only the best neurons of each token are kept, or the best groups of neighbouring ones. What is best
-is known here (an oracle); a predictor comes on top. Writes benchmarks/results/contextual_sparsity.json and a plot.
+`natural`: how sparse the bundled tiny-opt (ReLU) is by itself, for every layer: the share of FFN neurons that fire, the
+share that covers 99 % of the mass of the activations (each neuron's activation times the norm of its row of the second
+matrix), and the perplexity when only the best neurons of each token are kept, or groups of neighbours.
+
+`quality`: the same model after `cluster-neurons` and `predict-mlp-sparsity`, every token computed sparsely: perplexity
+over dense, KL from dense, recall of each layer. `oracle` is `hire` with a full rank, whose scores are exact. In
+`covering`, each layer keeps the groups that cover 99 % of the mass of its activations.
+
+`speed`: decode steps of four layers of the feed-forward shape of OPT-6.7B (4096 to 16384, random weights, an attention
+of one small head), predictor included, in interleaved rounds of processes of their own.
+
+`step`: whole decode steps of four layers of the shape of OPT-6.7B with its head.
+
+Writes benchmarks/results/contextual_sparsity.json (sections that are not asked for stay) and a plot.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from cpu_decode import Contender, rounds
 from record import RESULTS, environment, write
-from torch import Tensor
+from torch import Tensor, nn
 
+from jettison.api import optimize, parse_passes
+from jettison.bench import weight_bytes_per_step
+from jettison.ir.compare import run_program
+from jettison.ir.program import Program
+from jettison.passes.mlp_activity import watch
+from jettison.passes.pipeline import prepare
+from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
+from jettison.passes.predictors import DejaVu, HiRE, Predictor
 from jettison.runtime.tokenizer import load_tokenizer
 from jettison.sample_text import load_windows
+from jettison.source import open_source
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "tiny-opt"
 WINDOW, WINDOWS = 512, 16
 KEEPS = (0.02, 0.05, 0.1, 0.125, 0.2, 0.25, 0.4, 0.5, 0.75)
 GROUPS = (1, 8, 32)
 MASS = 0.99
+CALIBRATION_WINDOWS = 64
+
+PREDICTORS: dict[str, Predictor] = {
+    "oracle": HiRE(256), "dejavu, rank 32": DejaVu(32), "dejavu, rank 64": DejaVu(64), "hire, rank 32": HiRE(32),
+    "hire, rank 64": HiRE(64), "hire, rank 96": HiRE(96), "dejavu, rank 64, lookahead": DejaVu(64, "previous"),
+}  # fmt: skip
+CURVE = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5)
+ERRORS = (0.001, 0.003, 0.01, 0.03)
+
+WIDTH, NEURONS, LAYERS = 4096, 16384, 4
+SPEED_KEEPS = (0.05, 0.1, 0.2, 0.4)
 
 Mask = Callable[[Tensor, Tensor], Tensor]
 """From activations `[T, M]` and their scores to activations of which some are zero."""
@@ -79,32 +115,11 @@ def perplexity(model: Any, windows: list[Tensor]) -> float:
     return math.exp(float(torch.stack(losses).mean()))
 
 
-def plot(curves: dict[str, dict[str, float]], path: Path) -> None:
-    """Relative perplexity against the share that is kept."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for group, points in curves.items():
-        axes.plot([float(keep) for keep in points], list(points.values()), marker="o", label=f"groups of {group}")
-    axes.set(xlabel="share of the neurons that is kept", ylabel="perplexity over dense", xscale="log", yscale="log")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", required=True, type=Path)
-    arguments = parser.parse_args()
+def natural(windows: list[Tensor]) -> dict[str, Any]:
+    """The model as it is, and what oracles of neighbours cost."""
     from transformers import AutoModelForCausalLM
 
-    before = environment()
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    windows = [torch.tensor(ids) for ids in load_windows(arguments.text, load_tokenizer(MODEL), WINDOW)[:WINDOWS]]
     sparsity = Sparsity(model)
     sparsity.is_counting = True
     dense = perplexity(model, windows)
@@ -122,10 +137,237 @@ def main() -> None:
             sparsity.mask = best_groups(keep, group)
             curves[str(group)][str(keep)] = round(perplexity(model, windows) / dense, 4)
         print(group, curves[str(group)], flush=True)
-    figures = {"model": MODEL.name, "text": arguments.text.name, "tokens": count, "perplexity": round(dense, 4),
-               "mass": MASS, "layers": layers, "oracle_perplexity_over_dense": curves}  # fmt: skip
-    plot(curves, RESULTS / "contextual_sparsity.png")
-    print(write("contextual_sparsity", {"natural": figures}, before))
+    return {"model": MODEL.name, "tokens": count, "perplexity": round(dense, 4), "mass": MASS, "layers": layers,
+            "oracle_perplexity_over_dense": curves}  # fmt: skip
+
+
+class Scorer:
+    """Perplexity and KL of programs against the dense one.
+
+    Args:
+        program: Dense.
+        windows: Tokens.
+    """
+
+    def __init__(self, program: Program, windows: list[Tensor]) -> None:
+        self._windows = windows
+        self._dense = [self._logprobs(program, window) for window in windows]
+
+    def _logprobs(self, program: Program, window: Tensor) -> Tensor:
+        return torch.log_softmax(run_program(program, window[None])[0][0, :-1].double(), -1)
+
+    def score(self, program: Program) -> dict[str, float]:
+        """Of every token but the first of each window."""
+        kl, loss, loss_dense = [], [], []
+        for window, dense in zip(self._windows, self._dense, strict=True):
+            found = self._logprobs(program, window)
+            kl.append((dense.exp() * (dense - found)).sum(-1).mean())
+            loss.append(-found.gather(1, window[1:, None]).mean())
+            loss_dense.append(-dense.gather(1, window[1:, None]).mean())
+        ratio = math.exp(float(torch.stack(loss).mean() - torch.stack(loss_dense).mean()))
+        return {"perplexity_over_dense": round(ratio, 4), "kl": round(float(torch.stack(kl).mean()), 5)}
+
+
+def applied(program: Program, passes: Sequence[PredictMlpSparsity]) -> tuple[Program, list[dict[str, Any]]]:
+    """A copy with passes run, and what each said of its layers."""
+    copy = program.copy()
+    return copy, [pass_.run(copy).layers for pass_ in passes]
+
+
+def figures_of(layers: dict[str, Any], layer_count: int) -> dict[str, Any]:
+    """Over the layers that became sparse, and over all."""
+    kept = [each["kept"] / each["groups"] for each in layers.values()]
+    return {
+        "sparse_layers": len(kept),
+        "kept_of_sparse_layers": round(sum(kept) / max(1, len(kept)), 4),
+        "kept_of_all_layers": round((sum(kept) + layer_count - len(kept)) / layer_count, 4),
+        "recall": [round(each["recall"], 3) for each in layers.values()],
+    }
+
+
+def covering_passes(program: Program, group: int, method: Predictor) -> list[PredictMlpSparsity]:
+    """One pass per layer, which keeps the groups that hold 99 % of the mass of the activations on average."""
+    template = PredictMlpSparsity(method=method, group=group, keep=1.0, force=True, stand_in=False)
+    sites, _ = template.find(program)
+    passes = []
+    for number, (_, activity) in enumerate(watch(program, sites, group, lambda site: site.x, most=4096)):
+        mass = (activity.hidden * activity.norms).unflatten(-1, (-1, group)).sum(-1)
+        covered = (mass.sort(-1, descending=True).values.cumsum(-1) / mass.sum(-1, keepdim=True)).mean(0)
+        needed = int((covered < MASS).sum()) + 1
+        passes.append(replace(template, keep=needed / mass.shape[1], skip=rf"layers\.(?!{number}\.)"))
+    return passes
+
+
+def quality(windows: list[Tensor], calibration: Path) -> dict[str, Any]:
+    """Predictors and keeps on the trained model."""
+    found: dict[str, Any] = {}
+    for group in (8, 32):
+        program = calibrated(calibration)
+        scorer = Scorer(program, windows)
+        for pass_ in parse_passes(f"cluster-neurons{{group={group},keep=0.125}}"):
+            pass_.run(program)
+        in_group: dict[str, Any] = {"curve": {}, "auto": {}, "covering": {}}
+        for name, method in PREDICTORS.items():
+            curve = in_group["curve"][name] = {}
+            for keep in CURVE if name in ("oracle", "dejavu, rank 64", "hire, rank 64") else (0.125, 0.25):
+                made, said = applied(program, [PredictMlpSparsity(method=method, keep=keep, group=group)])
+                curve[str(keep)] = {**scorer.score(made), **figures_of(said[0], 6)}
+                print(group, name, keep, curve[str(keep)], flush=True)
+        for error in ERRORS:
+            settings = PredictMlpSparsity(method=HiRE(64), error=error, group=group, force=True)
+            made, said = applied(program, [settings])
+            in_group["auto"][str(error)] = {**scorer.score(made), **figures_of(said[0], 6)}
+            print(group, "auto", error, in_group["auto"][str(error)], flush=True)
+        for name in ("oracle", "dejavu, rank 64", "hire, rank 64", "hire, rank 96"):
+            made, said = applied(program, covering_passes(program, group, PREDICTORS[name]))
+            layers = {layer: each for one in said for layer, each in one.items()}
+            keeps = [round(each["kept"] / each["groups"], 4) for each in layers.values()]
+            in_group["covering"][name] = {**scorer.score(made), **figures_of(layers, 6), "keep": keeps}
+            print(group, "covering", name, in_group["covering"][name], flush=True)
+        made, _ = applied(program, [PredictMlpSparsity(method=HiRE(256), keep=0.125, group=group, stand_in=False)])
+        in_group["oracle, 0.125, nothing in the place of what is left out"] = scorer.score(made)
+        found[f"groups of {group}"] = in_group
+    return found
+
+
+def calibrated(text: Path) -> Program:
+    """The bundled model, prepared, with its calibration tokens."""
+    from jettison.calibration import Calibration
+
+    source = open_source(MODEL, dtype="float32", context=None)
+    prepare(source.program)
+    Calibration.of(source, text, (CALIBRATION_WINDOWS, WINDOW), 0)
+    return source.program
+
+
+def plot(curves: dict[str, Any], path: Path) -> None:
+    """KL against the share that is kept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for group, in_group in curves.items():
+        for name, points in in_group["curve"].items():
+            if len(points) > 2:
+                kls = [point["kl"] for point in points.values()]
+                axes.plot([float(keep) for keep in points], kls, marker="o", label=f"{name}, {group}")
+    axes.set(xlabel="share of the groups that is kept, layer 0 dense", ylabel="KL from dense (nats per token)")
+    axes.set(xscale="log", yscale="log")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+class Block(nn.Module):
+    """A small attention and a wide feed-forward layer, of which few neurons fire."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.query, self.key, self.value = (nn.Linear(WIDTH, 64, bias=False) for _ in range(3))
+        self.out = nn.Linear(64, WIDTH, bias=False)
+        self.fc1, self.fc2 = nn.Linear(WIDTH, NEURONS), nn.Linear(NEURONS, WIDTH)
+        with torch.no_grad():
+            self.fc1.bias.fill_(-0.8)  # of a standard deviation of 0.58: 8 % fire
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, E]` to `[B, S, E]`."""
+        h = self.norm1(x)
+        heads = [f(h).unsqueeze(1) for f in (self.query, self.key, self.value)]
+        x = x + self.out(F.scaled_dot_product_attention(*heads, is_causal=True).squeeze(1))
+        return x + self.fc2(F.relu(self.fc1(self.norm2(x))))
+
+
+class Wide(nn.Module):
+    """Four blocks under a small vocabulary."""
+
+    context = 512
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(256, WIDTH)
+        self.positions = nn.Embedding(self.context, WIDTH)
+        self.layers = nn.ModuleList([Block() for _ in range(LAYERS)])
+        self.head = nn.Linear(WIDTH, 256, bias=False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """`[B, S] i64` twice to logits `[B, S, V]`."""
+        x = self.tokens(input_ids) + self.positions(position_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def wide_artifacts(scratch: Path) -> dict[str, dict[str, tuple[Path, int]]]:
+    """Folder and weight bytes per token of each contender, by target."""
+    torch.manual_seed(0)
+    module = Wide().to(torch.bfloat16).eval()
+    predictor = "method=dejavu{rank=512}"
+    small = "quantize-weights{bits=8,group=128,only='predictor'}"
+    int4 = "quantize-weights{bits=4,group=128}"
+    pipelines = {"torch bf16": {"dense": ""}, "onnx int4": {"dense": int4}, "torch int4": {"dense": int4}}
+    for keep in SPEED_KEEPS:
+        sparse = f"predict-mlp-sparsity{{keep={keep},group={{}},force=true,{predictor}}}"
+        pipelines["torch bf16"][f"{keep} kept"] = sparse.format(32)
+        for target in ("onnx int4", "torch int4"):
+            pipelines[target][f"{keep} kept"] = f"{int4},{sparse.format(128)},{small}"
+    made: dict[str, dict[str, tuple[Path, int]]] = {}
+    for target, wanted in pipelines.items():
+        for name, pipeline in wanted.items():
+            out = scratch / f"{target} {name}".replace(" ", "-")
+            dtype = "bfloat16" if "bf16" in target else "float32"
+            source = module if dtype == "bfloat16" else module.to(torch.float32)
+            model = optimize(source, pipeline, target=target.split()[0], dtype=dtype, calibration_size=(4, 64))
+            model.save_pretrained(out)
+            made.setdefault(target, {})[name] = (out, weight_bytes_per_step(model.graph, 1))
+            module = module.to(torch.bfloat16)
+            print(target, name, made[target][name][1], flush=True)
+    return made
+
+
+def speed(number: int) -> dict[str, Any]:
+    """Decode steps, dense and sparse, by target."""
+    found: dict[str, Any] = {"shape": {"width": WIDTH, "neurons": NEURONS, "layers": LAYERS}}
+    with tempfile.TemporaryDirectory() as folder:
+        for target, wanted in wide_artifacts(Path(folder)).items():
+            contenders = [Contender(n, sys.executable, "run_jettison.py", str(p), 0) for n, (p, _) in wanted.items()]
+            figures = rounds(contenders, 1, 16, 24, number)
+            for each in contenders:
+                figures[each.name]["weight_bytes_per_token"] = wanted[each.name][1]
+                figures[each.name]["times_faster"] = round(
+                    figures["dense"]["decode_ms"] / figures[each.name]["decode_ms"], 2
+                )
+                each.close()
+            found[target] = figures
+    return found
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, type=Path)
+    parser.add_argument("--calibration", required=True, type=Path)
+    parser.add_argument("--only", nargs="+", choices=("natural", "quality", "speed"), default=[])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    before = environment()
+    windows = [torch.tensor(ids) for ids in load_windows(arguments.text, load_tokenizer(MODEL), WINDOW)[:WINDOWS]]
+    path = RESULTS / "contextual_sparsity.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    figures.pop("environment", None)
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "natural": lambda: natural(windows),
+        "quality": lambda: quality(windows, arguments.calibration),
+        "speed": lambda: speed(arguments.rounds),
+    }
+    for name, measure in sections.items():
+        if not arguments.only or name in arguments.only:
+            figures[name] = measure()
+            print(write("contextual_sparsity", figures, before), flush=True)
+    if "quality" in figures:
+        plot(figures["quality"], RESULTS / "contextual_sparsity.png")
 
 
 if __name__ == "__main__":

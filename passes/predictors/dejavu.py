@@ -28,7 +28,9 @@ from jettison.ir.errors import OptionError
 from jettison.passes.options import option
 from jettison.passes.predictors.base import HELD_OUT, Predictor, Samples, held_out, recall
 
-_BATCH = 512
+# Tokens of a step: fewer where there are few, so that an epoch is not one step.
+_BATCHES = (32, 512)
+_STEPS = 32
 _EPOCHS = 20
 _PATIENCE = 4
 _LEARNING_RATE = 3e-3
@@ -114,7 +116,8 @@ class _Network:
         self._step += 1
         for options in self._optimizer.param_groups:
             options["lr"] = _LEARNING_RATE * 0.85 ** (self._step - 1)
-        for batch in torch.randperm(len(x), generator=self._generator).split(_BATCH):
+        size = min(max(len(x) // _STEPS, _BATCHES[0]), _BATCHES[1])
+        for batch in torch.randperm(len(x), generator=self._generator).split(size):
             loss = F.mse_loss(self.forward(x[batch]), target[batch])
             self._optimizer.zero_grad()
             loss.backward()
