@@ -34,7 +34,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -47,9 +47,10 @@ from jettison.ir.ops import quantized_sparse_mlp, sparse_mlp
 from jettison.ir.program import MissRecord, Program
 from jettison.ir.progress import track
 from jettison.passes.base import Pass, describe_node
+from jettison.passes.grammar import format_pipeline
 from jettison.passes.mlp_activity import MlpActivity, absent_means, dense_weight, dropped_energy, watch
 from jettison.passes.mlp_sites import MlpSite, ancestors, find_mlp, require_calibrated, residual_before_attention
-from jettison.passes.options import option
+from jettison.passes.options import option, to_spec
 from jettison.passes.predictors import DejaVu, Predictor, Samples
 from jettison.passes.predictors.base import held_out, recall
 
@@ -118,20 +119,54 @@ class PredictMlpSparsity(Pass):
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Learn layer by layer, in the order of the graph; then rewrite."""
         sites, misses = self.find(program)
-        plans: list[SparseMlp] = []
+        planned = {site: found for site in sites if (found := self._finished(program, site)) is not None}
+        left = [site for site in sites if site not in planned]
         with track(self.name, len(sites)) as advance:
-            for site, activity in watch(program, sites, self.group, self._source, most=_TOKENS):
-                planned = self._plan(program, site, activity)
-                if isinstance(planned, Miss):
-                    misses.append(MissRecord(describe_node(planned.node), planned.reason))
-                else:
-                    plans.append(planned)
+            advance(len(planned))
+            for site, activity in watch(program, left, self.group, self._source, most=_TOKENS) if left else ():
+                planned[site] = self._plan(program, site, activity)
+                self._finish(program, site, planned[site])
                 advance(1)
         edit = Edit(program, "forward", self.name)
-        for plan in plans:
-            self.rewrite(plan, edit)
+        for site in sites:
+            found = planned[site]
+            if isinstance(found, Miss):
+                misses.append(MissRecord(describe_node(found.node), found.reason))
+            else:
+                self.rewrite(found, edit)
         edit.eliminate_dead_code()
-        return len(plans), misses
+        return len(sites) - sum(isinstance(found, Miss) for found in planned.values()), misses
+
+    def _finished(self, program: Program, site: MlpSite) -> SparseMlp | Miss | None:
+        """What an interrupted run had learned of a layer."""
+        found = None
+        if program.finished is not None:
+            found = program.finished.load_tensors(self._step, [describe_node(site.up)])
+        if found is None:
+            return None
+        tensors, told = found
+        if "reason" in told:
+            return Miss(told["reason"], site.up)
+        absent = tensors.pop("absent", None)
+        return SparseMlp(site, told["kept"], tensors, absent, told["figures"])
+
+    def _finish(self, program: Program, site: MlpSite, planned: SparseMlp | Miss) -> None:
+        """Keep what was learned of a layer, in case that the run is interrupted."""
+        if program.finished is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        if isinstance(planned, Miss):
+            told: dict[str, Any] = {"reason": planned.reason}
+        else:
+            told = {"kept": planned.kept, "figures": planned.figures}
+            tensors = dict(planned.predictor) | ({} if planned.absent is None else {"absent": planned.absent})
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        program.finished.store_tensors(self._step, [describe_node(site.up)], tensors, told)
+
+    @property
+    def _step(self) -> str:
+        """The pass by which finished layers are known."""
+        return format_pipeline([to_spec(self, self.name)])
 
     def find(self, program: Program) -> tuple[list[MlpSite], list[MissRecord]]:
         """Layers that can be read by groups, and what stands in the way of others."""

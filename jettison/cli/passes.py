@@ -1,4 +1,4 @@
-"""`jettison passes`: list every pass, KV-cache policy, weight format and rounding method with its options."""
+"""`jettison passes`: list every pass, KV-cache policy, weight format, rounding method and predictor with its options."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from jettison.passes.formats import FORMATS
     from jettison.passes.methods import METHODS
     from jettison.passes.policies import POLICIES
+    from jettison.passes.predictors import PREDICTORS
 
     kinds: dict[str, list[dict[str, Any]]] = {
         "passes": [_describe(cls) for cls in USER_PASSES],
         "policies": [_describe(cls) for cls in POLICIES.values()],
         "formats": [_describe(cls) for cls in FORMATS.values()],
         "methods": [_describe(cls) for cls in METHODS.values()],
+        "predictors": [_describe(cls) for cls in PREDICTORS.values()],
     }
     if args.name is not None:
         from jettison.passes.options import lookup
 
         named = {entry["name"]: entry for entries in kinds.values() for entry in entries}
-        found = lookup(args.name, named, "pass, policy, format or method", "")
+        found = lookup(args.name, named, "pass, policy, format, method or predictor", "")
         kinds = {kind: [entry for entry in entries if entry is found] for kind, entries in kinds.items()}
     if terminal.is_json:
         terminal.document(kinds)
@@ -41,7 +43,10 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.name is not None:
         _print_document(next(entry for entries in kinds.values() for entry in entries), terminal)
         return 0
-    titles = ("Passes", "\nPolicies of cache-kv", "\nFormats of quantize-weights", "\nMethods of quantize-weights")
+    titles = (
+        "Passes", "\nPolicies of cache-kv", "\nFormats of quantize-weights", "\nMethods of quantize-weights",
+        "\nMethods of predict-mlp-sparsity",
+    )  # fmt: skip
     for title, entries in zip(titles, kinds.values(), strict=True):
         terminal.line(title, style="bold")
         for entry in entries:

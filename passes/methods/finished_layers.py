@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,15 +59,10 @@ class FinishedLayers:
             step: Text of the pass.
             names: Of the weights.
         """
-        path = self._path(step, names)
-        if self._stored_identity() != self.identity or not path.is_file():
+        found = self.load_tensors(step, names)
+        if found is None:
             return None
-        try:
-            with safe_open(path, "pt") as stored:
-                described = json.loads(stored.metadata()["weights"])
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, KeyError, ValueError):
-            return None
+        tensors, described = found
         encoded = {
             name: Encoded(
                 format_from_text(each["format"]),
@@ -93,7 +89,40 @@ class FinishedLayers:
             name: {"format": found.format.name, "shape": list(found.shape), "parts": list(found.parts)}
             for name, found in encoded.items()
         }
-        path = self._path(step, list(encoded))
+        self.store_tensors(step, list(encoded), tensors | ({} if scales is None else {"scales": scales}), described)
+
+    def load_tensors(self, step: str, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `store_tensors` was given, mapped from its file; None where there is none, or not a whole one.
+
+        Args:
+            step: Text of the pass.
+            names: Of the weights that it is about.
+        """
+        path = self._path(step, names)
+        if self._stored_identity() != self.identity or not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as stored:
+                described = json.loads(stored.metadata()["weights"])
+                return {key: stored.get_tensor(key) for key in stored.keys()}, described  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+
+    def store_tensors(
+        self, step: str, names: Sequence[str], tensors: Mapping[str, Tensor], described: Mapping[str, Any]
+    ) -> None:
+        """Keep tensors that belong to some weights.
+
+        Args:
+            step: Text of the pass.
+            names: Of the weights.
+            tensors: By name.
+            described: What else there is to know, as JSON.
+
+        Raises:
+            ArtifactError: The folder cannot be written to.
+        """
+        path = self._path(step, names)
         try:
             if self._stored_identity() != self.identity:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -101,8 +130,7 @@ class FinishedLayers:
                 (self.folder / "identity").write_text(self.identity)
             # Whole or not at all: the run may end at any moment.
             unfinished = path.with_suffix(".unfinished")
-            more = {} if scales is None else {"scales": scales}
-            save_file({**tensors, **more}, unfinished, {"weights": json.dumps(described)})
+            save_file(dict(tensors), unfinished, {"weights": json.dumps(described)})
             os.replace(unfinished, path)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(

@@ -64,7 +64,8 @@ class DejaVu(Predictor):
         unseen, unseen_scores = (held_out(x) - mean) / deviation, held_out(scores)
         for _ in range(_EPOCHS):
             network.epoch(inputs, wanted)
-            found = recall(network.forward(unseen), unseen_scores, kept)
+            with torch.no_grad():
+                found = recall(network.forward(unseen), unseen_scores, kept)
             best, since = ((found, network.state()), 0) if found > best[0] else (best, since + 1)
             if found > _ENOUGH_RECALL or since == _PATIENCE:
                 break
@@ -107,8 +108,7 @@ class _Network:
     def forward(self, x: Tensor) -> Tensor:
         """`[T, E]` to `[T, G]`."""
         first, bias, second, last = self._weights
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
-            return F.linear(F.relu(F.linear(x, first, bias)), second, last)
+        return F.linear(F.relu(F.linear(x, first, bias)), second, last)
 
     @torch.enable_grad()
     def epoch(self, x: Tensor, target: Tensor) -> None:

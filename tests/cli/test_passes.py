@@ -8,14 +8,15 @@ from jettison.passes import USER_PASSES
 from jettison.passes.formats import FORMATS
 from jettison.passes.methods import METHODS
 from jettison.passes.policies import POLICIES
+from jettison.passes.predictors import PREDICTORS
 
 
 def test_json_lists_every_pass_policy_and_option(run):
     result = run("passes", "--json")
     assert (result.code, result.err) == (0, "")
     document = result.json
-    assert set(document) == {"passes", "policies", "formats", "methods"}
-    kinds = {"policies": POLICIES, "formats": FORMATS, "methods": METHODS}
+    assert set(document) == {"passes", "policies", "formats", "methods", "predictors"}
+    kinds = {"policies": POLICIES, "formats": FORMATS, "methods": METHODS, "predictors": PREDICTORS}
     named = {"passes": {cls.name: cls for cls in USER_PASSES}, **kinds}
     for key, by_name in named.items():
         classes = tuple(by_name.values())
