@@ -1,4 +1,4 @@
-"""`jettison passes`: list every pass, KV-cache policy, weight format, rounding method and predictor with its options."""
+"""`jettison passes`: list every pass, cache policy, weight format, rounding method and predictor with its options."""
 
 from __future__ import annotations
 
