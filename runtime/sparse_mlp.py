@@ -1,4 +1,8 @@
-"""`jettison::sparse_mlp` and its quantised form with PyTorch: slabs are gathered, then multiplied by the dense kernels.
+"""`jettison::sparse_mlp` and its quantised form with PyTorch.
+
+Over floating-point weights of one token, slabs of the first matrix are multiplied where they lie, and rows of the
+second are added up by the kernel of `embedding_bag`, which copies nothing (a gather and a product take several times as
+long). Elsewhere slabs are gathered, then multiplied by the dense kernels.
 
 Tokens that run together read the union of their groups once, and each drops the activations of those it did not name:
 results do not depend on who else is in the batch. From half of the groups on, gathering them takes longer than reading
@@ -17,6 +21,8 @@ from jettison.runtime.packed_linear import SLAB_ROWS, PackedWeight
 
 # Of the neurons: the largest union that is gathered.
 MOST_GATHERED = 0.5
+# Bytes from which on a slab is worth a call: a smaller one is copied to its neighbours first.
+_SMALLEST_SLAB = 128 << 10
 
 
 class _Slabs:
@@ -54,7 +60,14 @@ def run_sparse_mlp(
     activate = ACTIVATIONS[activation]
     named = None if indices is None else indices.reshape(-1, indices.shape[-1])
     slabs = None if named is None else _Slabs(named, len(up) // group, 1)
-    if slabs is None or not slabs.is_worth_it:
+    if slabs is not None and slabs.is_worth_it and len(rows) == 1:
+        taken = slabs.slabs
+        hidden = _linear_of_slabs(rows, up, taken, group)
+        if up_bias is not None:
+            hidden += up_bias.view(-1, group).index_select(0, taken).view(1, -1)
+        hidden = activate(hidden) if gate is None else activate(_linear_of_slabs(rows, gate, taken, group)) * hidden
+        out = _sum_of_rows(hidden, down, (taken[:, None] * group + torch.arange(group)).flatten())
+    elif slabs is None or not slabs.is_worth_it:
         hidden = F.linear(rows, up, up_bias)
         hidden = activate(hidden) if gate is None else activate(F.linear(rows, gate)) * hidden
         out = (hidden if named is None else keep_groups(hidden, named, group)) @ down
@@ -65,6 +78,29 @@ def run_sparse_mlp(
         hidden = activate(hidden) if gate is None else activate(F.linear(rows, _rows(gate, taken, group))) * hidden
         out = slabs.keep(hidden, group) @ _rows(down, taken, group)
     return add_absent(out, named, absent, down_bias).view(x.shape)
+
+
+def _linear_of_slabs(x: Tensor, matrix: Tensor, slabs: Tensor, rows: int) -> Tensor:
+    """`[1, n * rows]`: the product of one token with slabs of a matrix `[F, E]`."""
+    if rows * matrix.shape[1] * matrix.element_size() < _SMALLEST_SLAB:
+        return F.linear(x, _rows(matrix, slabs, rows))
+    by_slab = matrix.view(-1, rows, matrix.shape[1])
+    return torch.cat([F.linear(x, by_slab[slab]) for slab in slabs.tolist()], -1)
+
+
+def _sum_of_rows(weights: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
+    """`[1, E]`: rows of a matrix `[F, E]`, weighted and added up.
+
+    Args:
+        weights: `[1, N]`.
+        matrix: In the dtype of the weights.
+        rows: `[N] i64`.
+    """
+    # The kernel gives every thread a bag.
+    bags = min(torch.get_num_threads(), len(rows))
+    offsets = torch.arange(bags) * len(rows) // bags
+    sums = F.embedding_bag(rows, matrix, offsets, mode="sum", per_sample_weights=weights[0])
+    return sums.sum(0, keepdim=True, dtype=torch.float32).to(weights.dtype)
 
 
 def _rows(matrix: Tensor, slabs: Tensor, rows: int) -> Tensor:
