@@ -45,6 +45,10 @@ def _tidy(graph: fx.Graph) -> None:
         source = node.args[0] if node.args else None
         if node.target is aten.to.dtype:
             node.target, node.kwargs, node.args = aten._to_copy.default, {"dtype": node.args[1]}, node.args[:1]
+        elif node.target is aten.square.default:
+            node.target, node.args = aten.mul.Tensor, (source, source)
+        elif node.target is aten.__and__.Tensor:
+            node.target = aten.bitwise_and.Tensor
         elif node.target is aten.slice.Tensor and tuple(node.args[2:]) in ((), (0,), (0, _END), (0, _END, 1)):
             node.replace_all_uses_with(source)
             graph.erase_node(node)
