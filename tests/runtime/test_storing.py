@@ -10,8 +10,9 @@ from jettison.api import parse_passes
 from jettison.cli import main
 from jettison.passes.pipeline import apply
 from jettison.runtime.session import Session
+from tests.models.shortened import shortened
 from tests.runtime.long_generation import assert_same_tokens
-from tests.runtime.test_eviction import LLAMA, captured, executor, rows, run_json, session, shortened
+from tests.runtime.test_eviction import LLAMA, captured, executor, rows, run_json, session
 
 KIVI = "kivi{bits=4,residual=64}"
 MIKV = "mikv{budget=48,bits=4,every=8}"
@@ -230,7 +231,6 @@ def test_a_short_context_keeps_full():
 @pytest.mark.parametrize("target", ["torch", "onnx"])
 def test_artifacts_keep_what_was_chosen(target, tmp_path):
     """A composition and a form of its own for one layer, saved, prepared where there is something to, and loaded."""
-    (tmp_path / "model").mkdir()
     pipeline = f"cache-kv{{policy={COMPOSED},layers={{1: {KIVI}}}}}"
     made = jettison.optimize(shortened("tiny-llama", 2, tmp_path / "model"), pipeline, target=target)
     row = rows("tiny-llama/2")[0]
