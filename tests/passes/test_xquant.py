@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import pytest
 import torch
 
-from jettison.ir.capture import capture
 from jettison.ir.compare import compare_programs
-from jettison.ir.huggingface import source_from_model
 from jettison.ir.program import State, state_name
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.formats import Nf4
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
-from jettison.passes.pipeline import prepare
 from jettison.passes.policies import Kivi, XQuant
 from jettison.passes.quantize_weights import QuantizeWeights
 from tests.helpers import StoreIn, run_pass
-from tests.models.tiny_models import tiny_model
+from tests.models.tiny_programs import tiny_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +44,6 @@ class Unrounded(XQuant):
 UNROUNDED = Unrounded(residual=8, group=4)
 
 
-@functools.cache
-def prepared(name):
-    program = capture(source_from_model(tiny_model(name)))
-    prepare(program)
-    return program
-
-
 def assert_same_logits(before, after):
     drift = compare_programs(before, after, torch.arange(90).reshape(2, 45) % 90 + 3, prefill=17)
     assert drift.max_error < 2e-5 * drift.magnitude
@@ -81,7 +70,7 @@ def stored_numbers(program):
 )
 def test_unrounded_it_is_the_model(name, numbers):
     """Over stored tokens, several times filled."""
-    before = prepared(name)
+    before = tiny_program(name)
     after, record = run_pass(CacheKV(UNROUNDED), before)
     assert not record.misses
     assert stored_numbers(after) == numbers * 2, "two layers"
@@ -90,7 +79,7 @@ def test_unrounded_it_is_the_model(name, numbers):
 
 def test_other_layers_keep_full():
     """Keys of DeepSeek-V3 are joined from two projections."""
-    after, record = run_pass(CacheKV(UNROUNDED), prepared("deepseek_v3"))
+    after, record = run_pass(CacheKV(UNROUNDED), tiny_program("deepseek_v3"))
     reason = "kept full: its keys are computed by aten.slice_scatter.default from their projection"
     assert [miss.reason for miss in record.misses] == [reason] * 2
     assert not after.storages
@@ -101,7 +90,7 @@ def test_other_layers_keep_full():
 ])  # fmt: skip
 def test_it_follows_other_passes(name, quantize):
     """Merged projections and packed weights are read as the model computes with them."""
-    before, _ = run_pass(MergeQkvProjections(), prepared(name))
+    before, _ = run_pass(MergeQkvProjections(), tiny_program(name))
     before, _ = run_pass(quantize, before)
     after, record = run_pass(CacheKV(UNROUNDED), before)
     assert not record.misses
@@ -111,7 +100,7 @@ def test_it_follows_other_passes(name, quantize):
 
 def test_bases_are_not_quantised():
     """Nor are tables of angles, which are read by position as embeddings are."""
-    before, _ = run_pass(CacheKV(XQuant(residual=32)), prepared("qwen2"))
+    before, _ = run_pass(CacheKV(XQuant(residual=32)), tiny_program("qwen2"))
     after, record = run_pass(QuantizeWeights(group=32), before)
     assert record.rewrites
     assert not record.misses
@@ -121,7 +110,7 @@ def test_bases_are_not_quantised():
 
 
 def bytes_per_token(name, policy):
-    program, _ = run_pass(CacheKV(policy), prepared(name))
+    program, _ = run_pass(CacheKV(policy), tiny_program(name))
     return (program.state_bytes(1, 128) - program.state_bytes(1, 96)) / 32
 
 
@@ -140,7 +129,7 @@ def test_products_of_a_step(name, products):
 
     from jettison.ir.interpret import run_entry
 
-    program, _ = run_pass(CacheKV(XQuant(residual=32)), prepared(name))
+    program, _ = run_pass(CacheKV(XQuant(residual=32)), tiny_program(name))
     states = {
         each.name: torch.zeros(each.sizes(1, 3), dtype=each.dtype)
         for each in program.states.values()
