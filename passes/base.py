@@ -129,7 +129,7 @@ class Pass:
         program.history.append(record)
         return record
 
-    def _check_metadata(self, program: Program, known: dict[fx.Node, tuple[Any, ...]]) -> None:
+    def _check_metadata(self, program: Program, known: dict[fx.Node, tuple[Any, Any, Any, Any]]) -> None:
         """Evaluate again what is new or reads something new: stale metadata misleads every later pass.
 
         Entries begin as copies of each other, which share metadata: what is computed from the same is evaluated once.
@@ -167,7 +167,7 @@ def _type_text(value: Any) -> str:
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
 
 
-def _node_contents(program: Program) -> dict[fx.Node, tuple[Any, ...]]:
+def _node_contents(program: Program) -> dict[fx.Node, tuple[Any, Any, Any, Any]]:
     """What the metadata of each node was computed from, and the metadata; fx makes new tuples on every change."""
     nodes = (node for entry in program.entries.values() for node in entry.graph.nodes)
     return {node: (node.target, node.args, node.kwargs, node.meta.get("val")) for node in nodes}
