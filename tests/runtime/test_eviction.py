@@ -98,13 +98,13 @@ def compare(name, policy, target, prompts, steps, chunk=48):
 
 
 EMITTED = [("tiny-llama/2", POLICIES[index]) for index in (4, 5)]
-EMITTED += [("tiny-opt/2", POLICIES[index]) for index in (1, 6)]
+EMITTED += [("tiny-opt/1", POLICIES[index]) for index in (1, 6)]
 
 
 @pytest.mark.parametrize(
     ("name", "policy", "target"),
     [("tiny-llama/2", POLICIES[index], "torch") for index in (1, 2, 4, 5, 6)]
-    + [("tiny-opt/2", POLICIES[index], "torch") for index in (0, 3)]
+    + [("tiny-opt/1", POLICIES[index], "torch") for index in (0, 3)]
     + [(*emitted, "onnx") for emitted in EMITTED],
 )
 def test_decoding_is_a_full_cache_with_dropped_keys_masked(name, policy, target):
