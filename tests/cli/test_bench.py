@@ -22,7 +22,7 @@ def test_json_has_every_measure(run, request, target):
     for key in KEYS - {"target"}:
         assert document[key] > 0, key
     slots = 64 if target == "onnx" else 128
-    assert document["state_bytes"] == 2 * 12 * 4 * slots * 32 * 4
+    assert document["state_bytes"] == 2 * 4 * 4 * slots * 32 * 4
 
 
 def test_threads_are_those_asked_for(run, onnx_artifact):

@@ -6,8 +6,6 @@ import math
 
 import pytest
 
-from tests.cli.running import MODEL
-
 KEYS = {
     "perplexity", "bits_per_byte", "kl", "top1_agreement", "tokens", "weight_bytes", "state_bytes",
     "certified_fraction",
@@ -23,8 +21,8 @@ def text(tmp_path):
     return path
 
 
-def test_json_against_a_reference(run, onnx_artifact, text):
-    result = run("eval", onnx_artifact, "--text", text, "--reference", MODEL, "--context", WINDOW, "--json")
+def test_json_against_a_reference(run, onnx_artifact, two_layers, text):
+    result = run("eval", onnx_artifact, "--text", text, "--reference", two_layers, "--context", WINDOW, "--json")
     assert (result.code, result.err) == (0, "")
     document = result.json
     assert set(document) == KEYS
@@ -34,7 +32,7 @@ def test_json_against_a_reference(run, onnx_artifact, text):
     assert 0.8 < document["top1_agreement"] <= 1
     assert document["tokens"] % (WINDOW - 1) == 0
     assert document["certified_fraction"] is None
-    assert document["state_bytes"] == 12 * 4 * 64 * 32 * 4  # a window of 48 tokens rounded up to 64 slots
+    assert document["state_bytes"] == 4 * 4 * 64 * 32 * 4  # a window of 48 tokens rounded up to 64 slots
 
 
 def test_unquantised_small_model_has_no_divergence(run, small_artifact, small_model, text):
@@ -66,8 +64,8 @@ def test_table_names_measures_and_units(run, small_artifact, small_model, text):
         assert part in result.out
 
 
-def test_missed_budget_reports_and_exits_3(run, onnx_artifact, text):
-    arguments = ("eval", onnx_artifact, "--text", text, "--reference", MODEL, "--context", WINDOW, "--json")
+def test_missed_budget_reports_and_exits_3(run, onnx_artifact, two_layers, text):
+    arguments = ("eval", onnx_artifact, "--text", text, "--reference", two_layers, "--context", WINDOW, "--json")
     result = run(*arguments, "--max-kl", "1e-9")
     assert result.code == 3
     assert set(result.json) == KEYS

@@ -22,6 +22,9 @@ KEYS = {
 PASS_KEYS = {"name", "rewrites", "misses", "seconds", "bytes_before", "bytes_after", "kl"}
 
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
+
 def test_dry_run_reports_and_writes_nothing(run, small_model, is_left_clean, monkeypatch):
     monkeypatch.chdir(is_left_clean)
     result = run("optimize", small_model, "--passes", INT4, "--dry-run", "--json")

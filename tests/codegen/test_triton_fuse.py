@@ -9,18 +9,19 @@ from jettison.codegen.triton.steps import AttentionStep, CacheStep, LinearStep, 
 from jettison.ir import ops
 from jettison.ir.match import is_call
 from jettison.ir.program import Program
+from jettison.passes.base import Pass
+from jettison.passes.cache_kv import CacheKV
 from jettison.passes.policies import Full
 from jettison.passes.quantize_weights import QuantizeWeights
-from tests.codegen.running import cached_program
-from tests.models.tiny_models import tiny_model
+from tests.models.tiny_programs import tiny_program
 
 
 def steps_of(program: Program, kind: type[Step], entry: str = "decode") -> list[Step]:
     return [step for step in emit(program).steps[entry] if isinstance(step, kind)]
 
 
-def llama(*passes: object) -> Program:
-    return cached_program(tiny_model("llama"), Full(), *passes)
+def llama(*passes: Pass) -> Program:
+    return tiny_program("llama", *passes, CacheKV(Full()))
 
 
 def test_linears_of_one_x_are_one_launch():
@@ -50,9 +51,8 @@ def test_attention_and_cache_have_kernels_while_decoding():
 
 def test_qk_norms_stand_between():
     """Queries and keys are normalised head by head; the cache is written by a kernel all the same."""
-    caches = steps_of(cached_program(tiny_model("qwen3"), Full()), CacheStep)
-    assert len(caches) == 2
-    assert all(step.kernel.rotated == 8 for step in caches)
+    caches = steps_of(tiny_program("qwen3", CacheKV(Full()), layers=1), CacheStep)
+    assert [step.kernel.rotated for step in caches] == [8]
 
 
 def test_a_group_without_a_kernel_says_so():
@@ -67,7 +67,7 @@ def test_a_group_without_a_kernel_says_so():
 
 def test_every_node_is_in_one_step():
     for family in ("opt", "mixtral"):
-        program = cached_program(tiny_model(family), Full())
+        program = tiny_program(family, CacheKV(Full()), layers=1)
         for name, steps in emit(program).steps.items():
             nodes = [node for step in steps for node in step.nodes]
             called = [node for node in program.entries[name].graph.nodes if node.op == "call_function"]

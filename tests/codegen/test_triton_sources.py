@@ -18,10 +18,10 @@ from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
 from jettison.codegen.triton.kernels.top_k import TopK
 from jettison.codegen.triton.kernels.weight_form import WeightForm
+from jettison.passes.cache_kv import CacheKV
 from jettison.passes.policies import Full
 from jettison.passes.quantize_weights import QuantizeWeights
-from tests.codegen.running import cached_program
-from tests.models.tiny_models import tiny_model
+from tests.models.tiny_programs import tiny_program
 
 BF16, HALF = torch.bfloat16, torch.float16
 GATED = Epilogue(activation="silu", is_gated=True)
@@ -63,7 +63,7 @@ def test_sources_are_modules_of_lines_that_fit(name):
 
 
 def test_files_name_the_nodes_that_they_implement(snapshot):
-    program = cached_program(tiny_model("llama"), Full(), QuantizeWeights(bits=4, group=32))
+    program = tiny_program("llama", QuantizeWeights(bits=4, group=32), CacheKV(Full()))
     emitted = emit(program)
     file = next(name for name in emitted.sources() if "gemv_int4_g32_gated" in name)
     assert emitted.sources()[file] == snapshot(name="file_of_an_artifact")
@@ -72,6 +72,6 @@ def test_files_name_the_nodes_that_they_implement(snapshot):
 def test_names_are_unique_to_their_sources():
     by_name: dict[str, str] = {}
     for family in ("llama", "gemma2"):
-        for each in emit(cached_program(tiny_model(family), Full())).kernels.values():
+        for each in emit(tiny_program(family, CacheKV(Full()))).kernels.values():
             known = by_name.setdefault(each.kernel.name, each.kernel.source())
             assert known == each.kernel.source()

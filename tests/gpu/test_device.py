@@ -18,8 +18,7 @@ from jettison.runtime import tunings
 from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
-from tests.models.tiny_models import tiny_model
-from tests.runtime.test_triton_executor import with_passes
+from tests.models.tiny_programs import tiny_program
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +45,7 @@ def test_every_tuning_computes_the_same(bits):
 
 @pytest.mark.parametrize("policy", [Full(), SnapKV(budget=16, window=4), Kivi(bits=4, group=8, residual=16)], ids=str)
 def test_steps_are_replayed_and_right(policy):
-    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(policy))
+    program = tiny_program("llama", QuantizeWeights(bits=4, group=32), CacheKV(policy))
     executor = TritonExecutor(program)
     ours, theirs = Session(executor, 1, 128), Session(TorchExecutor(program, kernels="reference"), 1, 128)
     prompt = list(range(3, 40))
@@ -65,7 +64,7 @@ def test_steps_are_replayed_and_right(policy):
 
 def test_tunings_are_measured_and_used(monkeypatch, tmp_path):
     monkeypatch.setenv("JETTISON_CACHE", str(tmp_path))
-    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(Full()))
+    program = tiny_program("llama", QuantizeWeights(bits=4, group=32), CacheKV(Full()))
     document = tunings.measure(TritonExecutor(program), tunings.stopwatch())
     assert all(each["microseconds"] > 0 for each in document["kernels"].values())
     tunings.keep(document)

@@ -28,6 +28,9 @@ PROMPT = "The captain said that"
 TOLERANCE, REASON = 1e-4, "fp32 in another order of operations"
 
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Threads that wait for a busy core cost more than they bring."""
@@ -38,9 +41,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def on_torch() -> OptimizedModel:
+def on_torch(two_layers: Path) -> OptimizedModel:
     pytest.importorskip("transformers")
-    return jettison.optimize(TINY_LLAMA, target="torch")
+    return jettison.optimize(two_layers, target="torch")
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +53,16 @@ def on_onnx(onnx_fp32_artifact: Path) -> OptimizedModel:
 
 
 @pytest.fixture(scope="module")
-def small() -> OptimizedModel:
-    """A random Llama of two layers, given as a live model."""
+def llama() -> nn.Module:
+    """A random Llama of two layers."""
     pytest.importorskip("transformers")
-    return jettison.optimize(tiny_model("llama"), target="torch")
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def small(captured_once: None, llama: nn.Module) -> OptimizedModel:
+    """The same, optimised as a live model."""
+    return jettison.optimize(llama, target="torch")
 
 
 # --- targets --------------------------------------------------------------------------------------------------------
@@ -78,7 +87,7 @@ def test_quantised_activations_cost_little(on_torch: OptimizedModel, onnx_artifa
         attribute for node in model.graph.node for attribute in node.attribute if attribute.name == "accuracy_level"
     ]
     assert {attribute.i for attribute in levels} == {4}
-    assert len(levels) == 6 * 5 + 1
+    assert len(levels) == 2 * 5 + 1
     for attribute in levels:
         attribute.i = 0
     exact_folder = tmp_path / "exact"
@@ -107,20 +116,19 @@ def _executor_like(folder: Path, other: Path) -> OptimizedModel:
 # --- pipelines ------------------------------------------------------------------------------------------------------
 
 
-def test_text_and_objects_are_the_same_pipeline() -> None:
+def test_text_and_objects_are_the_same_pipeline(llama: nn.Module) -> None:
     text = "quantize-weights{bits=8,group=64},cache-kv{policy=window{size=16}}"
     objects = [QuantizeWeights(bits=8, group=64), CacheKV(Window(size=16))]
-    model = tiny_model("llama")
-    first, second = (jettison.optimize(model, passes, target="torch") for passes in (text, objects))
+    first, second = (jettison.optimize(llama, passes, target="torch") for passes in (text, objects))
     assert first.report.pipeline == second.report.pipeline
     assert first.graph == second.graph
     assert [record.name for record in first.report.passes] == ["quantize-weights", "cache-kv"]
     assert first.generate([5, 6, 7], max_new_tokens=8) == second.generate([5, 6, 7], max_new_tokens=8)
 
 
-def test_decoder_without_a_cache_gets_one_and_says_so(small: OptimizedModel) -> None:
+def test_decoder_without_a_cache_gets_one_and_says_so(small: OptimizedModel, llama: nn.Module) -> None:
     assert small.report.pipeline == "cache-kv{policy=full}"
-    explicit = jettison.optimize(tiny_model("llama"), [CacheKV(Full())], target="torch")
+    explicit = jettison.optimize(llama, [CacheKV(Full())], target="torch")
     assert explicit.report.pipeline == small.report.pipeline
     assert explicit.graph == small.graph
 
@@ -134,15 +142,15 @@ def test_graphs_before_and_after_and_their_difference(small: OptimizedModel) -> 
     assert "write_slots" in small.diff()
 
 
-def test_strict_makes_a_miss_an_error() -> None:
+def test_strict_makes_a_miss_an_error(llama: nn.Module) -> None:
     passes = "cache-kv{policy=window}"  # this model has no window of its own
-    lenient = jettison.optimize(tiny_model("llama"), passes, target="torch")
+    lenient = jettison.optimize(llama, passes, target="torch")
     (record,) = lenient.report.passes
     assert len(record.misses) == 2
     with pytest.raises(
         UnsupportedError, match=r"strict mode: 2 place\(s\) could not be rewritten(.|\n)*no sliding window"
     ):
-        jettison.optimize(tiny_model("llama"), passes, target="torch", strict=True)
+        jettison.optimize(llama, passes, target="torch", strict=True)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +162,9 @@ def test_strict_makes_a_miss_an_error() -> None:
         ({"passes": "quantise-weights"}, "quantise-weights.*\n?(.|\n)*quantize-weights"),
     ],
 )
-def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings(llama: nn.Module, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        jettison.optimize(tiny_model("llama"), **settings)
+        jettison.optimize(llama, **settings)
 
 
 def test_a_format_that_the_target_cannot_run_is_refused_before_the_model_is_opened() -> None:
@@ -235,7 +243,7 @@ def bert() -> nn.Module:
 
 
 @pytest.fixture(scope="module", params=["torch", "onnx"])
-def encoder(request: pytest.FixtureRequest, bert: nn.Module) -> OptimizedModel:
+def encoder(request: pytest.FixtureRequest, captured_once: None, bert: nn.Module) -> OptimizedModel:
     return jettison.optimize(bert, target=request.param, allow_spinning=False)
 
 
@@ -322,9 +330,9 @@ def test_generate_takes_what_a_tokenizer_of_transformers_returns(on_torch: Optim
     assert actual.tolist() == [ids + on_torch.generate(ids, max_new_tokens=12)]
 
 
-def test_left_padded_tensor_gives_what_transformers_gives(on_torch: OptimizedModel) -> None:
+def test_left_padded_tensor_gives_what_transformers_gives(on_torch: OptimizedModel, two_layers: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    eager = transformers.LlamaForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
+    eager = transformers.LlamaForCausalLM.from_pretrained(two_layers, dtype=torch.float32).eval()
     prompts = [on_torch.tokenizer.encode(text) for text in ("It was", PROMPT + " the old man", "Ah")]
     ids, mask = left_padded(prompts, 0)
     settings = {"max_new_tokens": 12, "do_sample": False}

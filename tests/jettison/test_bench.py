@@ -62,13 +62,18 @@ def small_llama(**options: object) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def onnx_model() -> OptimizedModel:
-    return optimize(small_llama())
+def source(captured_once: None) -> nn.Module:
+    return small_llama()
 
 
 @pytest.fixture(scope="module")
-def torch_model() -> OptimizedModel:
-    return optimize(small_llama(), target="torch")
+def onnx_model(source: nn.Module) -> OptimizedModel:
+    return optimize(source)
+
+
+@pytest.fixture(scope="module")
+def torch_model(source: nn.Module) -> OptimizedModel:
+    return optimize(source, target="torch")
 
 
 def parameter_bytes(module: nn.Module, without: str = "") -> int:
@@ -177,8 +182,8 @@ def test_a_tied_table_is_the_head_and_read_once():
     assert weight_bytes_per_step(model.graph, 7) == parameter_bytes(module)
 
 
-def test_packed_weights_are_read_packed():
-    model = optimize(small_llama(), "quantize-weights{bits=4,group=32}", target="torch")
+def test_packed_weights_are_read_packed(source):
+    model = optimize(source, "quantize-weights{bits=4,group=32}", target="torch")
     weights = [tensor for name, tensor in small_llama().named_parameters() if tensor.dim() == 2 and "embed" not in name]
     # A group of 32: 16 bytes of codes, a scale of 4; half a byte of zero point, and whole bytes per row.
     packed = sum(t.shape[0] * (t.shape[1] // 32 * 20 + -(-t.shape[1] // 32 // 2)) for t in weights)

@@ -17,6 +17,9 @@ SIZE = (3, 24)
 GPTQ_TEXT = "quantize-weights{bits=4,group=32,method=gptq}"
 
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
+
 @pytest.fixture(scope="module")
 def source(small_model):
     opened = open_source(small_model)

@@ -37,7 +37,6 @@ from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.source import open_source
 from tests.helpers import StoreIn
 
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
 INT4 = "quantize-weights{bits=4,group=32}"
 VOCAB, CONTEXT = 64, 48
 
@@ -79,9 +78,9 @@ class DoNothing(Pass):
 
 
 @pytest.fixture(scope="module")
-def trained() -> Program:
-    """The bundled model, prepared."""
-    program = open_source(TINY_LLAMA).program
+def trained(two_layers: Path) -> Program:
+    """Two layers of the bundled model, prepared."""
+    program = open_source(two_layers).program
     prepare(program)
     return program
 

@@ -21,6 +21,9 @@ PIPELINE = f"{QUANTIZE},cache-kv{{policy=window}}"
 FREQUENCY_BYTES = 4 * 4
 
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Threads that wait for a busy core cost more than they bring."""

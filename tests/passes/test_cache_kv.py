@@ -152,8 +152,8 @@ def test_layers_that_cannot_be_compressed_keep_full(options, reason):
 
 
 def test_what_never_leaves_full_precision_is_full():
-    after, record = run_pass(CacheKV(Int8(residual=512)), prepared(context=512))
-    full, _ = run_pass(CacheKV(), prepared(context=512))
+    after, record = run_pass(CacheKV(Int8(residual=512)), prepared())
+    full, _ = run_pass(CacheKV(), prepared())
     assert str(after) == str(full)
     assert [miss.reason for miss in record.misses] == [
         "kept full: 512 tokens in full precision are all of a context of 512"
@@ -181,7 +181,7 @@ def test_compositions_that_make_no_sense_are_refused(policies, message):
 
 
 def test_distances_in_the_cache_need_rotated_keys():
-    before = prepared(context=512)
+    before = prepared()
     after, record = run_pass(CacheKV(Sinks(budget=40, positions="cache")), before)
     assert not record.misses
     assert "past_key_values.0.first_keys" in after.states
@@ -197,8 +197,8 @@ def test_groups_divide_the_head(policy):
 
 
 def test_a_budget_that_drops_nothing_is_full():
-    after, record = run_pass(CacheKV(SnapKV(budget=512)), prepared(context=512))
-    full, _ = run_pass(CacheKV(), prepared(context=512))
+    after, record = run_pass(CacheKV(SnapKV(budget=512)), prepared())
+    full, _ = run_pass(CacheKV(), prepared())
     assert str(after) == str(full)
     assert [miss.reason for miss in record.misses] == [
         "kept full: a budget of 512 tokens drops nothing within a context of 512"

@@ -53,14 +53,21 @@ class SelfAttention(nn.Module):
 
 
 class Several(nn.Module):
-    """Layers of attention side by side, each with an output of its own: one capture for many cases."""
+    """Attention of several kinds over the same keys and values, each with its own queries: one capture for all."""
 
     def __init__(self, attends: Iterable[Callable[..., Tensor]], key_heads: int = HEADS) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(SelfAttention(attend, key_heads) for attend in attends)
+        self.attends = [*attends]
+        self.queries = nn.ModuleList(nn.Linear(WIDTH, HEADS * HEAD_DIM) for _ in self.attends)
+        self.key = nn.Linear(WIDTH, key_heads * HEAD_DIM)
+        self.value = nn.Linear(WIDTH, key_heads * HEAD_DIM)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {f"layer{number}": layer(x) for number, layer in enumerate(self.layers)}
+        x = F.layer_norm(x, (WIDTH,))
+        layers = (*self.queries, self.key, self.value)
+        *queries, key, value = (layer(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for layer in layers)
+        attended = (attend(query, key, value) for attend, query in zip(self.attends, queries, strict=True))
+        return {f"layer{number}": each.transpose(1, 2).flatten(2) for number, each in enumerate(attended)}
 
 
 def export_attention(
@@ -334,9 +341,14 @@ GROUPED = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_repeated_heads() -> Program:
+    return export_attention(*GROUPED, key_heads=2)
+
+
 @pytest.mark.parametrize("before_attention", [[], [RaiseRotaryEmbedding()]], ids=["rotary_written", "rotary_raised"])
-def test_hands_repeated_heads_over_once(before_attention):
-    before = export_attention(*GROUPED, key_heads=2)
+def test_hands_repeated_heads_over_once(with_repeated_heads, before_attention):
+    before = with_repeated_heads
     first, *others = [*before_attention, RaiseAttention(), RaiseWrittenAttention()]
     after, record = run_pass(first, before, *others)
     assert record.misses == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from jettison.codegen.triton.steps import TorchStep
 from jettison.ir.compare import assert_close
 from jettison.ir.errors import OptionError
 from jettison.ir.program import Program
-from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.policies import Full, Kivi, SnapKV, Window
@@ -23,18 +20,10 @@ from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
 from jettison.source import open_source
-from tests.models.tiny_models import tiny_model
+from tests.models.tiny_programs import tiny_program
 from tests.runtime.test_recorded_step import Recorder
 
 STEPS = 5
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
-
-
-def with_passes(model: object, *passes: Pass, dtype: str = "float32") -> Program:
-    program = open_source(model, dtype=dtype).program
-    prepare(program)
-    apply(program, passes)
-    return program
 
 
 def compare(program: Program, prompts: list[list[int]], tolerance: float | None = None, steps: int = STEPS) -> None:
@@ -51,50 +40,48 @@ def compare(program: Program, prompts: list[list[int]], tolerance: float | None 
         logits, wanted = actual.decode(tokens), expected.decode(tokens)
 
 
-def test_greedy_tokens_of_a_trained_model():
-    program = with_passes(TINY_LLAMA, QuantizeWeights(bits=4, group=64), CacheKV(Full()))
+def test_greedy_tokens_of_a_trained_model(two_layers):
+    program = open_source(two_layers).program
+    prepare(program)
+    apply(program, [QuantizeWeights(bits=4, group=64), CacheKV(Full())])
     compare(program, [[5, 100, 200, 77, 9]], steps=1)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_several_rows(bits):
     passes = [QuantizeWeights(bits=bits, group=32)] if bits else []
-    compare(with_passes(tiny_model("llama"), *passes, CacheKV(Full())), [[5, 10, 20], [7, 77, 9], [1, 2, 3]], steps=3)
+    compare(tiny_program("llama", *passes, CacheKV(Full())), [[5, 10, 20], [7, 77, 9], [1, 2, 3]], steps=3)
 
 
 @pytest.mark.parametrize(
     ("family", "layers"), [("qwen3", 1), ("phi3", 1), ("gemma2", 2), ("gpt_neox", 1), ("opt", 1), ("mixtral", 1)]
 )
 def test_families(family, layers):
-    program = with_passes(tiny_model(family, layers=layers), QuantizeWeights(bits=8, group=32), CacheKV(Full()))
+    program = tiny_program(family, QuantizeWeights(bits=8, group=32), CacheKV(Full()), layers=layers)
     compare(program, [[1, 5, 9, 3, 8, 4, 6, 2, 7, 11, 12]], steps=2)
 
 
 @pytest.mark.parametrize("policy", [Window(size=16), SnapKV(budget=16, window=4), Kivi(bits=4, group=8, residual=16)])
 def test_policies(policy):
-    program = with_passes(tiny_model("llama", layers=1), CacheKV(policy))
+    program = tiny_program("llama", CacheKV(policy), layers=1)
     compare(program, [list(range(3, 40))])
 
 
 @pytest.mark.parametrize("options", ["format=nf4{group=32}", "bits=3,group=32", "bits=2,group=32,symmetric=true"])
 def test_formats(options):
-    program = with_passes(
-        tiny_model("llama", layers=1), *parse_passes(f"quantize-weights{{{options}}}"), CacheKV(Full())
-    )
+    program = tiny_program("llama", *parse_passes(f"quantize-weights{{{options}}}"), CacheKV(Full()), layers=1)
     compare(program, [[1, 5, 9, 3]], steps=2)
 
 
 def test_half_precision_stays_close():
-    program = with_passes(
-        tiny_model("llama", layers=1), QuantizeWeights(bits=4, group=32), CacheKV(Full()), dtype="bfloat16"
-    )
+    program = tiny_program("llama", QuantizeWeights(bits=4, group=32), CacheKV(Full()), layers=1, dtype="bfloat16")
     compare(program, [[1, 5, 9, 3]], tolerance=0.05)
 
 
 def test_replayed_steps_are_the_steps():
     """What a CUDA graph does, without one: later steps run from buffers, with a mask that is longer than the row."""
     recorder = Recorder()
-    program = with_passes(tiny_model("llama", layers=1), CacheKV(Full()))
+    program = tiny_program("llama", CacheKV(Full()), layers=1)
     plain, recorded = (Session(TritonExecutor(program, record=record), 1, 64) for record in (None, recorder))
     assert torch.equal(*(each.prefill([[1, 5, 9, 3]]) for each in (plain, recorded)))
     for token in (4, 8, 15, 16):
@@ -111,7 +98,7 @@ def test_replayed_steps_are_the_steps():
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 4, "seed": 3}])
 def test_generation_from_the_best_tokens_is_generation_from_all(options, monkeypatch):
-    program = with_passes(tiny_model("llama", layers=1), CacheKV(Full()))
+    program = tiny_program("llama", CacheKV(Full()), layers=1)
     executor = TritonExecutor(program)
     given = GenerationOptions(max_new_tokens=5, eos_token_id=[], **options)
     best = generate(lambda *sizes: Session(executor, *sizes), [[1, 2, 3], [4]], given).token_ids
@@ -120,7 +107,7 @@ def test_generation_from_the_best_tokens_is_generation_from_all(options, monkeyp
 
 
 def test_a_layer_is_six_launches():
-    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(Full()))
+    program = tiny_program("llama", QuantizeWeights(bits=4, group=32), CacheKV(Full()))
     steps = TritonExecutor(program).emitted.steps["decode"]
     launched = [step for step in steps if not isinstance(step, TorchStep)]
     layers = 2
@@ -128,7 +115,7 @@ def test_a_layer_is_six_launches():
 
 
 def test_weights_are_held_once():
-    program = with_passes(tiny_model("llama"), QuantizeWeights(bits=4, group=32), CacheKV(Full()))
+    program = tiny_program("llama", QuantizeWeights(bits=4, group=32), CacheKV(Full()))
     executor = TritonExecutor(program)
     # Zero points take a number each here, and four bits there.
     assert executor.weight_bytes < 1.5 * program.weight_bytes()
@@ -137,11 +124,11 @@ def test_weights_are_held_once():
 
 def test_an_unknown_entry_is_refused():
     with pytest.raises(OptionError, match="no entry 'sideways'"):
-        TritonExecutor(with_passes(tiny_model("llama"), CacheKV(Full()))).run("sideways", {}, {})
+        TritonExecutor(tiny_program("llama", CacheKV(Full()))).run("sideways", {}, {})
 
 
 def test_states_are_on_the_device():
-    executor = TritonExecutor(with_passes(tiny_model("llama"), CacheKV(Full())))
+    executor = TritonExecutor(tiny_program("llama", CacheKV(Full())))
     session = Session(executor, 1, 64)
     assert {state.device.type for state in session.states.values()} == {executor.device.type}
     assert session.prefill([[1, 2, 3]]).device == torch.device("cpu")
