@@ -56,13 +56,14 @@ MASS = 0.99
 CALIBRATION_WINDOWS = 64
 
 PREDICTORS: dict[str, Predictor] = {
-    "oracle": HiRE(256), "dejavu, rank 32": DejaVu(32), "dejavu, rank 64": DejaVu(64), "hire, rank 32": HiRE(32),
-    "hire, rank 64": HiRE(64), "hire, rank 96": HiRE(96), "dejavu, rank 64, lookahead": DejaVu(64, "previous"),
+    "oracle": HiRE(256), "dejavu, rank 64": DejaVu(64), "dejavu, rank 64, lookahead": DejaVu(64, "previous"),
+    "hire, rank 32": HiRE(32), "hire, rank 64": HiRE(64), "hire, rank 96": HiRE(96), "hire, int4": HiRE(estimator="int4"),
 }  # fmt: skip
 # A quarter of the neurons of the first layer fire: the pass leaves it dense (here the predictors are forced, whose rank
 # is large beside so small a model).
 FIRST = r"layers\.0\."
 CURVE = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5)
+KEEPS_OF = {"oracle": CURVE, "hire, rank 64": CURVE, "dejavu, rank 64": (0.125, 0.25, 0.5)}
 ERRORS = (0.001, 0.003, 0.01, 0.03)
 
 WIDTH, NEURONS, LAYERS = 4096, 16384, 4
@@ -212,7 +213,7 @@ def quality(windows: list[Tensor], calibration: Path) -> dict[str, Any]:
         in_group: dict[str, Any] = {"curve": {}, "auto": {}, "covering": {}}
         for name, method in PREDICTORS.items():
             curve = in_group["curve"][name] = {}
-            for keep in CURVE if name in ("oracle", "dejavu, rank 64", "hire, rank 64") else (0.125, 0.25):
+            for keep in KEEPS_OF.get(name, (0.125, 0.25)):
                 settings = PredictMlpSparsity(method=method, keep=keep, group=group, skip=FIRST, force=True)
                 made, said = applied(program, [settings])
                 curve[str(keep)] = {**scorer.score(made), **figures_of(said[0], 6)}

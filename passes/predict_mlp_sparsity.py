@@ -207,7 +207,7 @@ class PredictMlpSparsity(Pass):
         dtype = site.x.meta["val"].dtype
         names = list(match.predictor)
         placed = [
-            edit.constant(Constant(f"{stem}.predictor.{name}", match.predictor[name].to(dtype))) for name in names
+            edit.constant(Constant(f"{stem}.predictor.{name}", _stored(match.predictor[name], dtype))) for name in names
         ]
         absent = None
         if match.absent is not None:
@@ -263,7 +263,7 @@ class PredictMlpSparsity(Pass):
         )  # fmt: skip
         predictor = self.method.fit(samples, kept, self.seed)
         share = kept / groups
-        extra = sum(tensor.numel() for tensor in predictor.values()) * _bytes_each(program, site)
+        extra = sum(_bytes_of(tensor, site) for tensor in predictor.values())
         read = share + extra / _stored_bytes(program, site)
         if read * _GATHER_COST[site.is_packed] >= 1 and not self.force:
             reason = f"dense is faster: {kept} of {groups} groups and the predictor are {read:.0%} of its bytes, and"
@@ -290,6 +290,11 @@ class PredictMlpSparsity(Pass):
         return high
 
 
+def _stored(constant: Tensor, dtype: torch.dtype) -> Tensor:
+    """A constant of a predictor in the dtype of the graph; codes stay what they are."""
+    return constant.to(dtype) if constant.is_floating_point() else constant
+
+
 def _vector(program: Program, site: MlpSite, operand: str) -> Tensor | None:
     name = site.constant(site.up, operand)
     return None if name is None else program.constants[name].value().to(torch.float32)
@@ -300,9 +305,11 @@ def _stored_bytes(program: Program, site: MlpSite) -> int:
     return sum(program.constants[name].stored_bytes for name in names if name is not None)
 
 
-def _bytes_each(program: Program, site: MlpSite) -> int:
-    """Of a number of a predictor, as it would be stored beside the layer: quantised where the layer is."""
-    return 1 if site.is_packed else int(site.x.meta["val"].dtype.itemsize)
+def _bytes_of(constant: Tensor, site: MlpSite) -> int:
+    """Of a predictor's constant, as it would be stored beside the layer: quantised to 8 bits where the layer is."""
+    if not constant.is_floating_point() or site.is_packed:
+        return constant.numel()
+    return constant.numel() * int(site.x.meta["val"].dtype.itemsize)
 
 
 def _dense_call(
