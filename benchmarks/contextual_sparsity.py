@@ -57,7 +57,8 @@ CALIBRATION_WINDOWS = 64
 
 PREDICTORS: dict[str, Predictor] = {
     "oracle": HiRE(256), "dejavu, rank 64": DejaVu(64), "dejavu, rank 64, lookahead": DejaVu(64, "previous"),
-    "hire, rank 32": HiRE(32), "hire, rank 64": HiRE(64), "hire, rank 96": HiRE(96), "hire, int4": HiRE(estimator="int4"),
+    "hire, rank 32": HiRE(32), "hire, rank 64": HiRE(64), "hire, rank 96": HiRE(96),
+    "hire, int4": HiRE(estimator="int4"),
 }  # fmt: skip
 # A quarter of the neurons of the first layer fire: the pass leaves it dense (here the predictors are forced, whose rank
 # is large beside so small a model).
