@@ -14,12 +14,16 @@ from torch import fx
 
 from jettison.ir.edit import Edit
 from jettison.ir.match import is_call
+from jettison.ir.ops import complete_logits
 from jettison.ir.program import Program
+from jettison.passes.head_forms import read_whole_head, return_candidates
 
 Form = Callable[[fx.Node, Edit], None]
 """Rewrites a node in its entry."""
 
-FORMS: Mapping[Any, Mapping[str, Form]] = {}
+FORMS: Mapping[Any, Mapping[str, Form]] = {
+    complete_logits: {"prefill": read_whole_head, "decode": return_candidates},
+}
 """By operator and entry; an entry that is not named keeps the operator as it is."""
 
 
