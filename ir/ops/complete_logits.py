@@ -8,7 +8,7 @@ from torch import Tensor
 from jettison.ir.ops.registration import define_op
 
 
-def _complete_logits(estimate: Tensor, candidates: Tensor, candidate_logits: Tensor) -> Tensor:
+def complete_logits_reference(estimate: Tensor, candidates: Tensor, candidate_logits: Tensor) -> Tensor:
     """Put exact logits among estimates.
 
     No estimate is left above the best candidate: the best token is one that was computed.
@@ -37,6 +37,6 @@ def _fake_complete_logits(estimate: Tensor, candidates: Tensor, candidate_logits
 
 complete_logits = define_op(
     "complete_logits(Tensor estimate, Tensor candidates, Tensor candidate_logits) -> Tensor",
-    _complete_logits,
+    complete_logits_reference,
     _fake_complete_logits,
 )

@@ -31,7 +31,7 @@ RESULT_ROUNDING = 2.0**-8
 BLOCK = 64
 
 
-def _head_candidates(
+def head_candidates_reference(
     estimate: Tensor, x: Tensor, errors: Tensor | None, count: int, group: int
 ) -> tuple[Tensor, Tensor]:
     """Choose candidates, and bound the logits of all other tokens.
@@ -102,6 +102,6 @@ def _fake_head_candidates(
 
 head_candidates = define_op(
     "head_candidates(Tensor estimate, Tensor x, Tensor? errors, int count, int group) -> (Tensor, Tensor)",
-    _head_candidates,
+    head_candidates_reference,
     _fake_head_candidates,
 )
