@@ -12,8 +12,9 @@ from torch import fx
 from jettison.ir.constants import Constant, Packed
 
 CACHE = "past_key_values."
-# Entry that computes all logits from what the head reads, where `decode` returns candidates only; and its input.
-HEAD, HEAD_INPUT = "head", "head_input"
+# Where `decode` returns candidates only: the entries that compute all logits and those of some tokens from what the
+# head reads, and their inputs.
+HEAD, HEAD_ROWS, HEAD_INPUT, HEAD_TOKENS = "head", "head_rows", "head_input", "head_tokens"
 # Input of entries that move tokens, where the layers of a cache have constants of their own: `[1] i64`, which it is of
 # those that the retention lists.
 LAYER = "layer"

@@ -23,6 +23,7 @@ if (_CHECKOUT / "ir" / "program.py").is_file():
 if TYPE_CHECKING:
     from jettison.api import load, optimize
     from jettison.optimized_model import OptimizedModel
+    from jettison.passes.approximate_lm_head import ApproximateLmHead
     from jettison.passes.cache_kv import CacheKV
     from jettison.passes.merge_qkv_projections import MergeQkvProjections
     from jettison.passes.policies import Full, Window
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from jettison.report import Report
 
 __all__ = [
+    "ApproximateLmHead",
     "CacheKV",
     "Full",
     "MergeQkvProjections",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ApproximateLmHead": "jettison.passes.approximate_lm_head",
     "CacheKV": "jettison.passes.cache_kv",
     "Full": "jettison.passes.policies",
     "MergeQkvProjections": "jettison.passes.merge_qkv_projections",

@@ -8,8 +8,8 @@ W tokens the logits after token i score token i + 1:
 - with `prefill=P`, tokens 0 to P - 1 go through `prefill` and P to W - 2 one by one through `decode`; tokens P to W - 1
   are scored: W - P per window. The first of them is scored by the last logits of `prefill`.
 
-With an approximate head, what `decode` is asked for is scored twice: `top1_agreement` and `certified_fraction` are those
-of the candidates alone, before anything falls back; perplexity and KL are those of the whole head, which has all logits.
+With an approximate head, what `decode` returns is scored twice: `top1_agreement` and `certified_fraction` are those of
+the candidates alone, before anything falls back; perplexity and KL are those of the whole head, which has all logits.
 
 The last token of a window is scored and never run. KL(reference || artifact) is summed in fp64 over the scored tokens
 and divided by their number, in nats.
@@ -405,9 +405,7 @@ class _Scoring:
         self.decoded += len(tokens)
         return found.whole(session.executor), found.tokens[:, 0]
 
-    def add(
-        self, logits: Tensor, targets: list[int], expected: Tensor | None, likeliest: Tensor | None = None
-    ) -> None:
+    def add(self, logits: Tensor, targets: list[int], expected: Tensor | None, likeliest: Tensor | None = None) -> None:
         """Add some scored tokens.
 
         Args:

@@ -7,13 +7,14 @@ After:
     packed @lm_head.weight.estimate: int4{group=128,symmetric=false}[512,64]
     entry forward(...):
       %9: f32[s0,s1,512] = jettison.quantized_linear(%8, @lm_head.weight.estimate.codes, ...)
-      %10: (i64[s0,s1,64], f32[s0,s1]) = jettison.head_candidates(%9, %8, @lm_head.weight.estimate.errors, 64, 128)
+      %10: (i64[s0,s1,64], i64[s0,s1,448], f32[s0,s1,449]) = jettison.head_candidates(%9, %8, ...errors, 64, 512, 128)
       %13: f32[s0,s1,64] = jettison.selected_linear(%8, %11, @lm_head.weight, None)
       %14: f32[s0,s1,512] = jettison.complete_logits(%9, %11, %13)
     and once there is a KV cache (`cache-kv`):
     entry prefill(...): the head as it was
-    entry decode(...): returns candidates, candidate_logits, bound (with certify) and head_input
+    entry decode(...): returns candidates, their logits, bounds of the others, head_input (see passes/head_forms.py)
     entry head(%head_input: f32[s0,s1,64]): the head as it was
+    entry head_rows(%head_input: f32[s0,s1,64], %head_tokens: i64[s0,s1,s2]): some of its logits
 
 Fires when: the logits of a decoder come from a linear, packed or not, with nothing but increasing element-wise
     operations after it.
@@ -21,12 +22,13 @@ Declines when: the head is not such a linear, a packed head has a bias, the voca
     candidates, or the estimator would read more than three quarters of the bytes of the head (the trap of HiRE: a head
     in 4 bits is its own estimator).
 Numerics: changes precision in `forward`, whose other logits are estimates. A prompt runs the whole head. So does a
-    decode step unless its result is proven: with `certify`, `decode` returns a bound on the logits that it did not
-    compute (`ir/ops/head_candidates.py`), and a session asks `head` for the rows of a batch that are not above it, so
-    greedy and `top_k` tokens are those of the whole head up to ties. On 1536 tokens of Treasure Island the best of 64
-    candidates was the best token on tiny-llama and tiny-opt always, and certified in 98 and 96 % of cases. What needs
-    the whole distribution (`top_p` alone, a repetition penalty) gets the whole head. Without `certify` the best
-    candidates are taken as they are.
+    decode step unless its result is proven: with `certify`, `decode` returns bounds of the logits that it did not
+    compute (`ir/ops/head_candidates.py`). Where the best candidates are not above them, a session computes the tokens
+    whose bounds reach them, and all logits where those are too many; so greedy and `top_k` tokens are those of the
+    whole head up to ties. On 1536 tokens of Treasure Island the best of 64 candidates was the best token on tiny-llama
+    and tiny-opt always, proven at once in 98 and 96 % of cases, and always with the tokens in reserve. What needs the
+    whole distribution (`top_p` alone, a repetition penalty) gets the whole head. Without `certify` the best candidates
+    are taken as they are.
 Saves: per decoded token `V * K * bits / 8` bytes of the head are not read; read are those of the estimator (see
     passes/head_estimators.py), 8 V of `errors` and `candidates * K * bits / 8`. Stored bytes grow by the estimator.
 Source: HiRE, arXiv 2402.09360 (estimators, over-selection); the certificate and the choice by upper bounds are ours.
@@ -45,11 +47,11 @@ from jettison.ir.chunked_run import ChunkedRun
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call
-from jettison.ir.ops import complete_logits, head_candidates, quantized_embedding, selected_linear
+from jettison.ir.ops import complete_logits, head_candidates
 from jettison.ir.program import MissRecord, Program, output_node
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.head_estimators import Head, add_int4, add_low_rank, estimator_bytes, group_for, int4_errors
-from jettison.passes.head_forms import row_reader
+from jettison.passes.head_forms import WholeHead
 from jettison.passes.methods.base import InputStatistics
 from jettison.passes.options import option
 from jettison.passes.select_logits import head_chain
@@ -57,6 +59,9 @@ from jettison.passes.select_logits import head_chain
 aten = torch.ops.aten
 # An estimator that reads more of the head's bytes than this, its candidates included, is not worth its own.
 _LARGEST_SHARE = 0.75
+# Tokens that are listed with their bounds for every candidate. Nine in ten times they hold all that may be among the 50
+# best on tiny-llama and tiny-opt; listing them takes 0.1 ms of V = 128256.
+RESERVE = 8
 _INCREASING = (aten.tanh.default, aten.to.dtype, aten._to_copy.default)
 _SHIFTS = (aten.add.Tensor,)
 _SCALINGS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
@@ -81,8 +86,8 @@ class ApproximateLmHead(Pass):
                 raise OptionError(f"[approximate-lm-head] {field}={value}: needs at least 1. Choose a larger one.")
         if self.estimator == "int4" and self.rank is not None:
             raise OptionError(
-                f"[approximate-lm-head] rank={self.rank} with estimator=int4: only lowrank has a rank. Leave it out, or "
-                "use estimator=lowrank."
+                f"[approximate-lm-head] rank={self.rank} with estimator=int4: only lowrank has a rank. Leave it out, "
+                "or use estimator=lowrank."
             )
         if self.estimator == "lowrank" and self.certify:
             raise OptionError(
@@ -170,17 +175,17 @@ class ApproximateLmHead(Pass):
         else:
             estimate = add_low_rank(edit, match, rank, _products(edit.program, x))
         with edit.before(node):
-            found = edit.call(
-                head_candidates, estimate, x, errors, self.candidates, group_for(match.shape[1])
-            )
+            reserve = RESERVE * self.candidates if self.certify else 0
+            found = edit.call(head_candidates, estimate, x, errors, self.candidates, reserve, group_for(match.shape[1]))
             candidates = edit.call(operator.getitem, found, 0)
-            logits = edit.call(complete_logits, estimate, candidates, _exact(edit, node, x, candidates))
+            exact = WholeHead.of_linear(node).logits_of(edit, x, candidates)
+            logits = edit.call(complete_logits, estimate, candidates, exact)
         edit.replace(node, logits)
 
     def ensures(self, program: Program) -> str | None:
         """The head that prompts and fallbacks read can be found again."""
         for node in program.entries["forward"].graph.nodes:
-            if is_call(node, complete_logits) and row_reader(node) is None:
+            if is_call(node, complete_logits) and WholeHead.of_candidates(node) is None:
                 return "the head is not to be found from its candidates"
         return None
 
@@ -218,19 +223,3 @@ def _number(operand: object, program: Program) -> float | None:
         return None
     value = program.constants[name].value()
     return float(value) if value.numel() == 1 else None
-
-
-def _exact(edit: Edit, head: fx.Node, x: fx.Node, candidates: fx.Node) -> fx.Node:
-    """The outputs of a head at its candidates; inside `with edit.before(node)`."""
-    operands = arguments(head)
-    if is_call(head, aten.linear.default):
-        return edit.call(selected_linear, x, candidates, operands["weight"], operands["bias"])
-    parts = (operands[name] for name in ("codes", "scales", "zeros", "bits", "group", "in_features"))
-    rows = edit.call(quantized_embedding, candidates, *parts)
-    column = edit.call(aten.unsqueeze.default, _cast(edit, x, rows.meta["val"].dtype), -1)
-    products = edit.call(aten.squeeze.dim, edit.call(aten.matmul.default, rows, column), -1)
-    return _cast(edit, products, x.meta["val"].dtype)
-
-
-def _cast(edit: Edit, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node if node.meta["val"].dtype == dtype else edit.call(aten.to.dtype, node, dtype)

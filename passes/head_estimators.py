@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -83,9 +84,9 @@ class Head:
         return row_chunks(*self.shape)
 
 
-def group_for(columns: int) -> int:
+def group_for(columns: int) -> Literal[32, 64, 128]:
     """The largest group of a format that is not mostly padding."""
-    return next((group for group in (32, 64) if columns <= group), 128)
+    return 32 if columns <= 32 else 64 if columns <= 64 else 128
 
 
 def estimator_bytes(shape: tuple[int, int], rank: int | None) -> int:

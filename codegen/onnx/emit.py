@@ -42,9 +42,11 @@ AXES: dict[str, tuple[str | int, ...]] = {
     "logits_positions": (1, "logits_sequence_length"),
     "token_count": ("batch_size",),
     "stored_slots": ("batch_size", "stored_length"),
+    "head_tokens": ("batch_size", "sequence_length", "head_tokens_length"),
 }
 # Sizes that the exporter shows itself; any may be given at run time.
-_EXAMPLE_SIZES = {"batch_size": 2, "logits_sequence_length": 3, "past_sequence_length": 16, "stored_length": 3}
+_EXAMPLE_SIZES = {"batch_size": 2, "logits_sequence_length": 3, "past_sequence_length": 16, "stored_length": 3,
+                  "head_tokens_length": 6}  # fmt: skip
 
 
 @dataclass

@@ -14,8 +14,8 @@ from jettison.passes.options import describe
 from jettison.passes.pipeline import CANONICALIZE, RAISE
 
 # Modules of the package that hold no pass.
-INFRASTRUCTURE = {"base", "decode_only", "expert_reads", "grammar", "head_estimators", "head_forms", "options",
-                 "pipeline"}
+INFRASTRUCTURE = {"base", "decode_only", "expert_reads", "grammar", "head_estimators", "head_forms",
+                  "options", "pipeline"}  # fmt: skip
 VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "fold", "fuse",
          "lower", "merge", "plan", "predict", "quantize", "raise", "select", "split", "strip")  # fmt: skip
 
