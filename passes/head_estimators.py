@@ -25,9 +25,14 @@ from jettison.passes.formats import Grid, IntGroups, WeightFormat
 
 aten = torch.ops.aten
 ESTIMATE = "estimate"
-# Of what kernels round on the way to an estimate, in units of |Z~_i| |x|: x to bf16 (2^-9), and where many rows are
-# multiplied at once decoded weights to bf16 (2^-9); and in fp32 sums, per column, of head and estimator.
-_OPERAND_ROUNDING, _SUM_ROUNDING = 2.0**-8, 2.0**-22
+# What kernels round on the way to an estimate, in units of |Z~_i| |x|: x to bf16 (2^-9), and where many rows are
+# multiplied at once, decoded weights to bf16 (2^-9).
+_OPERAND_ROUNDING = 2.0**-8
+# And in fp32 sums in any order, per column, in units of the norm of what is summed. Kernels sum codes and take the zero
+# points off afterwards; in words of Triton's kernels a code is 16 to 31 (see `codegen/triton/word_layout.py`).
+_SUM_ROUNDING, _LARGEST_CODE = 2.0**-24, 32.0
+# Scale of a group of zeros. In formats it is 1, and what is summed and taken off again large.
+_ZERO_SCALE = 2.0**-20
 # Norms and the bound are computed in fp32 themselves.
 _ROUNDED_UP, _GRID_ROUNDED_UP = 1.0 + 2.0**-10, 1.0 + 2.0**-6
 
@@ -133,6 +138,7 @@ def _bf16_groups(weight_format: IntGroups, weight: Tensor) -> dict[str, Tensor]:
     groups = weight_format.split_groups(weight)
     fitted = IntGroups(weight_format.bits, weight_format.group, symmetric=True).fit(groups)
     scales = fitted.scales.to(torch.bfloat16).to(torch.float32)
+    scales.masked_fill_(groups.abs().amax(-1) == 0, _ZERO_SCALE)
     grid = Grid(scales, torch.full_like(scales, 2.0 ** (weight_format.bits - 1)))
     return weight_format.pack(weight_format.round(groups, grid), grid)
 
@@ -155,10 +161,10 @@ def int4_errors(program: Program, head: Head) -> Constant:
         parts = {part: program.constants[name].rows(each.start, each.stop) for part, name in packed.parts.items()}
         exact = head.rows(each.start, each.stop)
         estimate = weight_format.decode(parts, (len(exact), columns))
-        norms = [matrix.norm(dim=-1) for matrix in (exact - estimate, exact, estimate)]
-        rounding = sums * norms[1] + (sums + _OPERAND_ROUNDING) * norms[2]
-        errors[0, each] = (norms[0] + rounding) * _ROUNDED_UP
-        errors[1, each] = norms[2] * _GRID_ROUNDED_UP
+        summed = _LARGEST_CODE * weight_format.group**0.5 * parts["scales"].norm(dim=-1)
+        rounding = sums * (exact.norm(dim=-1) + summed) + _OPERAND_ROUNDING * estimate.norm(dim=-1)
+        errors[0, each] = ((exact - estimate).norm(dim=-1) + rounding) * _ROUNDED_UP
+        errors[1, each] = estimate.norm(dim=-1) * _GRID_ROUNDED_UP
     return Constant(f"{head.name}.{ESTIMATE}.errors", errors)
 
 

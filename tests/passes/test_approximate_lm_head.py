@@ -147,7 +147,9 @@ def test_prompts_run_the_head_as_it_was():
     assert texts[0] == texts[1] != ""
 
 
-@pytest.mark.parametrize("policy", [Window(16), SnapKV(16, window=4), H2O(16), Kivi(bits=4, group=8, residual=16)], ids=str)
+@pytest.mark.parametrize(
+    "policy", [Window(16), SnapKV(16, window=4), H2O(16), Kivi(bits=4, group=8, residual=16)], ids=str
+)
 def test_every_cache_decodes_with_the_whole_head_where_it_is_asked(policy):
     ids = example_input_ids(decoder(), 2, 24)
     before, _ = run_pass(CacheKV(policy), decoder())
@@ -266,9 +268,7 @@ def test_declines(program, reason):
 
 def test_declines_where_the_estimator_is_as_large_as_the_head():
     packed, _ = run_pass(QuantizeWeights(4, 64), plain())
-    reason = (
-        "the estimator and the candidates would read 7696 bytes and the head has 7400: too many to gain anything"
-    )
+    reason = "the estimator and the candidates would read 7696 bytes and the head has 7400: too many to gain anything"
     assert_declines(PASS, packed, reason=reason)
 
 
