@@ -15,7 +15,7 @@ from torch import fx
 from jettison.ir.edit import Edit
 from jettison.ir.match import is_call
 from jettison.ir.ops import complete_logits
-from jettison.ir.program import Program
+from jettison.ir.program import HEAD, Program
 from jettison.passes.head_forms import read_whole_head, return_candidates
 
 Form = Callable[[fx.Node, Edit], None]
@@ -29,6 +29,8 @@ FORMS: Mapping[Any, Mapping[str, Form]] = {
 
 def is_decode_only(program: Program) -> bool:
     """Whether some token is computed in another way than a token of a prompt."""
+    if HEAD in program.entries:  # what it was made from is gone
+        return True
     return any(is_call(node, *FORMS) for entry in program.entries.values() for node in entry.graph.nodes)
 
 

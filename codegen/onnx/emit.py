@@ -26,7 +26,7 @@ from jettison.codegen.onnx.routed_experts import spell_out_experts
 from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
 from jettison.ir.match import is_call
-from jettison.ir.program import Program, constant_placeholders, output_node, placeholders, state_placeholders
+from jettison.ir.program import HEAD, Program, constant_placeholders, output_node, placeholders, state_placeholders
 from jettison.ir.torch_export import export_module
 
 OPSET = 23
@@ -61,6 +61,7 @@ class EmittedGraph:
         states: State name to (input, output); no output for a state that is only read.
         minimum_ort: Oldest ONNX Runtime that has every operator.
         is_fast: Whether it is the fast form of an entry that another graph serves too.
+        is_mapped: Whether its weights are better read from the file than packed in memory.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class EmittedGraph:
     states: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     minimum_ort: str = MINIMUM_ORT["default"]
     is_fast: bool = False
+    is_mapped: bool = False
 
 
 @contextmanager
@@ -189,6 +191,10 @@ def emit_entry(
     add_functions(model)
     onnx_ir.save(model, path)
     emitted = EmittedGraph(path, serves, names, outputs, is_fast=is_fast)
+    # A head that is asked now and then has been packed for `prefill` already, and packed again it is in memory twice. A
+    # quantised weight that is not packed is decoded at each call.
+    is_packed = any(is_call(node, ops.quantized_linear) for node in entry.graph.nodes)
+    emitted.is_mapped = entry_name == HEAD and not is_packed
     emitted.states = {state: (state, present) for state, present in presents.items()}
     if any(is_call(node, ops.windowed_attention) for node in entry.graph.nodes):
         emitted.minimum_ort = MINIMUM_ORT["windowed_cache"]

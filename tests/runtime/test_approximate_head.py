@@ -1,4 +1,4 @@
-"""Decode steps of an approximate head: bounds that hold on every target, and tokens that are those of the whole head."""
+"""Decode steps of an approximate head: bounds that hold on every target, and the tokens of the whole head."""
 
 from __future__ import annotations
 
@@ -205,6 +205,8 @@ def test_weights_of_the_head_are_stored_once(artifact, onnx_fp32_artifact):
     estimator = vocab * (width // 2 + 2 * 4 + 1 + 2 * 4)
     assert manifests[0]["weight_bytes"] - manifests[1]["weight_bytes"] == estimator
     assert files[0] - files[1] < 1.05 * estimator
+    mapped = {graph["file"]: graph["is_mapped"] for graph in manifests[0]["graphs"]}
+    assert mapped == {"prefill.onnx": False, "decode.onnx": False, "head.onnx": True, "head_rows.onnx": False}
 
 
 def test_a_loaded_torch_artifact_decodes_with_candidates(on_torch, tmp_path):
@@ -239,7 +241,6 @@ def test_without_a_proof_candidates_are_taken_as_they_are(small_model):
 
 
 def test_steps_can_be_asked_for_all_logits(on_torch):
-    dense, approximate = on_torch
     sessions = [model.session(2, 64) for model in on_torch]
     for session in sessions:
         session.prefill([[5, 9, 11], [7, 3, 2]])
