@@ -59,7 +59,10 @@ def head_candidates_reference(
     bounds = values[..., count:]
     if listed == vocabulary:
         bounds = F.pad(bounds, (0, 1), value=-torch.inf)
-    return tokens[..., :count].contiguous(), tokens[..., count:listed].contiguous(), bounds.contiguous()
+    # Not `contiguous`, which leaves the strides of sizes 1 and 0 as they are.
+    parts = tokens[..., :count], tokens[..., count:listed], bounds
+    candidates, others, bounds = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return candidates, others, bounds
 
 
 def _error_norms(x: Tensor, group: int) -> Tensor:
