@@ -283,6 +283,8 @@ def test_triton_takes_candidates_from_recorded_steps():
         for executor in (actual, expected)
     ]
     assert results[0].token_ids == results[1].token_ids
+    assert actual.recorded is not None
+    assert (actual.recorded.refusal, recorder.recorded) == (None, 1)
 
 
 def test_commands_read_an_artifact_with_more_entries(artifact, capsys):
