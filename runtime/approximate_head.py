@@ -129,9 +129,9 @@ def _sorted(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _best_of_all(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest of `[V]`, in descending order, the lower token first of two that are equal."""
     scores = logits.to(torch.float32).numpy()
-    if count == 1 or not np.isfinite(scores).all():  # a NaN comes first, and is refused by who reads it
+    if count == 1 or np.isnan(scores).any():  # a NaN comes first, and is refused by who reads it
         best = int(scores.argmax())
-        return logits[best : best + 1], torch.tensor([best])
+        return logits[best].expand(count), torch.full((count,), best)
     near = keep_best(scores, count)
     order = near[np.argsort(-scores[near], kind="stable")[:count]]
     return torch.from_numpy(scores[order]), torch.from_numpy(order.astype(np.int64))

@@ -262,6 +262,27 @@ def test_equal_logits_are_in_the_order_of_tokens():
     assert bool(found.certified(3, with_reserve=True))
 
 
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([0.0, 3.0, -torch.inf, 3.0, 2.0], [1, 3, 4]),
+        ([-torch.inf, 3.0, -torch.inf, -torch.inf, 2.0], [1, 4, 0]),
+        ([0.0, 3.0, torch.nan, 3.0, 2.0], [2, 2, 2]),
+    ],
+)
+def test_the_whole_head_may_rule_tokens_out(logits, expected):
+    class Whole:
+        def run(self, entry, inputs, states):
+            assert entry == "head"
+            return {"logits": torch.tensor([[logits]])}
+
+    nothing = torch.full((1, 4), torch.nan)
+    found = Candidates(torch.arange(4)[None], nothing, torch.tensor([[4]]), nothing[:, :2], torch.zeros(1, 1, 2))
+    values, tokens = found.best(3, Whole())
+    assert tokens.tolist() == [expected]
+    assert torch.equal(values, torch.tensor([logits])[:, expected]) or values.isnan().all()
+
+
 def test_triton_takes_candidates_from_recorded_steps():
     from transformers import LlamaConfig, LlamaForCausalLM
 
