@@ -15,6 +15,8 @@ from torch import Tensor
 
 from jettison.ir.interpret import run_entry
 from jettison.ir.program import (
+    HEAD,
+    HEAD_INPUT,
     LAYER,
     Program,
     Retention,
@@ -216,7 +218,8 @@ def run_program(
     calls = [outputs]
     for position in range(first, length):
         cache.make_room(position, is_prompt=False)
-        calls.append(cache.call("decode", input_ids[:, position : position + 1], position, None))
+        found = cache.call("decode", input_ids[:, position : position + 1], position, None)
+        calls.append(_completed(program, found))
     return tuple(torch.cat(pieces, 1) for pieces in zip(*calls, strict=True))
 
 
@@ -348,8 +351,16 @@ def _call(
         raise ValueError(f"entry {entry} takes {', '.join(unknown)}: give it in `inputs`")
     names = list(state_placeholders(program.entries[entry]))
     values = run_entry(program, entry, {**states, **{name: available[name] for name in wanted}})
-    count = len(program.outputs)
+    count = len(program.outputs_of(entry))
     return tuple(values[:count]), {**states, **dict(zip(names, values[count:], strict=True))}
+
+
+def _completed(program: Program, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The program's outputs of a decode step that may have returned candidates only."""
+    if HEAD not in program.entries:
+        return outputs
+    hidden = dict(zip(program.outputs_of("decode"), outputs, strict=True))[HEAD_INPUT]
+    return run_entry(program, HEAD, {HEAD_INPUT: hidden})
 
 
 def compare_programs(

@@ -12,6 +12,9 @@ from torch import fx
 from jettison.ir.constants import Constant, Packed
 
 CACHE = "past_key_values."
+# Where `decode` returns candidates only: the entries that compute all logits and those of some tokens from what the
+# head reads, and their inputs.
+HEAD, HEAD_ROWS, HEAD_INPUT, HEAD_TOKENS = "head", "head_rows", "head_input", "head_tokens"
 # Input of entries that move tokens, where the layers of a cache have constants of their own: `[1] i64`, which it is of
 # those that the retention lists.
 LAYER = "layer"
@@ -211,6 +214,7 @@ class Program:
         storages: By name.
         info: Facts about the model.
         outputs: Names of the model's outputs, e.g. `("logits",)`.
+        entry_outputs: Names of what an entry returns before its states, where that is not `outputs`.
         history: One record per pass, in order.
         pipeline: Canonical text of the passes applied so far.
         calibration: Returns inputs of `forward` by name, for batches of text; None where there is none.
@@ -229,9 +233,12 @@ class Program:
     storages: dict[str, Storage] = field(default_factory=dict)
     calibration: Callable[[], Sequence[Mapping[str, torch.Tensor]]] | None = None
     finished: Any = None
+    entry_outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def outputs_of(self, entry: str) -> tuple[str, ...]:
         """Names of what an entry returns before its states."""
+        if entry in self.entry_outputs:
+            return self.entry_outputs[entry]
         if any(storage.load == entry for storage in self.storages.values()):
             return ("key", "value")
         return () if entry in self.state_entries else self.outputs
@@ -249,7 +256,7 @@ class Program:
         return Program(
             entries, dict(self.constants), self.info, self.outputs, dict(self.packed), dict(self.states),
             list(self.history), self.pipeline, dict(self.retentions), dict(self.storages), self.calibration,
-            self.finished,
+            self.finished, dict(self.entry_outputs),
         )  # fmt: skip
 
     def used_constants(self) -> dict[str, Constant]:

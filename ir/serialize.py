@@ -136,6 +136,8 @@ def save_program(
         "history": [dataclasses.replace(record, seconds=0.0) for record in program.history],
         "entries": {name: _encode_entry(name, entry, symbols) for name, entry in program.entries.items()},
     }  # fmt: skip
+    if program.entry_outputs:
+        document["entry_outputs"] = program.entry_outputs
     document["symbols"] = dict(symbols.values())  # known once the entries are encoded
     Path(json_path).write_bytes(f"{_lines(_plain(document), 'entry', '')}\n".encode())
     write_constants(weights_path, constants, on_bytes)
@@ -361,7 +363,7 @@ class _Reader:
         """The program, without metadata."""
         keys = ("info", "outputs", "pipeline", "symbols", "constants", "packed", "states", "retentions", "storages",
                 "history", "entries")  # fmt: skip
-        document = self.table(self.document, "the file", ("format", "version", *keys))
+        document = self.table(self.document, "the file", ("format", "version", *keys), ("entry_outputs",))
         self.table(document["symbols"], "symbols")
         info = self.record(ModelInfo, document["info"], "info")
         if info.kind not in ("decoder", "encoder") or min(info.context, info.vocab_size) < 1:
@@ -389,6 +391,8 @@ class _Reader:
         outputs = self.items(document["outputs"], str, "outputs")
         pipeline = self._field(str, document["pipeline"], "pipeline", ())
         program = Program({}, constants, info, tuple(outputs), packed, states, history, pipeline, retentions, storages)
+        for name, returned in self.table(document.get("entry_outputs", {}), "entry_outputs").items():
+            program.entry_outputs[name] = tuple(self.items(returned, str, f"entry_outputs of {name}"))
         for name, value in self.table(document["entries"], "entries").items():
             if not re.fullmatch(r"[a-z][a-z0-9_]{,50}", name):
                 self.refuse("entries", f"the name {name!r}", "a name of small letters")

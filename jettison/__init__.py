@@ -23,6 +23,7 @@ if (_CHECKOUT / "ir" / "program.py").is_file():
 if TYPE_CHECKING:
     from jettison.api import load, optimize
     from jettison.optimized_model import OptimizedModel
+    from jettison.passes.approximate_lm_head import ApproximateLmHead
     from jettison.passes.cache_kv import CacheKV
     from jettison.passes.cluster_neurons import ClusterNeurons
     from jettison.passes.merge_qkv_projections import MergeQkvProjections
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from jettison.report import Report
 
 __all__ = [
+    "ApproximateLmHead",
     "CacheKV",
     "ClusterNeurons",
     "Full",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ApproximateLmHead": "jettison.passes.approximate_lm_head",
     "CacheKV": "jettison.passes.cache_kv",
     "ClusterNeurons": "jettison.passes.cluster_neurons",
     "Full": "jettison.passes.policies",

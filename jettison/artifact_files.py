@@ -154,6 +154,7 @@ def _graph_dict(graph: EmittedGraph) -> dict[str, Any]:
         "outputs": [name for name in graph.outputs if name not in {out for _, out in graph.states.values()}],
         "states": {name: list(pair) for name, pair in graph.states.items()},
         "is_fast": graph.is_fast,
+        "is_mapped": graph.is_mapped,
     }
 
 
@@ -185,7 +186,7 @@ def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool
     graphs = [
         OnnxGraph(
             artifact.path(graph["file"]), tuple(graph["entries"]), tuple(graph["inputs"]), tuple(graph["outputs"]),
-            {name: (past, present) for name, (past, present) in graph["states"].items()},
+            {name: (past, present) for name, (past, present) in graph["states"].items()}, graph.get("is_mapped", False),
         )
         for graph in manifest["graphs"]
         if not graph.get("is_fast") or multiplies_int8()

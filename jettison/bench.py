@@ -32,10 +32,13 @@ _ITEMSIZE = {
 # Operators that read only the rows they are asked for, and which of their operands are tables.
 _TABLE_OPERANDS = {
     "aten.embedding": (0,), "jettison.lut_embedding": (1, 3, 4), "jettison.quantized_embedding": (1, 2, 3),
-    "jettison.experts": (3, 4), "jettison.quantized_experts": (3, 4, 5, 6, 7, 8),
+    "jettison.experts": (3, 4), "jettison.quantized_experts": (3, 4, 5, 6, 7, 8), "jettison.selected_linear": (2,),
 }  # fmt: skip
 # Operators that are asked for as many rows (experts) by each token as one of their operands has columns.
-_CHOICES_OPERAND = {"jettison.experts": 1, "jettison.quantized_experts": 1}
+_CHOICES_OPERAND = {
+    "jettison.experts": 1, "jettison.quantized_experts": 1, "jettison.quantized_embedding": 0,
+    "jettison.selected_linear": 1,
+}  # fmt: skip
 # Operators that read groups of neurons: operands of which they read the share that a token names, the one whose rows
 # are the groups, and where the size of a group is.
 _GROUPED_OPERANDS = {
@@ -176,7 +179,11 @@ def _time_round(session: Session, tokens: list[list[int]], prompt_tokens: int) -
     session.prefill([row[:prompt_tokens] for row in tokens])
     filled = time.perf_counter()
     for step in range(prompt_tokens, len(tokens[0])):
-        session.decode([row[step] for row in tokens])
+        # An approximate head has all logits only where they are asked for.
+        if session.has_approximate_head:
+            session.decode_best([row[step] for row in tokens], 1)
+        else:
+            session.decode([row[step] for row in tokens])
     return filled - started, time.perf_counter() - filled
 
 
@@ -226,7 +233,8 @@ def weight_bytes_per_step(graph: str, batch: int) -> int:
     ):
         columns[value] = int((re.findall(r",(\d+)\]$", type_) or ["1"])[0])
         operands = arguments.split(", ")
-        rows = columns[operands[_CHOICES_OPERAND[operator]]] if operator in _CHOICES_OPERAND else 1
+        # An input has a row for each token.
+        rows = columns.get(operands[_CHOICES_OPERAND[operator]], 1) if operator in _CHOICES_OPERAND else 1
         tables = _TABLE_OPERANDS.get(operator, ())
         grouped, stand_ins, size = _GROUPED_OPERANDS.get(operator, ((), None, 0))
         for position, argument in enumerate(operands):

@@ -8,6 +8,9 @@ W tokens the logits after token i score token i + 1:
 - with `prefill=P`, tokens 0 to P - 1 go through `prefill` and P to W - 2 one by one through `decode`; tokens P to W - 1
   are scored: W - P per window. The first of them is scored by the last logits of `prefill`.
 
+With an approximate head, what `decode` returns is scored twice: `top1_agreement` and `certified_fraction` are those of
+the candidates alone, before anything falls back; perplexity and KL are those of the whole head, which has all logits.
+
 The last token of a window is scored and never run. KL(reference || artifact) is summed in fp64 over the scored tokens
 and divided by their number, in nats.
 """
@@ -30,6 +33,7 @@ from jettison.ir.errors import ArtifactError, CaptureError, OptionError
 from jettison.ir.progress import track
 from jettison.ir.upcast import UpcastWeights
 from jettison.optimized_model import OptimizedModel
+from jettison.runtime.session import Session
 from jettison.runtime.tokenizer import Tokenizer
 from jettison.sample_text import cut_windows, rows_that_fit, sample_text, text_tokens, tokenizer_or_none
 
@@ -55,11 +59,13 @@ class EvalResult:
             unscored tokens; special tokens have no text, and a character that is cut by the edge of a window counts as
             the three bytes of the replacement character.
         kl: Mean KL(reference || artifact) in nats per scored token; None without a reference.
-        top1_agreement: Fraction of scored tokens for which both find the same token likeliest; None likewise.
+        top1_agreement: Fraction of scored tokens for which both find the same token likeliest; None likewise. Of an
+            approximate head, without falling back.
         tokens: Scored tokens.
         weight_bytes: Bytes of the weights as the target holds them.
         state_bytes: Allocated bytes of the states of one sequence of a window's length.
-        certified_fraction: Fraction of tokens whose approximate head was proven exact; None where the head is exact.
+        certified_fraction: Fraction of decoded tokens for which an approximate head proved that it found the
+            likeliest; None where the head is exact, or nothing was decoded.
     """
 
     perplexity: float
@@ -322,6 +328,7 @@ class _Scoring:
     def __init__(self, model: OptimizedModel, reference: EagerReference | None, first: int, length: int) -> None:
         self.model, self.reference, self.first, self.length = model, reference, first, length
         self.tokens, self.agreed, self.negative_log_likelihood, self.divergence = 0, 0, 0.0, 0.0
+        self.certified, self.decoded = 0, 0
         self.state_bytes = 0
 
     def rows_together(self) -> int:
@@ -370,27 +377,44 @@ class _Scoring:
         # Steps are scored many at a time: one step's few rows are too little work to spread over threads.
         most = max(1, _rows_per_chunk(self.model.info.vocab_size) // len(group))
         steps = [session.prefill([window[: self.first] for window in group])]
+        best = [steps[0].argmax(-1)]
         for position in range(self.first, self.length):
             is_last = position + 1 == self.length
             if len(steps) == most or is_last:
                 scored = slice(position + 1 - len(steps), position + 1)
                 targets = [window[at] for at in range(scored.start, scored.stop) for window in group]
                 wanted = None if expected is None else expected[scored.start - self.first : scored.stop - self.first]
-                self.add(torch.cat(steps), targets, None if wanted is None else wanted.flatten(0, 1))
+                expected_here = None if wanted is None else wanted.flatten(0, 1)
+                self.add(torch.cat(steps), targets, expected_here, torch.cat(best))
                 steps.clear()
+                best.clear()
             if not is_last:
-                steps.append(session.decode([window[position] for window in group]))
+                logits, likeliest = self._decode(session, [window[position] for window in group])
+                steps.append(logits)
+                best.append(likeliest)
             advance(len(group))
         self.state_bytes = session.state_bytes // len(group)
 
-    def add(self, logits: Tensor, targets: list[int], expected: Tensor | None) -> None:
+    def _decode(self, session: Session, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """Logits `[B, V]` after one more token of each row, and the tokens `[B]` that a step finds likeliest."""
+        if not session.has_approximate_head:
+            logits = session.decode(tokens)
+            return logits, logits.argmax(-1)
+        found = session.decode_candidates(tokens)
+        self.certified += int(found.certified(1).sum())
+        self.decoded += len(tokens)
+        return found.whole(session.executor), found.tokens[:, 0]
+
+    def add(self, logits: Tensor, targets: list[int], expected: Tensor | None, likeliest: Tensor | None = None) -> None:
         """Add some scored tokens.
 
         Args:
             logits: `[N, V] f32` of the artifact.
             targets: The tokens that came, `N` of them.
             expected: `[N, V] f32` of the reference, or None.
+            likeliest: `[N] i64`, tokens that the artifact finds likeliest; default those of the logits.
         """
+        likeliest = logits.argmax(-1) if likeliest is None else likeliest
         rows = _rows_per_chunk(logits.shape[-1])
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
@@ -408,7 +432,7 @@ class _Scoring:
                 p = log_p.exp()
                 # A token that the reference rules out contributes nothing, whatever its logarithms are.
                 self.divergence += torch.where(p == 0, 0.0, p * (log_p - log_q)).sum().item()
-                self.agreed += int((expected[chunk].argmax(-1) == logits[chunk].argmax(-1)).sum())
+                self.agreed += int((expected[chunk].argmax(-1) == likeliest[chunk]).sum())
         self.tokens += len(targets)
 
     def result(self, windows: list[list[int]]) -> EvalResult:
@@ -427,6 +451,7 @@ class _Scoring:
             tokens=self.tokens,
             weight_bytes=self.model.executor.weight_bytes,
             state_bytes=self.state_bytes,
+            certified_fraction=self.certified / self.decoded if self.decoded else None,
         )
 
 

@@ -1,6 +1,7 @@
 """Rewrites of a program, one file each: what there is, and what a pipeline text may name."""
 
 from jettison.passes.allocate_bits import AllocateBits
+from jettison.passes.approximate_lm_head import ApproximateLmHead
 from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.canonicalize_linear import CanonicalizeLinear
@@ -22,6 +23,7 @@ from jettison.passes.strip_export_asserts import StripExportAsserts
 # Every pass, in alphabetical order of the files.
 PASSES: tuple[type[Pass], ...] = (
     AllocateBits,
+    ApproximateLmHead,
     CacheKV,
     CanonicalizeLinear,
     ClusterNeurons,
@@ -42,6 +44,7 @@ PASSES: tuple[type[Pass], ...] = (
 # Canonicalisation and raising always run and stay out of the text.
 USER_PASSES: tuple[type[Pass], ...] = (
     AllocateBits,
+    ApproximateLmHead,
     CacheKV,
     ClusterNeurons,
     MergeQkvProjections,

@@ -13,50 +13,27 @@ from typing import Any
 from torch import fx
 
 from jettison.ir.edit import Edit
-from jettison.ir.match import arguments, is_call
-from jettison.ir.ops import gated_activation, quantized_linear, quantized_sparse_mlp, sparse_mlp
-from jettison.ir.ops.gated_activation import ACTIVATIONS
-from jettison.ir.program import Program
+from jettison.ir.match import is_call
+from jettison.ir.ops import complete_logits, quantized_sparse_mlp, sparse_mlp
+from jettison.ir.program import HEAD, Program
+from jettison.passes.head_forms import read_whole_head, return_candidates
+from jettison.passes.mlp_forms import all_groups, linears_again
 
 Form = Callable[[fx.Node, Edit], None]
 """Rewrites a node in its entry."""
 
-
-def _all_groups(node: fx.Node, edit: Edit) -> None:
-    """A sparse feed-forward layer over the same matrices, with every group."""
-    given = arguments(node) | {"indices": None, "absent": None}
-    edit.set_arguments(node, *given.values())
-
-
-def _linears_again(node: fx.Node, edit: Edit) -> None:
-    """A sparse feed-forward layer over quantised matrices as the linears it was made of."""
-    read = arguments(node)
-
-    def linear(x: fx.Node, stack: str, layout: str, bias: fx.Node | None) -> fx.Node:
-        parts = [read[f"{stack}_{part}"] for part in ("codes", "scales", "zeros")]
-        columns = read["neurons" if stack == "down" else "width"]
-        return edit.call(quantized_linear, x, *parts, bias, read[f"{layout}_bits"], read[f"{layout}_group"], columns)
-
-    with edit.before(node):
-        hidden = linear(read["x"], "up", "up", read["up_bias"])
-        if read["gate_codes"] is None:
-            hidden = edit.inline(ACTIVATIONS[read["activation"]], hidden)
-        else:
-            gate = linear(read["x"], "gate", "up", None)
-            hidden = edit.call(gated_activation, gate, hidden, read["activation"])
-        new = linear(hidden, "down", "down", read["down_bias"])
-    edit.replace(node, new)
-
-
 FORMS: Mapping[Any, Mapping[str, Form]] = {
-    sparse_mlp: {"prefill": _all_groups},
-    quantized_sparse_mlp: {"prefill": _linears_again},
+    complete_logits: {"prefill": read_whole_head, "decode": return_candidates},
+    sparse_mlp: {"prefill": all_groups},
+    quantized_sparse_mlp: {"prefill": linears_again},
 }
 """By operator and entry; an entry that is not named keeps the operator as it is."""
 
 
 def is_decode_only(program: Program) -> bool:
     """Whether some token is computed in another way than a token of a prompt."""
+    if HEAD in program.entries:  # what it was made from is gone
+        return True
     return any(is_call(node, *FORMS) for entry in program.entries.values() for node in entry.graph.nodes)
 
 

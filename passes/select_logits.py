@@ -52,7 +52,7 @@ class SelectLogits(Pass):
         for entry_name, entry in program.entries.items():
             if "logits_positions" in input_placeholders(entry):
                 continue
-            chain = self._head(output_node(entry).args[0][0])
+            chain = head_chain(output_node(entry).args[0][0])
             if not is_call(chain[-1], aten.linear.default, quantized_linear):
                 misses.append(MissRecord(describe_node(chain[-1]), "the language-model head is not a linear"))
                 continue
@@ -62,16 +62,6 @@ class SelectLogits(Pass):
             self._gather(Edit(program, entry_name, self.name), chain)
             rewrites += 1
         return rewrites, misses
-
-    def _head(self, node: fx.Node) -> list[fx.Node]:
-        """From the output back to the head."""
-        chain = [node]
-        while is_call(chain[-1], *_ELEMENTWISE):
-            tensors = [n for n in chain[-1].all_input_nodes if constant_name(n) is None]
-            if len(tensors) != 1:
-                break
-            chain.append(tensors[0])
-        return chain
 
     def _gather(self, edit: Edit, chain: list[fx.Node]) -> None:
         head = chain[-1]
@@ -93,3 +83,14 @@ class SelectLogits(Pass):
         edit.set_arguments(head, selected, *head.args[1:])
         for node in reversed(chain[:-1]):
             edit.refresh(node)
+
+
+def head_chain(logits: fx.Node) -> list[fx.Node]:
+    """From the logits back through element-wise operations to what they come from: the head, if it is a linear."""
+    chain = [logits]
+    while is_call(chain[-1], *_ELEMENTWISE):
+        tensors = [n for n in chain[-1].all_input_nodes if constant_name(n) is None]
+        if len(tensors) != 1:
+            break
+        chain.append(tensors[0])
+    return chain

@@ -39,6 +39,7 @@ class OnnxGraph:
         inputs: Names of run-time inputs, states not included.
         outputs: Names of outputs, new states not included.
         states: State name to (input name, output name); no output for a state that is only read.
+        is_mapped: Whether weights are read from the file as they are, and not packed in memory.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class OnnxGraph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     states: Mapping[str, tuple[str, str | None]]
+    is_mapped: bool = False
 
 
 class OnnxExecutor:
@@ -95,6 +97,8 @@ class OnnxExecutor:
         for graph in graphs:
             options = session_options(threads, allow_spinning=allow_spinning)
             path = (prepared or {}).get(graph.path.name, graph.path)
+            if path is graph.path and graph.is_mapped:
+                options.add_session_config_entry("session.disable_prepacking", "1")
             if path is not graph.path:  # optimised when it was prepared
                 options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             session = open_session(path, options)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError
+from jettison.runtime.approximate_head import Candidates, has_approximate_head
 from jettison.runtime.executor import Executor, SelectingExecutor, allocate_states
 from jettison.runtime.kept_states import KeptStates, SlottedStates
 
@@ -57,6 +58,7 @@ class Session:
         self.vocab_size = executor.info.vocab_size
         self.capacity = min(-(-capacity // SLOT_GRANULE) * SLOT_GRANULE, self.context)
         self.prefill_chunk = prefill_chunk
+        self.has_approximate_head = has_approximate_head(executor)
         self.lengths = [0] * batch
         kept = {*executor.retentions, *executor.storages}
         whole = {name: state for name, state in executor.states.items() if kept.isdisjoint(state.shape)}
@@ -126,16 +128,42 @@ class Session:
         Raises:
             OptionError: As `prefill`.
         """
+        if self.has_approximate_head:
+            return self.decode_candidates(tokens).whole(self.executor)
         rows = self._rows_to_decode(tokens)
         return self._run("decode", rows, 0, [LAST_TOKEN])[:, 0]
+
+    def decode_candidates(self, tokens: Sequence[int]) -> Candidates:
+        """Append one token to each row of a program with an approximate head.
+
+        Args:
+            tokens: One id per row.
+
+        Returns:
+            The tokens that may be the best next ones.
+
+        Raises:
+            OptionError: As `prefill`, or the program computes all logits at each step.
+        """
+        if not self.has_approximate_head:
+            raise OptionError(
+                f"[session] candidates: {self.executor.info.name} computes all logits at each step. Use decode, or "
+                "optimise it with approximate-lm-head."
+            )
+        inputs = self._inputs("decode", self._rows_to_decode(tokens), 0, [LAST_TOKEN])
+        found = Candidates.of(self.executor.run("decode", inputs, self.states))
+        self._grow(0, self.batch, 1)
+        return found
 
     @property
     def most_best(self) -> int:
         """Most tokens that `decode_best` picks for a row; 0 where it cannot."""
+        if self.has_approximate_head:  # where there are too few candidates, the whole head is asked
+            return self.vocab_size
         return self.executor.most_best if isinstance(self.executor, SelectingExecutor) else 0
 
     def decode_best(self, tokens: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-        """Append one token to each row, and let the executor pick the best next ones.
+        """Append one token to each row, and let the executor, or an approximate head, pick the best next ones.
 
         Args:
             tokens: One id per row.
@@ -147,6 +175,8 @@ class Session:
         Raises:
             OptionError: As `prefill`, or the executor picks fewer.
         """
+        if self.has_approximate_head and 1 <= count <= self.most_best:
+            return self.decode_candidates(tokens).best(count, self.executor)
         if not 1 <= count <= self.most_best or not isinstance(self.executor, SelectingExecutor):
             raise OptionError(f"[session] the best {count} tokens: this target picks at most {self.most_best}.")
         rows = self._rows_to_decode(tokens)

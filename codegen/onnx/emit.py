@@ -27,7 +27,7 @@ from jettison.codegen.onnx.sparse_mlp import cut_into_slabs, is_group_mixture
 from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
 from jettison.ir.match import is_call
-from jettison.ir.program import Program, constant_placeholders, output_node, placeholders, state_placeholders
+from jettison.ir.program import HEAD, Program, constant_placeholders, output_node, placeholders, state_placeholders
 from jettison.ir.torch_export import export_module
 
 OPSET = 23
@@ -43,9 +43,11 @@ AXES: dict[str, tuple[str | int, ...]] = {
     "logits_positions": (1, "logits_sequence_length"),
     "token_count": ("batch_size",),
     "stored_slots": ("batch_size", "stored_length"),
+    "head_tokens": ("batch_size", "sequence_length", "head_tokens_length"),
 }
 # Sizes that the exporter shows itself; any may be given at run time.
-_EXAMPLE_SIZES = {"batch_size": 2, "logits_sequence_length": 3, "past_sequence_length": 16, "stored_length": 3}
+_EXAMPLE_SIZES = {"batch_size": 2, "logits_sequence_length": 3, "past_sequence_length": 16, "stored_length": 3,
+                  "head_tokens_length": 6}  # fmt: skip
 
 
 @dataclass
@@ -60,6 +62,7 @@ class EmittedGraph:
         states: State name to (input, output); no output for a state that is only read.
         minimum_ort: Oldest ONNX Runtime that has every operator.
         is_fast: Whether it is the fast form of an entry that another graph serves too.
+        is_mapped: Whether its weights are better read from the file than packed in memory.
     """
 
     path: Path
@@ -69,6 +72,7 @@ class EmittedGraph:
     states: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     minimum_ort: str = MINIMUM_ORT["default"]
     is_fast: bool = False
+    is_mapped: bool = False
 
 
 @contextmanager
@@ -188,6 +192,10 @@ def emit_entry(
     add_functions(model)
     onnx_ir.save(model, path)
     emitted = EmittedGraph(path, serves, names, outputs, is_fast=is_fast)
+    # A head that is asked now and then has been packed for `prefill` already, and packed again it is in memory twice. A
+    # quantised weight that is not packed is decoded at each call.
+    is_packed = any(is_call(node, ops.quantized_linear) for node in entry.graph.nodes)
+    emitted.is_mapped = entry_name == HEAD and not is_packed
     emitted.states = {state: (state, present) for state, present in presents.items()}
     if any(is_call(node, ops.windowed_attention) for node in entry.graph.nodes):
         emitted.minimum_ort = MINIMUM_ORT["windowed_cache"]

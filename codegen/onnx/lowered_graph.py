@@ -65,6 +65,12 @@ class LoweredGraph(nn.Module):
         self._tensors: dict[str, Tensor] = {}
         self._buffers_of: dict[tuple[str, str], str] = {}
         self._tables: dict[Any, tuple[str, str] | None] = {}
+        self._tables_of_rows = {
+            constant_name(node.args[2])
+            for each in program.entries.values()
+            for node in each.graph.nodes
+            if is_call(node, ops.selected_linear)
+        }
         self._plan()
 
     def _plan(self) -> None:
@@ -117,8 +123,9 @@ class LoweredGraph(nn.Module):
     def _layout(self, node: fx.Node, operand: fx.Node) -> str:
         if is_call(node, ops.quantized_embedding) and node.args[1] is operand:
             return "rows"
-        if is_call(node, aten.linear.default) and node.args[1] is operand and len(operand.users) == 1:
-            return "transposed"
+        if is_call(node, aten.linear.default) and node.args[1] is operand:
+            # Where rows are looked up as well, in this entry or another, there is one constant for both.
+            return "plain" if len(operand.users) > 1 or constant_name(operand) in self._tables_of_rows else "transposed"
         if is_call(node, ops.experts, ops.quantized_experts):
             return stack_layout(node, operand)
         return "plain"

@@ -30,7 +30,9 @@ from jettison.codegen.onnx.written_attention import (
 from jettison.ir import ops
 from jettison.ir.errors import UnsupportedError
 from jettison.ir.match import arguments, constant_name, is_call
+from jettison.ir.ops.complete_logits import complete_logits_reference
 from jettison.ir.ops.gated_activation import ACTIVATIONS
+from jettison.ir.ops.head_candidates import head_candidates_reference
 from jettison.ir.program import Program
 
 aten = torch.ops.aten
@@ -130,6 +132,12 @@ def quantized_embedding(
     return rows if padded_dim == embedding_dim else rows[..., :embedding_dim]
 
 
+def selected_linear(x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`Gather` of rows and a product."""
+    products = torch.matmul(F.embedding(rows, weight), x.unsqueeze(-1)).squeeze(-1)
+    return products if bias is None else products + F.embedding(rows, bias.unsqueeze(-1)).squeeze(-1)
+
+
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """The activation and a product, which the exporter knows."""
     return ACTIVATIONS[activation](gate) * up
@@ -149,9 +157,12 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.attention: attention,
+    # Operations that the exporter knows.
+    ops.complete_logits: complete_logits_reference,
     ops.dequantize_slots: dequantize_slots,
     ops.experts: experts,
     ops.gated_activation: gated_activation,
+    ops.head_candidates: head_candidates_reference,
     ops.joint_attention: joint_attention,
     ops.lut_embedding: lut_embedding,
     ops.lut_linear: lut_linear,
@@ -163,6 +174,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.rotary_embedding: rotary_embedding,
     ops.scored_attention: scored_attention,
     ops.scored_joint_attention: scored_joint_attention,
+    ops.selected_linear: selected_linear,
     ops.sparse_mlp: sparse_mlp,
     ops.windowed_attention: windowed_attention,
     ops.write_slots: write_slots,

@@ -48,6 +48,10 @@ _ACTIVATION_OPS = {
     aten.relu.default: "relu", aten.silu.default: "silu", aten.sigmoid.default: "sigmoid", aten.gelu.default: "gelu",
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WITHOUT_KERNEL = {
+    ops.head_candidates: "the search for the largest bounds has no kernel",
+    ops.selected_linear: "a product with rows that are looked up has no kernel",
+}
 
 
 def fuse(program: Program, entry_name: str) -> list[Step]:
@@ -69,7 +73,8 @@ def fuse(program: Program, entry_name: str) -> list[Step]:
                 find(node)
     for node in nodes:
         if node not in fusion.step_of:
-            fusion.add(TorchStep([node], list(node.all_input_nodes), [node], fusion.misses.get(node, "")))
+            reason = fusion.misses.get(node) or _WITHOUT_KERNEL.get(node.target, "")
+            fusion.add(TorchStep([node], list(node.all_input_nodes), [node], reason))
     return _ordered(nodes, fusion.step_of)
 
 

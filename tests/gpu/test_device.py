@@ -11,6 +11,7 @@ from jettison.codegen.triton.launch import Launcher, choose_device
 from jettison.codegen.triton.word_layout import to_words
 from jettison.ir.compare import assert_close
 from jettison.ir.ops.quantized_linear import dequantize_rows, pack_codes
+from jettison.passes.approximate_lm_head import ApproximateLmHead
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.policies import Full, Kivi, SnapKV
 from jettison.passes.quantize_weights import QuantizeWeights
@@ -60,6 +61,23 @@ def test_steps_are_replayed_and_right(policy):
     expected = theirs.decode([5]).topk(3, 1)
     assert torch.equal(tokens, expected.indices)
     assert_close(values, expected.values)
+
+
+def test_candidates_of_replayed_steps_are_those_of_the_whole_head():
+    program = tiny_program("llama", ApproximateLmHead(candidates=4), CacheKV())
+    executor = TritonExecutor(program)
+    ours, theirs = Session(executor, 1, 128), Session(TorchExecutor(program, kernels="reference"), 1, 128)
+    prompt = list(range(3, 40))
+    tokens = theirs.prefill([prompt]).argmax(-1).tolist()
+    ours.prefill([prompt])
+    for _ in range(10):
+        expected = theirs.decode(tokens).topk(3, 1)
+        values, found = ours.decode_best(tokens, 3)
+        assert torch.equal(found, expected.indices)
+        assert_close(values, expected.values)
+        tokens = expected.indices[:, 0].tolist()
+    assert executor.recorded is not None
+    assert executor.recorded.refusal is None
 
 
 def test_tunings_are_measured_and_used(monkeypatch, tmp_path):

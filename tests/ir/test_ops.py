@@ -19,14 +19,17 @@ import jettison.ir.ops
 from jettison.ir.compare import assert_close
 from jettison.ir.ops import (
     attention,
+    complete_logits,
     dequantize_slots,
     gated_activation,
+    head_candidates,
     joint_attention,
     next_slots,
     quantize_slots,
     rotary_embedding,
     scored_attention,
     scored_joint_attention,
+    selected_linear,
     windowed_attention,
     write_slots,
 )
@@ -500,6 +503,23 @@ def joint_args(batch: int = 2, heads: int = 4, steps: int = 3, dim: int = 8, sto
 SPLITS = ((1, 8), (4, 2), (1, 1))  # groups along the tokens and the channels of a slot
 OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
     "attention": (attention, [attention_args(case) for case in FAKE_CASES]),
+    "complete_logits": (
+        complete_logits,
+        [
+            (numbers(2, 9), torch.tensor([[3, 1, 8]] * 2), numbers(2, 3)),
+            (numbers(2, 3, 9).bfloat16(), torch.tensor([[[4]] * 3] * 2), numbers(2, 3, 1).bfloat16()),
+        ],
+    ),
+    "head_candidates": (
+        head_candidates,
+        [
+            (numbers(2, 9), numbers(2, 8), None, 2, 3, 32),
+            (numbers(2, 3, 700), numbers(2, 3, 40), numbers(2, 700).abs(), 2, 3, 32),
+            (numbers(2, 3, 9).bfloat16(), numbers(2, 3, 40).bfloat16(), numbers(2, 9).abs(), 2, 30, 32),
+            (numbers(1, 1, 9), numbers(1, 1, 8), None, 9, 0, 32),
+            (numbers(1, 1, 9), numbers(1, 1, 8), None, 2, 3, 32),
+        ],
+    ),
     "gated_activation": (
         gated_activation,
         [(numbers(2, 3, 8, seed=1), numbers(2, 3, 8, seed=2), name) for name in ACTIVATIONS]
@@ -520,6 +540,14 @@ OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
     "quantize_slots": (quantize_slots, [(numbers(2, 3, 4, 4, 8), 2, *split) for split in SPLITS]),
     "scored_attention": (scored_attention, [attention_args(case) for case in FAKE_CASES]),
     "scored_joint_attention": (scored_joint_attention, [joint_args(), joint_args(1, 1, 1, 2), joint_args(stored=0)]),
+    "selected_linear": (
+        selected_linear,
+        [
+            (numbers(2, 8), torch.zeros(2, 3, dtype=torch.int64), numbers(2, 8), None),
+            (numbers(2, 3, 8), torch.tensor([[[4, 1]] * 3] * 2), numbers(5, 8), numbers(5)),
+            (numbers(1, 1, 8).half(), torch.tensor([[[4]]]), numbers(5, 8).half(), None),
+        ],
+    ),
     "windowed_attention": (windowed_attention, [windowed_args(), windowed_args(1, 1, 1, 2), windowed_args(2, 2, 9)]),
     "write_slots": (
         write_slots,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from jettison.cli.graph_text import layer_of
+from jettison.ir.match import layer_index
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 
@@ -22,6 +22,6 @@ def shortened(name: str, layers: int, folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
     weights = load_file(MODELS / name / "model.safetensors")
-    kept = {key: value for key, value in weights.items() if (layer_of(key) or 0) < layers}
+    kept = {key: value for key, value in weights.items() if (layer_index(key) or 0) < layers}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return folder

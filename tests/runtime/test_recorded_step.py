@@ -19,7 +19,7 @@ class Recorder:
     def __call__(self, compute):
         self.recorded += 1
         # A graph that is recorded has computed nothing.
-        outputs = [torch.full_like(each, torch.nan) for each in compute()]
+        outputs = [torch.full_like(each, torch.nan if each.is_floating_point() else -1) for each in compute()]
 
         def replay():
             self.replayed += 1

@@ -20,6 +20,7 @@ from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
 from jettison.source import open_source
+from tests.models.shortened import shortened
 from tests.models.tiny_programs import tiny_program
 from tests.runtime.test_recorded_step import Recorder
 
@@ -40,8 +41,8 @@ def compare(program: Program, prompts: list[list[int]], tolerance: float | None 
         logits, wanted = actual.decode(tokens), expected.decode(tokens)
 
 
-def test_greedy_tokens_of_a_trained_model(two_layers):
-    program = open_source(two_layers).program
+def test_greedy_tokens_of_a_trained_model(tmp_path):  # no fixture of conftest: `make gpu` leaves that out
+    program = open_source(shortened("tiny-llama", 2, tmp_path)).program
     prepare(program)
     apply(program, [QuantizeWeights(bits=4, group=64), CacheKV(Full())])
     compare(program, [[5, 100, 200, 77, 9]], steps=1)
