@@ -160,13 +160,6 @@ class Counting:
 
 
 @pytest.fixture(scope="module")
-def two_layers():
-    from tests.conftest import TINY_LLAMA
-
-    return TINY_LLAMA
-
-
-@pytest.fixture(scope="module")
 def artifact(once, two_layers):
     """Of the bundled model, for ONNX Runtime."""
     model = "approximate-lm-head"
