@@ -99,6 +99,7 @@ def test_every_pass_file_holds_the_pass_it_is_named_for() -> None:
     from jettison.passes.base import Pass
 
     machinery = {"__init__", "base", "decode_only", "expert_reads", "grammar", "options", "pipeline"}
+    machinery |= {"mlp_activity", "mlp_sites", "neuron_groups"}
     files = {path.stem for path in (ROOT / "passes").glob("*.py")} - machinery
     by_file = {pass_.__module__.rsplit(".", 1)[1]: pass_ for pass_ in PASSES}
     assert files == set(by_file), "passes/*.py and passes.PASSES must agree"
@@ -148,8 +149,9 @@ def test_every_op_has_a_reference_and_a_lowering_to_onnx() -> None:
     from jettison.codegen.onnx.lowerings import LOWERINGS
     from jettison.ir import ops
 
-    # Lowered together with the attention that reads them, in codegen/onnx/cached_attention.py.
-    fused = {"write_slots", "windowed_attention"}
+    # Lowered together with the attention that reads them, in codegen/onnx/cached_attention.py, or with the linears of
+    # the same layer in a prompt, in codegen/onnx/sparse_mlp.py.
+    fused = {"write_slots", "windowed_attention", "quantized_sparse_mlp"}
     for name in ops.__all__:
         op = getattr(ops, name)
         assert (ROOT / "ir" / "ops" / f"{name}.py").is_file()
