@@ -48,7 +48,14 @@ from jettison.ir.program import MissRecord, Program
 from jettison.ir.progress import track
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.mlp_activity import MlpActivity, absent_means, dense_weight, dropped_energy, watch
-from jettison.passes.mlp_sites import MlpSite, ancestors, find_mlp, require_calibrated, residual_before_attention
+from jettison.passes.mlp_sites import (
+    MlpSite,
+    ancestors,
+    find_mlp,
+    require_calibrated,
+    require_pattern,
+    residual_before_attention,
+)
 from jettison.passes.options import option
 from jettison.passes.predictors import DejaVu, Predictor, Samples
 
@@ -102,6 +109,7 @@ class PredictMlpSparsity(Pass):
             raise OptionError(f"[predict-mlp-sparsity] keep={self.keep}: needs a share above 0, at most 1, or auto.")
         if self.error is not None and not self.error >= 0:
             raise OptionError(f"[predict-mlp-sparsity] error={self.error}: needs a share of energy, 0 or more.")
+        require_pattern(self.name, self.skip)
 
     @property
     def needs_calibration(self) -> bool:

@@ -14,9 +14,8 @@ from jettison.passes.options import describe
 from jettison.passes.pipeline import CANONICALIZE, RAISE
 
 # Modules of the package that hold no pass.
-INFRASTRUCTURE = {
-    "base", "decode_only", "expert_reads", "grammar", "mlp_activity", "mlp_sites", "neuron_groups", "options", "pipeline",
-}  # fmt: skip
+INFRASTRUCTURE = {"base", "decode_only", "expert_reads", "grammar", "options", "pipeline"}
+INFRASTRUCTURE |= {"mlp_activity", "mlp_sites", "neuron_groups"}
 VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "fold", "fuse",
          "lower", "merge", "plan", "predict", "quantize", "raise", "select", "split", "strip")  # fmt: skip
 
