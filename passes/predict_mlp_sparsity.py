@@ -133,9 +133,13 @@ class PredictMlpSparsity(Pass):
                     plans.append(planned)
                 advance(1)
         edit = Edit(program, "forward", self.name)
+        replaced = [plan.site.constant(plan.site.down, "weight") for plan in plans if not plan.site.is_packed]
         for plan in plans:
             self.rewrite(plan, edit)
-        edit.eliminate_dead_code()
+        if plans:
+            edit.eliminate_dead_code()
+        for name in replaced:  # it is stored transposed now
+            program.constants.pop(str(name), None)
         return len(plans), misses
 
     def find(self, program: Program) -> tuple[list[MlpSite], list[MissRecord]]:

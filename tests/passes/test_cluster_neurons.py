@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from jettison.ir.compare import assert_close, run_program
@@ -22,9 +21,9 @@ from tests.helpers import (
     run_pass,
     set_weights,
 )
-from tests.models.tiny_feed_forward import KINDS, WIDTH, Decoder, calibrated, decoder_program, token_ids
+from tests.models import odd_feed_forward as odd
+from tests.models.tiny_feed_forward import KINDS, Decoder, calibrated, decoder_program, token_ids
 
-NEURONS = 64
 GROUPS_OF_8 = ClusterNeurons(group=8)
 UP, DOWN = "layers.0.mlp.up.weight", "layers.0.mlp.down.weight"
 
@@ -39,15 +38,6 @@ def mixed(activation: str = "relu", **options: Any):
 def around(mlp: type[nn.Module]):
     """One module behind an embedding."""
     return calibrated(set_weights(Decoder(mlp())), kind="decoder")
-
-
-class Layer(nn.Module):
-    """Linears to read, without a norm or an attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(WIDTH, NEURONS)
-        self.up, self.down = nn.Linear(WIDTH, NEURONS), nn.Linear(NEURONS, WIDTH)
 
 
 def test_golden_relu(snapshot):
@@ -147,47 +137,15 @@ def test_declines_a_layer_that_is_half_quantised():
     assert_declines(GROUPS_OF_8, program, reason="one of its linears is quantised and another is not")
 
 
-class Shared(Layer):
-    def forward(self, x):
-        return x + self.down(F.relu(self.up(x))) + self.up(x + 1).sum(-1, keepdim=True)
-
-
-class Computed(Layer):
-    def forward(self, x):
-        return x + F.linear(F.relu(self.up(x)), self.down.weight + 0 * x.sum())
-
-
-class ComputedBias(Layer):
-    def forward(self, x):
-        return x + self.down(F.relu(F.linear(x, self.up.weight, self.up.bias + 0 * x.sum())))
-
-
-class Watched(Layer):
-    def forward(self, x):
-        hidden = F.relu(self.up(x))
-        return x + self.down(hidden) + hidden.sum(-1, keepdim=True)
-
-
-class WatchedGate(Layer):
-    def forward(self, x):
-        gate = self.gate(x)
-        return x + self.down(F.silu(gate) * self.up(x)) + gate.sum(-1, keepdim=True)
-
-
-class BiasedGate(Layer):
-    def forward(self, x):
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 @pytest.mark.parametrize(
     ("mlp", "node", "reason"),
     [
-        (Shared, "layers.0.up.weight", "aten.linear reads layers.0.up.weight too"),
-        (Computed, "layers.0 (linear)", "a weight is not a constant"),
-        (ComputedBias, "layers.0.up.weight", "a weight is not a constant"),
-        (Watched, "layers.0 (relu)", "something else reads its neurons too"),
-        (WatchedGate, "layers.0.gate.weight", "something else reads its neurons too"),
-        (BiasedGate, "layers.0.gate.weight", "the gate has a bias"),
+        (odd.Shared, "layers.0.up.weight", "aten.linear reads layers.0.up.weight too"),
+        (odd.Computed, "layers.0 (linear)", "a weight is not a constant"),
+        (odd.ComputedBias, "layers.0.up.weight", "a weight is not a constant"),
+        (odd.Watched, "layers.0 (relu)", "something else reads its neurons too"),
+        (odd.WatchedGate, "layers.0.gate.weight", "something else reads its neurons too"),
+        (odd.BiasedGate, "layers.0.gate.weight", "the gate has a bias"),
     ],
 )
 def test_declines(mlp, node, reason):
@@ -196,16 +154,8 @@ def test_declines(mlp, node, reason):
     assert [miss.node for miss in record.misses] == [node]
 
 
-class Unlike(Layer):
-    """Two linears of which one reads something else, and linears without an activation."""
-
-    def forward(self, x):
-        x = x + self.down(F.silu(F.linear(x, self.gate.weight)) * self.up(x + 1))
-        return x + F.linear(F.linear(x, self.up.weight + 1), self.down.weight + 1)
-
-
 def test_is_not_interested_in_other_linears():
-    assert_declines(GROUPS_OF_8, around(Unlike), reason=None)
+    assert_declines(GROUPS_OF_8, around(odd.Unlike), reason=None)
 
 
 def test_refuses_what_is_not_finite():
