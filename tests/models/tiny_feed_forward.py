@@ -48,20 +48,29 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind a norm and added to what it reads."""
+    """A feed-forward layer behind a norm, added to what it reads."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.norm2, self.mlp = nn.LayerNorm(WIDTH), mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm2(x))
+
+
+class AttentionBlock(Block):
+    """The same with an attention, behind a norm, in front of it."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__(mlp)
+        self.norm1 = nn.LayerNorm(WIDTH)
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
-        self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
         read = self.norm1(x)
         heads = [linear(read).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for linear in (self.q, self.k, self.v)]
         out = torch.ops.jettison.attention(*heads, None, None, None, None, 0.25, True, 0, 0.0)
-        x = x + out.transpose(1, 2).flatten(2)
-        return x + self.mlp(self.norm2(x))
+        return super().forward(x + out.transpose(1, 2).flatten(2))
 
 
 class Decoder(nn.Module):
@@ -85,7 +94,12 @@ def decoder(
     is_flat: bool = False, in_order: bool = True,
 ) -> nn.Module:  # fmt: skip
     """The module, with its weights; `in_order` makes neighbours of neurons of a kind."""
-    blocks = [Block(FeedForward(neurons, activation, gated=gated, bias=bias, is_flat=is_flat)) for _ in range(layers)]
+    mlps = [FeedForward(neurons, activation, gated=gated, bias=bias, is_flat=is_flat) for _ in range(layers)]
+    return stacked(*map(AttentionBlock, mlps), in_order=in_order)
+
+
+def stacked(*blocks: Block, in_order: bool = True) -> nn.Module:
+    """A decoder of these blocks, with its weights."""
     return planted(set_weights(Decoder(*blocks)), in_order=in_order).eval()
 
 

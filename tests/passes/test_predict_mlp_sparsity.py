@@ -21,7 +21,7 @@ from jettison.passes.mlp_sites import ancestors
 from jettison.passes.pipeline import apply
 from jettison.passes.policies import POLICIES
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
-from jettison.passes.predictors import PREDICTORS, DejaVu, HiRE
+from jettison.passes.predictors import DejaVu, HiRE
 from jettison.passes.predictors.base import Samples, recall
 from jettison.passes.predictors.hire import _root, truncated
 from jettison.passes.quantize_weights import QuantizeWeights
@@ -83,10 +83,10 @@ def test_golden_gated(snapshot):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, GATED, {"layers": 2, "is_flat": True}, {"activation": "gelu_tanh", "bias": False}],
-    ids=["relu", "gated", "two_layers_of_rows", "no_biases"],
-)  # fmt: skip
-@pytest.mark.parametrize("predictor", PREDICTORS.values())
+    ("predictor", "options"),
+    [(DejaVu, GATED), (HiRE, {"layers": 2, "is_flat": True}), (DejaVu, {"activation": "gelu_tanh", "bias": False})],
+    ids=["gated", "two_layers_of_rows", "no_biases"],
+)
 def test_all_groups_are_the_dense_layer(predictor, options):
     after, record = run_pass(predict(1.0, predictor=predictor, force=True), captured(**options))
     assert (record.rewrites, record.misses) == (options.get("layers", 1), [])
@@ -94,8 +94,7 @@ def test_all_groups_are_the_dense_layer(predictor, options):
     assert_same_numbers(captured(**options), after)
 
 
-@pytest.mark.parametrize("options", [{}, GATED], ids=["relu", "gated"])
-@pytest.mark.parametrize("predictor", PREDICTORS.values())
+@pytest.mark.parametrize(("predictor", "options"), [(DejaVu, {}), (HiRE, GATED)], ids=["relu", "gated"])
 def test_few_groups_of_a_sparse_layer_are_close(predictor, options):
     """A token fires one kind of neurons of eight."""
     before = captured(tokens=2048, **options)
@@ -177,8 +176,7 @@ def test_a_prompt_is_dense_and_decoding_is_not():
     assert is_decode_only(cached)
 
 
-@pytest.mark.parametrize("options", [{}, GATED], ids=["relu", "gated"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "options"), [(4, GATED), (8, {})], ids=["int4_gated", "int8_relu"])
 def test_quantised_layers(bits, options):
     dense = captured(neurons=256, **options)
     quantised, _ = run_pass(QuantizeWeights(bits=bits), dense)
@@ -233,9 +231,8 @@ def test_before_every_policy(policy):
 # --- lookahead ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_flat", [False, True])
-def test_a_predictor_may_run_beside_the_attention(is_flat):
-    before = captured(layers=2, is_flat=is_flat)
+def test_a_predictor_may_run_beside_the_attention():
+    before = captured(layers=2, is_flat=True)
     after, record = run_pass(predict(lookahead="previous", force=True), before)
     assert record.rewrites == 2
     order = list(after.entries["forward"].graph.nodes)
@@ -420,10 +417,10 @@ def test_training_finds_what_decides():
     scores = torch.relu(inputs[:, :8]) ** 2
     samples = Samples(inputs[:16384], scores[:16384], torch.zeros(64, 16), None, None, torch.ones(64), "relu")
     found = []
-    for seed in (0, 0, 1):
+    for seed in (0, 1):
         made = DejaVu(rank=24).fit(samples, 2, seed)
         found.append(recall(DejaVu().scores(inputs[16384:], made, "relu"), scores[16384:], 2))
-    assert found[0] == found[1] != found[2]
+    assert found[0] != found[1]
     assert min(found) > 0.9 > 0.3 > recall(torch.randn(1024, 8, generator=generator), scores[16384:], 2)
     # One token is little to learn from, and no error.
     alone = Samples(inputs[:1], scores[:1], torch.zeros(64, 16), None, None, torch.ones(64), "relu")
