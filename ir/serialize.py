@@ -349,6 +349,10 @@ class _Reader:
             return self.items(value, str, where)
         if origin is list:
             return [self.record(typing.get_args(hint)[0], item, where) for item in self.items(value, dict, where)]
+        if origin is dict and typing.get_args(hint)[1] is not str:
+            held = typing.get_args(hint)[1]
+            table = self.table(value, where)
+            return {name: self._field(held, each, f"{where}: {short(name)}", names) for name, each in table.items()}
         if origin is dict:
             return dict(zip(self.table(value, where), self.items([*value.values()], str, where), strict=True))
         found = _DTYPES.get(str(value)) if hint is torch.dtype else value

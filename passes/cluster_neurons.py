@@ -37,7 +37,7 @@ from jettison.ir.program import MissRecord, Program
 from jettison.ir.progress import track
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.mlp_activity import watch
-from jettison.passes.mlp_sites import MlpSite, find_mlp, require_calibrated
+from jettison.passes.mlp_sites import MlpSite, find_mlp, require_calibrated, require_pattern
 from jettison.passes.neuron_groups import group_neurons
 from jettison.passes.options import option
 
@@ -59,6 +59,7 @@ class ClusterNeurons(Pass):
             raise OptionError(f"[cluster-neurons] group={self.group}: needs 2 or more neurons.")
         if not 0 < self.keep < 1:
             raise OptionError(f"[cluster-neurons] keep={self.keep}: needs a share above 0 and below 1.")
+        require_pattern(self.name, self.skip)
 
     @property
     def needs_calibration(self) -> bool:

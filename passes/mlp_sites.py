@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,21 @@ def require_calibrated(program: Program, pass_name: str) -> None:
             f"[{pass_name}] {program.info.name}: needs a decoder and text to calibrate on, because what a token uses "
             "is learned from tokens, and only single ones are worth it. Leave the pass out."
         )
+
+
+def require_pattern(pass_name: str, skip: str | None) -> None:
+    """Refuse an option `skip` that is no regular expression.
+
+    Raises:
+        OptionError: It is not.
+    """
+    try:
+        re.compile(skip or "")
+    except (re.error, TypeError) as error:
+        raise OptionError(
+            f"[{pass_name}] skip={skip!r}: needs a regular expression ({error}), because it is searched in names such "
+            r"as model.layers.0.mlp.up_proj.weight. Write skip='layers\.0\.' for those of the first layer."
+        ) from error
 
 
 def residual_before_attention(site: MlpSite) -> fx.Node | None:

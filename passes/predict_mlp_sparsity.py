@@ -49,7 +49,14 @@ from jettison.ir.progress import track
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.grammar import format_pipeline
 from jettison.passes.mlp_activity import MlpActivity, absent_means, dense_weight, dropped_energy, watch
-from jettison.passes.mlp_sites import MlpSite, ancestors, find_mlp, require_calibrated, residual_before_attention
+from jettison.passes.mlp_sites import (
+    MlpSite,
+    ancestors,
+    find_mlp,
+    require_calibrated,
+    require_pattern,
+    residual_before_attention,
+)
 from jettison.passes.options import option, to_spec
 from jettison.passes.predictors import DejaVu, Predictor, Samples
 from jettison.passes.predictors.base import held_out, recall
@@ -106,6 +113,7 @@ class PredictMlpSparsity(Pass):
             raise OptionError(f"[predict-mlp-sparsity] keep={self.keep}: needs a share above 0, at most 1, or auto.")
         if self.error is not None and not self.error >= 0:
             raise OptionError(f"[predict-mlp-sparsity] error={self.error}: needs a share of energy, 0 or more.")
+        require_pattern(self.name, self.skip)
 
     @property
     def needs_calibration(self) -> bool:
@@ -128,14 +136,18 @@ class PredictMlpSparsity(Pass):
                 self._finish(program, site, planned[site])
                 advance(1)
         edit = Edit(program, "forward", self.name)
-        for site in sites:
-            found = planned[site]
-            if isinstance(found, Miss):
-                misses.append(MissRecord(describe_node(found.node), found.reason))
-            else:
-                self.rewrite(found, edit)
-        edit.eliminate_dead_code()
-        return len(sites) - sum(isinstance(found, Miss) for found in planned.values()), misses
+        plans = [found for site in sites if isinstance(found := planned[site], SparseMlp)]
+        misses += [
+            MissRecord(describe_node(found.node), found.reason) for found in planned.values() if isinstance(found, Miss)
+        ]
+        replaced = [plan.site.constant(plan.site.down, "weight") for plan in plans if not plan.site.is_packed]
+        for plan in plans:
+            self.rewrite(plan, edit)
+        if plans:
+            edit.eliminate_dead_code()
+        for name in replaced:  # it is stored transposed now
+            program.constants.pop(str(name), None)
+        return len(plans), misses
 
     def _finished(self, program: Program, site: MlpSite) -> SparseMlp | Miss | None:
         """What an interrupted run had learned of a layer."""

@@ -392,8 +392,9 @@ class BagWeight:
         """See `PackedWeight`."""
         per_slab = rows // self._scales.shape[-1]
         strips = (slabs[:, None] * per_slab + torch.arange(per_slab)).flatten()
-        x = F.pad(x.to(torch.float32), (0, self._padding)) if self._padding else x.to(torch.float32)
-        return self._sum_bags(x, self._table.index_select(0, strips), self._scales.index_select(0, strips)).to(x.dtype)
+        table, scales = self._table.index_select(0, strips), self._scales.index_select(0, strips)
+        padded = F.pad(x, (0, self._padding)) if self._padding else x
+        return self._sum_bags(padded.to(torch.float32), table, scales).to(x.dtype)
 
     def linear_of_columns(self, x: Tensor, slabs: Tensor, columns: int) -> Tensor:
         """See `PackedWeight`."""

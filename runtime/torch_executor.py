@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -43,6 +43,10 @@ class TorchExecutor:
         wanted = joint_weights(program) if kernels == "packed" else []
         cut = {parts for entry in program.entries.values() for node in entry.graph.nodes for parts in _cut(node)}
         packed = [joint for joint in wanted if self._pack(program, joint, is_cut=not cut.isdisjoint(joint.parts))]
+        partial = _partial(program, packed)
+        for joint in [joint for joint in packed if not partial.isdisjoint(joint.parts)]:
+            packed.remove(joint)
+            del self._values[joint.name]
         experts = []
         for parts in packable_experts(program) if kernels == "packed" else []:
             with torch.no_grad():
@@ -104,3 +108,10 @@ class TorchExecutor:
 def _cut(node: fx.Node) -> list[PackedParts]:
     """Weights of which a node reads slabs of rows."""
     return [parts for name, parts in sparse_parts_read(node).items() if name != "down"]
+
+
+def _partial(program: Program, packed: Sequence[JointWeight]) -> set[PackedParts]:
+    """Weights of sparse feed-forward layers of which another weight is not packed: the operator itself reads them."""
+    held = {parts for joint in packed for parts in joint.parts}
+    read = [set(sparse_parts_read(node).values()) for entry in program.entries.values() for node in entry.graph.nodes]
+    return {parts for layer in read if not layer <= held for parts in layer}

@@ -127,21 +127,20 @@ class _Slabs:
             wrong = f"a layer of {read['activation']}{', gated' if self._is_gated else ''}"
         elif read["up_group"] != read["down_group"] or read["width"] % read["up_group"]:
             wrong = f"groups of {read['up_group']} and {read['down_group']} columns of {read['width']}"
-        elif read["up_bits"] not in _KERNEL_BITS or read["down_bits"] not in _KERNEL_BITS:
+        elif read["up_bits"] not in _KERNEL_BITS or read["down_bits"] != read["up_bits"]:
             wrong = f"{read['up_bits']} and {read['down_bits']} bits"
         if wrong is not None:
             raise UnsupportedError(
                 f"[onnx] {where}: found {wrong} read by groups of neurons, needs relu, silu or a gated silu, 4 or 8 "
-                "bits, and whole groups of one size, because the kernel QMoE takes no others. Leave it out of "
-                'predict-mlp-sparsity (skip=), quantise it otherwise, or use target="torch".'
+                "bits, the same in both matrices, and whole groups of one size, because the kernel QMoE takes no "
+                "others. Leave it out of predict-mlp-sparsity (skip=), quantise it otherwise, or use "
+                'target="torch".'
             )
         self.attributes: dict[str, Any] = {
             "block_size": read["up_group"], "expert_weight_bits": read["up_bits"], "accuracy_level": 4,
             "normalize_routing_weights": 0, "activation_type": known[read["activation"]],
             **(_SWIGLU if self._is_gated else {}),
         }  # fmt: skip
-        if read["down_bits"] != read["up_bits"]:
-            self.attributes["fc2_expert_weight_bits"] = read["down_bits"]
         self._made = {name: self._constant(name) for name in ("codes1", "scales1", "zeros1", "bias1")}
         self._made |= {name: self._constant(name) for name in ("codes2", "scales2", "zeros2")}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from jettison.ir.ops.gated_activation import ACTIVATIONS
 from jettison.ir.ops.quantized_linear import check_packed, quantized_linear
 from jettison.ir.ops.registration import define_op
-from jettison.ir.ops.sparse_mlp import add_absent, check_absent, check_groups, keep_groups
+from jettison.ir.ops.sparse_mlp import add_absent, check_absent, check_biases, check_groups, keep_groups
 
 
 def _quantized_sparse_mlp(
@@ -54,12 +54,14 @@ def _quantized_sparse_mlp(
     layout = (up_bits, up_group, width)
     _check(x, indices, up_codes, up_scales, up_zeros, down_codes, down_scales, down_zeros, group, layout,
            (down_bits, down_group, neurons))  # fmt: skip
+    _check_gate(gate_codes, gate_scales, gate_zeros, up_codes, (up_bits, up_group, width))
+    check_biases(up_bias, down_bias, neurons, width)
     check_absent(x, absent, neurons // group)
     hidden = quantized_linear(x, up_codes, up_scales, up_zeros, up_bias, *layout)
     if gate_codes is None:
         hidden = ACTIVATIONS[activation](hidden)
     else:
-        assert gate_scales is not None, "given with its codes"
+        assert gate_scales is not None, "checked"
         gate = quantized_linear(x, gate_codes, gate_scales, gate_zeros, None, *layout)
         hidden = ACTIVATIONS[activation](gate) * hidden
     kept = keep_groups(hidden, indices, group)
@@ -75,6 +77,8 @@ def _fake_quantized_sparse_mlp(
 ) -> Tensor:  # fmt: skip
     _check(x, indices, up_codes, up_scales, up_zeros, down_codes, down_scales, down_zeros, group,
            (up_bits, up_group, width), (down_bits, down_group, neurons))  # fmt: skip
+    _check_gate(gate_codes, gate_scales, gate_zeros, up_codes, (up_bits, up_group, width))
+    check_biases(up_bias, down_bias, neurons, width)
     check_absent(x, absent, neurons // group)
     return x.new_empty(x.shape)
 
@@ -107,3 +111,15 @@ def _check(
         group % down[1] == 0,
         lambda: f"groups of {group} neurons must be whole groups of {down[1]} columns of down",
     )
+
+
+def _check_gate(
+    codes: Tensor | None, scales: Tensor | None, zeros: Tensor | None, up_codes: Tensor, layout: tuple[int, int, int]
+) -> None:
+    torch._check((codes is None) == (scales is None), lambda: "gate_scales must be given with gate_codes")
+    if codes is not None and scales is not None:
+        torch._check(
+            codes.shape == up_codes.shape,
+            lambda: f"gate must have the codes of up, {list(up_codes.shape)}, found {list(codes.shape)}",
+        )
+        check_packed(codes, scales, zeros, *layout)

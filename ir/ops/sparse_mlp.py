@@ -79,7 +79,7 @@ def _sparse_mlp(
     Returns:
         `[..., E]` in the dtype of x, contiguous.
     """
-    _check(x, indices, gate, up, up_bias, down, group)
+    _check(x, indices, gate, up, up_bias, down, down_bias, group)
     check_absent(x, absent, up.shape[0] // group)
     hidden = F.linear(x, up, up_bias)
     hidden = ACTIVATIONS[activation](hidden) if gate is None else ACTIVATIONS[activation](F.linear(x, gate)) * hidden
@@ -91,7 +91,7 @@ def _fake_sparse_mlp(
     x: Tensor, indices: Tensor | None, gate: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor,
     down_bias: Tensor | None, absent: Tensor | None, activation: str, group: int,
 ) -> Tensor:  # fmt: skip
-    _check(x, indices, gate, up, up_bias, down, group)
+    _check(x, indices, gate, up, up_bias, down, down_bias, group)
     check_absent(x, absent, up.shape[0] // group)
     return x.new_empty(x.shape)
 
@@ -128,9 +128,19 @@ def check_absent(x: Tensor, absent: Tensor | None, groups: int) -> None:
     )
 
 
+def check_biases(up_bias: Tensor | None, down_bias: Tensor | None, neurons: int, width: int) -> None:
+    """Check what is added to neurons and to the result; see `check_groups`."""
+    for name, bias, count in (("up_bias", up_bias, neurons), ("down_bias", down_bias, width)):
+        torch._check(
+            bias is None or tuple(bias.shape) == (count,),
+            lambda name=name, bias=bias, count=count: f"{name} must have {count} values, found {list(bias.shape)}",
+        )
+
+
 def _check(
-    x: Tensor, indices: Tensor | None, gate: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, group: int
-) -> None:
+    x: Tensor, indices: Tensor | None, gate: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor,
+    down_bias: Tensor | None, group: int,
+) -> None:  # fmt: skip
     check_groups(x, indices, up.shape[0], group)
     shape = (up.shape[0], x.shape[-1])
     for name, matrix in (("gate", gate), ("up", up), ("down", down)):
@@ -140,6 +150,4 @@ def _check(
                 f"{name} must be {x.dtype}{list(shape)}, found {matrix.dtype}{list(matrix.shape)}"
             ),
         )
-    torch._check(
-        up_bias is None or tuple(up_bias.shape) == (up.shape[0],), lambda: f"up_bias must have {up.shape[0]} values"
-    )
+    check_biases(up_bias, down_bias, *shape)

@@ -28,9 +28,8 @@ from jettison.ir.errors import OptionError
 from jettison.passes.options import option
 from jettison.passes.predictors.base import HELD_OUT, Predictor, Samples, held_out, recall
 
-# Tokens of a step: fewer where there are few, so that an epoch is not one step.
-_BATCHES = (32, 512)
-_STEPS = 32
+# Tokens of a training step: fewer where there are not many, so that an epoch is some steps all the same.
+_BATCH, _FEWEST, _STEPS = 512, 32, 32
 _EPOCHS = 20
 _PATIENCE = 4
 _LEARNING_RATE = 3e-3
@@ -116,8 +115,8 @@ class _Network:
         self._step += 1
         for options in self._optimizer.param_groups:
             options["lr"] = _LEARNING_RATE * 0.85 ** (self._step - 1)
-        size = min(max(len(x) // _STEPS, _BATCHES[0]), _BATCHES[1])
-        for batch in torch.randperm(len(x), generator=self._generator).split(size):
+        tokens = min(_BATCH, max(_FEWEST, len(x) // _STEPS))
+        for batch in torch.randperm(len(x), generator=self._generator).split(tokens):
             loss = F.mse_loss(self.forward(x[batch]), target[batch])
             self._optimizer.zero_grad()
             loss.backward()

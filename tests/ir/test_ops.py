@@ -30,6 +30,7 @@ from jettison.ir.ops import (
     scored_attention,
     scored_joint_attention,
     selected_linear,
+    sparse_mlp,
     windowed_attention,
     write_slots,
 )
@@ -500,6 +501,14 @@ def joint_args(batch: int = 2, heads: int = 4, steps: int = 3, dim: int = 8, sto
     return q, stored_k, stored_v, torch.arange(batch) + min(stored, 1), k, v, slots, 0.5
 
 
+def sparse_args(*shape: int, is_full: bool = True) -> tuple[Any, ...]:
+    indices = numbers(*shape, 3).topk(2, -1).indices
+    gate, up, down = (numbers(12, 8, seed=seed) for seed in (1, 2, 3))
+    rest = (numbers(12, seed=4), numbers(8, seed=5), numbers(4, 8, seed=6)) if is_full else (None, None, None)
+    x = numbers(*shape, 8, seed=7)
+    return x, indices, gate if is_full else None, up, rest[0], down, rest[1], rest[2], "silu", 4
+
+
 SPLITS = ((1, 8), (4, 2), (1, 1))  # groups along the tokens and the channels of a slot
 OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
     "attention": (attention, [attention_args(case) for case in FAKE_CASES]),
@@ -547,6 +556,10 @@ OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
             (numbers(2, 3, 8), torch.tensor([[[4, 1]] * 3] * 2), numbers(5, 8), numbers(5)),
             (numbers(1, 1, 8).half(), torch.tensor([[[4]]]), numbers(5, 8).half(), None),
         ],
+    ),
+    "sparse_mlp": (
+        sparse_mlp,
+        [sparse_args(2, 3), sparse_args(7), sparse_args(1, is_full=False), sparse_args(2, 1, 3, is_full=False)],
     ),
     "windowed_attention": (windowed_attention, [windowed_args(), windowed_args(1, 1, 1, 2), windowed_args(2, 2, 9)]),
     "write_slots": (
@@ -598,16 +611,21 @@ def test_schema_and_fake_rule_pass_opcheck(name, layout):
         torch.library.opcheck(operator, laid_out(args, layout), test_utils=("test_schema", "test_faketensor"))
 
 
-class Calls(nn.Module):
-    """One operator, with everything that is not a tensor fixed; a view behind it needs the right strides."""
+# How many arguments have a batch; those behind them are weights.
+WITH_A_BATCH = {"sparse_mlp": 2}
 
-    def __init__(self, operator: Any, args: tuple[Any, ...]) -> None:
+
+class Calls(nn.Module):
+    """One operator, with everything that has no batch fixed; a view behind it needs the right strides."""
+
+    def __init__(self, operator: Any, args: tuple[Any, ...], given: int) -> None:
         super().__init__()
-        self._operator, self._args = operator, args
+        self._operator, self._args, self._given = operator, args, given
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = iter(tensors)
-        out = self._operator(*(next(given) if isinstance(a, Tensor) else a for a in self._args))
+        moving = [next(given) if isinstance(a, Tensor) else a for a in self._args[: self._given]]
+        out = self._operator(*moving, *self._args[self._given :])
         return tuple(t.view(t.shape[0], -1) for t in as_tuple(out))
 
 
@@ -615,14 +633,14 @@ class Calls(nn.Module):
 def test_exports_with_a_dynamic_batch(name):
     operator, calls = OPERATORS[name]
     args = calls[0]
-    tensors = tuple(a for a in args if isinstance(a, Tensor))
+    count = WITH_A_BATCH.get(name, len(args))
+    tensors = tuple(a for a in args[:count] if isinstance(a, Tensor))
+    module = Calls(operator, args, count)
     batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(
-        Calls(operator, args), tensors, dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
-    )
+    exported = torch.export.export(module, tensors, dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False)
     names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert f"jettison.{name}.default" in names
     for rows in (1, 2, 5):
         given = tuple(torch.cat([tensor] * 3)[:rows].contiguous() for tensor in tensors)
-        for ours, theirs in zip(exported.module()(*given), Calls(operator, args)(*given), strict=True):
+        for ours, theirs in zip(exported.module()(*given), module(*given), strict=True):
             assert torch.equal(ours, theirs)

@@ -324,7 +324,7 @@ def test_eval_reports_what_candidates_find(artifact, two_layers):
     found = evaluate(model, text=text, context=64, prefill=16, reference=two_layers)
     assert found.top1_agreement == 1.0
     assert found.certified_fraction is not None
-    assert 0.5 < found.certified_fraction < 1.0
+    assert 0.5 < found.certified_fraction <= 1.0
     assert found.kl is not None
     assert found.kl < 1e-6
     assert evaluate(model, text=text, context=64).certified_fraction is None
