@@ -14,7 +14,7 @@ from torch import fx
 
 from jettison.ir.edit import Edit
 from jettison.ir.match import arguments, is_call
-from jettison.ir.ops import gated_activation, quantized_linear, quantized_sparse_mlp, sparse_mlp
+from jettison.ir.ops import gated_activation, quantized_linear, quantized_sparse_mlp, sparse_linear, sparse_mlp
 from jettison.ir.ops.gated_activation import ACTIVATIONS
 from jettison.ir.program import Program
 
@@ -25,6 +25,12 @@ Form = Callable[[fx.Node, Edit], None]
 def _all_groups(node: fx.Node, edit: Edit) -> None:
     """A sparse feed-forward layer over the same matrices, with every group."""
     given = arguments(node) | {"indices": None, "absent": None}
+    edit.set_arguments(node, *given.values())
+
+
+def _all_channels(node: fx.Node, edit: Edit) -> None:
+    """A sparse linear over the same weight, with every channel."""
+    given = arguments(node) | {"indices": None}
     edit.set_arguments(node, *given.values())
 
 
@@ -49,6 +55,7 @@ def _linears_again(node: fx.Node, edit: Edit) -> None:
 
 
 FORMS: Mapping[Any, Mapping[str, Form]] = {
+    sparse_linear: {"prefill": _all_channels},
     sparse_mlp: {"prefill": _all_groups},
     quantized_sparse_mlp: {"prefill": _linears_again},
 }

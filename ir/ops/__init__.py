@@ -16,6 +16,7 @@ from jettison.ir.ops.quantized_sparse_mlp import quantized_sparse_mlp
 from jettison.ir.ops.rotary_embedding import rotary_embedding
 from jettison.ir.ops.scored_attention import scored_attention
 from jettison.ir.ops.scored_joint_attention import scored_joint_attention
+from jettison.ir.ops.sparse_linear import sparse_linear
 from jettison.ir.ops.sparse_mlp import sparse_mlp
 from jettison.ir.ops.windowed_attention import windowed_attention
 from jettison.ir.ops.write_slots import write_slots
@@ -37,6 +38,7 @@ __all__ = [
     "rotary_embedding",
     "scored_attention",
     "scored_joint_attention",
+    "sparse_linear",
     "sparse_mlp",
     "windowed_attention",
     "write_slots",

@@ -19,7 +19,7 @@ INFRASTRUCTURE = {
     "pipeline",
 }  # fmt: skip
 VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "fold", "fuse",
-         "lower", "merge", "plan", "predict", "quantize", "raise", "select", "split", "strip")  # fmt: skip
+         "lower", "merge", "plan", "predict", "quantize", "raise", "select", "sparsify", "split", "strip")  # fmt: skip
 
 
 def pass_modules():
