@@ -15,15 +15,15 @@ Declines when: the weight is quantised, shared or computed; the input is not one
     other inputs loses less; so few would be left out that dense is faster, because a row that is read by itself takes
     longer (`force=true` rewrites all the same). The language-model head, whose results nothing averages out, and the
     routers of experts stay as they are, without a miss.
-Numerics: changes precision, but only of tokens that are decoded: `cache-kv` makes prompts dense again, so that the first
-    tokens, whose inputs are like no others', are computed as they were. `error` is the mean over calibration tokens of
+Numerics: changes precision, but only of tokens that are decoded: `cache-kv` makes prompts dense again, so that their
+    first tokens, whose inputs are like no others', stay as they were. `error` is the mean over calibration tokens of
     the square of what a linear loses, over that of its result, or of the residual stream that it is added to.
 Saves: `sparsity` * bytes of these linears, read per token. Batches read the union of their tokens' channels.
 Method: every token keeps the same number of channels, those of the largest values, because shapes are static; TEAL has
     a threshold instead, and then as many as are above it. One number per input, which all its linears share, is raised
     in steps of 0.05, always where it costs least error per weight, until `sparsity` of all weights is left out.
 Source: TEAL (arXiv 2408.14690). Sizes come from shapes here (its tables have wrong ones for some models), and no
-    distribution is assumed: its thresholds are quantiles of a symmetric one, which inputs behind an activation have not.
+    distribution is assumed: its thresholds are those of a symmetric one, as inputs behind an activation do not have.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ class SparsifyInputs(Pass):
         if others:
             return Miss(f"{target_text(others[0].target)} reads {name} too", node)
         ids = input_placeholders(program.entries["forward"])["input_ids"].meta["val"]
-        if tuple(x.shape[:-1]) != tuple(ids.shape):
+        # Comparing symbolic sizes compares the sizes they were traced with; their texts say what they stand for.
+        if str([*x.shape[:-1]]) not in (str([*ids.shape]), str([ids.shape[0] * ids.shape[1]])):
             return Miss("its inputs are not one row for each token", node)
         return name
 
@@ -215,14 +216,16 @@ class SparsifyInputs(Pass):
         """Choose channels behind the input, and put the operator in the place of each linear."""
         curve, level = match
         site, kept = curve.site, curve.kept[level]
+        # Not `site.x`: what computed it may have been rewritten, too.
+        x = arguments(site.linears[0][0])["input"]
         with edit.before(site.linears[0][0]):
-            sizes = edit.call(aten.abs.default, site.x)
+            sizes = edit.call(aten.abs.default, x)
             largest = edit.call(aten.topk.default, sizes, kept, -1, True, False)
             indices = edit.call(operator.getitem, largest, 1)
         for number, (linear, name) in enumerate(site.linears):
             weight = edit.constant(transposed_constant(edit.program.constants[name], f"{name}.transposed"))
             with edit.before(linear):
-                new = edit.call(sparse_linear, site.x, indices, weight, arguments(linear)["bias"])
+                new = edit.call(sparse_linear, x, indices, weight, arguments(linear)["bias"])
             error = float(curve.errors[level, number])
             new.meta["figures"] = {"channels": site.channels, "kept": kept, "error": round(error, 4)}
             edit.replace(linear, new)
@@ -320,11 +323,11 @@ def error_curves(
 def _behind(linear: fx.Node) -> fx.Node:
     """What the result of a linear is a part of: the residual stream it is added to, else itself."""
     node = sum_after(linear)
-    return node if tuple(node.meta["val"].shape) == tuple(linear.meta["val"].shape) else linear
+    return node if str(node.meta["val"].shape) == str(linear.meta["val"].shape) else linear
 
 
 def _sampler(shapes: Sequence[tuple[int, ...]]) -> Callable[[int, Tensor], Tensor]:
-    """Picks about `_TOKENS` rows of values `[B, S, K]` that come in batches, evenly spread, as f32.
+    """Picks about `_TOKENS` rows of values `[B, S, K]` or `[B * S, K]` that come in batches, evenly spread, as f32.
 
     The first token of a window is left out: its values are like no others', and prompts begin with it.
     """

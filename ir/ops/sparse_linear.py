@@ -1,4 +1,4 @@
-"""`jettison::sparse_linear`: a linear of which each token reads the rows of the weight that belong to channels it names.
+"""`jettison::sparse_linear`: a linear of which each token reads the rows of the weight whose channels it names.
 
 With K as the channels that a token names,
 
