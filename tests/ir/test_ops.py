@@ -27,7 +27,6 @@ from jettison.ir.ops import (
     rotary_embedding,
     scored_attention,
     scored_joint_attention,
-    sparse_linear,
     windowed_attention,
     write_slots,
 )
@@ -464,48 +463,6 @@ def test_joint_attention_is_one_softmax_over_what_is_stored_and_what_is_not(step
     assert torch.allclose(received, expected_received, atol=1e-5)
 
 
-# --- sparse linear -----------------------------------------------------------------------------------------------
-
-
-def sparse_args(rows: int = 2, steps: int = 3, kept: int | None = 3, biased: bool = True) -> tuple[Any, ...]:
-    x = numbers(rows, steps, 8, seed=1)
-    indices = None if kept is None else x.abs().topk(kept, -1).indices
-    return x, indices, numbers(8, 5, seed=2), numbers(5, seed=3) if biased else None
-
-
-@pytest.mark.parametrize("kept", [1, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sparse_linear_adds_up_the_rows_that_a_token_names(kept, dtype):
-    x, indices, weight, bias = (a.to(dtype) if a.is_floating_point() else a for a in sparse_args(kept=kept))
-    out = sparse_linear(x, indices, weight, bias)
-    for row in range(2):
-        for step in range(3):
-            named = indices[row, step]
-            expected = bias.double() + sum(x[row, step, i].double() * weight[i].double() for i in named)
-            assert torch.allclose(out[row, step].double(), expected, atol=1e-5 if dtype == torch.float32 else 0.1)
-    if kept == 8:
-        assert_close(out, sparse_linear(x, None, weight, bias))
-        assert_close(out, torch.nn.functional.linear(x, weight.T, bias))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({2: numbers(7, 5)}, "weight must be"),
-        ({2: numbers(8, 5).double()}, "weight must be"),
-        ({1: torch.zeros(2, 3, dtype=torch.int64)}, "as many axes as x"),
-        ({1: torch.zeros(2, 3, 1)}, "must be integers"),
-        ({3: numbers(8)}, "bias must have 5"),
-    ],
-)
-def test_sparse_linear_checks_its_operands(change, words):
-    args = list(sparse_args())
-    for index, value in change.items():
-        args[index] = value
-    with pytest.raises(RuntimeError, match=words):
-        sparse_linear(*args)
-
-
 # --- fake rules and export, for all ------------------------------------------------------------------------------
 
 
@@ -563,7 +520,6 @@ OPERATORS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
     "quantize_slots": (quantize_slots, [(numbers(2, 3, 4, 4, 8), 2, *split) for split in SPLITS]),
     "scored_attention": (scored_attention, [attention_args(case) for case in FAKE_CASES]),
     "scored_joint_attention": (scored_joint_attention, [joint_args(), joint_args(1, 1, 1, 2), joint_args(stored=0)]),
-    "sparse_linear": (sparse_linear, [sparse_args(), sparse_args(1, 1, 8, False), sparse_args(kept=None)]),
     "windowed_attention": (windowed_attention, [windowed_args(), windowed_args(1, 1, 1, 2), windowed_args(2, 2, 9)]),
     "write_slots": (
         write_slots,
@@ -577,7 +533,8 @@ LAYOUTS = {"contiguous": lambda x: x, "heads_last": heads_last, "channels_outerm
 
 
 def test_every_operator_is_covered():
-    elsewhere = {name for name in jettison.ir.ops.__all__ if name.startswith(("quantized_", "lut_", "experts"))}
+    apart = ("quantized_", "lut_", "experts", "sparse_")
+    elsewhere = {name for name in jettison.ir.ops.__all__ if name.startswith(apart)}
     assert set(OPERATORS) == set(jettison.ir.ops.__all__) - elsewhere
 
 
