@@ -1,6 +1,6 @@
 """What it costs and what it saves to read only the neurons that a token needs.
 
-    python benchmarks/contextual_sparsity.py --text FILE --calibration FILE [--only natural quality speed step]
+    python benchmarks/contextual_sparsity.py --text FILE --calibration FILE [--only natural quality speed inputs]
 
 `natural`: how sparse the bundled tiny-opt (ReLU) is by itself, for every layer: the share of FFN neurons that fire, the
 share that covers 99 % of the mass of the activations (each neuron's activation times the norm of its row of the second
@@ -13,7 +13,8 @@ over dense, KL from dense, recall of each layer. `oracle` is `hire` with a full 
 `speed`: decode steps of four layers of the feed-forward shape of OPT-6.7B (4096 to 16384, random weights, an attention
 of one small head), predictor included, in interleaved rounds of processes of their own.
 
-`step`: whole decode steps of four layers of the shape of OPT-6.7B with its head.
+`inputs`: the bundled tiny-llama (gated SiLU) after `sparsify-inputs`, every token computed sparsely: perplexity over
+dense, KL from dense, the share of channels that each kind of linear leaves out.
 
 Writes benchmarks/results/contextual_sparsity.json (sections that are not asked for stay) and a plot.
 """
@@ -44,11 +45,13 @@ from jettison.passes.mlp_activity import watch
 from jettison.passes.pipeline import prepare
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
 from jettison.passes.predictors import DejaVu, HiRE, Predictor
+from jettison.passes.sparsify_inputs import SparsifyInputs
 from jettison.runtime.tokenizer import load_tokenizer
 from jettison.sample_text import load_windows
 from jettison.source import open_source
 
-MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "tiny-opt"
+MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
+MODEL, GATED_MODEL = MODELS / "tiny-opt", MODELS / "tiny-llama"
 WINDOW, WINDOWS = 512, 16
 KEEPS = (0.02, 0.05, 0.1, 0.125, 0.2, 0.25, 0.4, 0.5, 0.75)
 GROUPS = (1, 8, 32)
@@ -69,6 +72,7 @@ ERRORS = (0.001, 0.003, 0.01, 0.03)
 
 WIDTH, NEURONS, LAYERS = 4096, 16384, 4
 SPEED_KEEPS = (0.05, 0.1, 0.2, 0.4)
+SPARSITIES = (0.25, 0.4)
 
 Mask = Callable[[Tensor, Tensor], Tensor]
 """From activations `[T, M]` and their scores to activations of which some are zero."""
@@ -237,11 +241,31 @@ def quality(windows: list[Tensor], calibration: Path) -> dict[str, Any]:
     return found
 
 
-def calibrated(text: Path) -> Program:
-    """The bundled model, prepared, with its calibration tokens."""
+def inputs(text: Path, calibration: Path) -> dict[str, Any]:
+    """Inputs of a gated model: what leaving them out costs, and which are left out."""
+    program = calibrated(calibration, GATED_MODEL)
+    windows = [torch.tensor(ids) for ids in load_windows(text, load_tokenizer(GATED_MODEL), WINDOW)[:WINDOWS]]
+    scorer = Scorer(program, windows)
+    found: dict[str, Any] = {}
+    for sparsity in SPARSITIES:
+        for force in (True, False):
+            copy = program.copy()
+            layers = SparsifyInputs(sparsity=sparsity, force=force).run(copy).layers
+            left_out: dict[str, list[float]] = {}
+            for name, each in layers.items():
+                kind = name.removesuffix(".weight.transposed").rpartition(".")[2]
+                left_out.setdefault(kind, []).append(round(1 - each["kept"] / each["channels"], 2))
+            key = f"{sparsity}{', forced' if force else ''}"
+            found[key] = {**scorer.score(copy), "left_out": left_out, "linears": len(layers)}
+            print(key, found[key], flush=True)
+    return {"model": GATED_MODEL.name, "sparsity": found}
+
+
+def calibrated(text: Path, model: Path = MODEL) -> Program:
+    """A bundled model, prepared, with its calibration tokens."""
     from jettison.calibration import Calibration
 
-    source = open_source(MODEL, dtype="float32", context=None)
+    source = open_source(model, dtype="float32", context=None)
     prepare(source.program)
     Calibration.of(source, text, (CALIBRATION_WINDOWS, WINDOW), 0)
     return source.program
@@ -356,7 +380,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--calibration", required=True, type=Path)
-    parser.add_argument("--only", nargs="+", choices=("natural", "quality", "speed"), default=[])
+    parser.add_argument("--only", nargs="+", choices=("natural", "quality", "speed", "inputs"), default=[])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     before = environment()
@@ -368,6 +392,7 @@ def main() -> None:
         "natural": lambda: natural(windows),
         "quality": lambda: quality(windows, arguments.calibration),
         "speed": lambda: speed(arguments.rounds),
+        "inputs": lambda: inputs(arguments.text, arguments.calibration),
     }
     for name, measure in sections.items():
         if not arguments.only or name in arguments.only:

@@ -169,3 +169,12 @@ def scratch_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         os.close(handle)
         os.unlink(path)
     return torch.empty(0, dtype=dtype).set_(storage).reshape(tuple(shape))
+
+
+def transposed_constant(constant: Constant, name: str) -> Constant:
+    """A matrix as its transpose, stored in the dtype it was, a few rows at a time."""
+    rows, columns = constant.shape
+    made = scratch_tensor((columns, rows), constant.stored_dtype)
+    for start, stop in constant.row_chunks():
+        made[:, start:stop] = constant.rows(start, stop).to(constant.stored_dtype).T
+    return Constant(name, made, constant.dtype)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jettison.passes.policies import Full, Window
     from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
     from jettison.passes.quantize_weights import QuantizeWeights
+    from jettison.passes.sparsify_inputs import SparsifyInputs
     from jettison.report import Report
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "PredictMlpSparsity",
     "QuantizeWeights",
     "Report",
+    "SparsifyInputs",
     "Window",
     "load",
     "optimize",
@@ -57,6 +59,7 @@ _HOMES = {
     "PredictMlpSparsity": "jettison.passes.predict_mlp_sparsity",
     "QuantizeWeights": "jettison.passes.quantize_weights",
     "Report": "jettison.report",
+    "SparsifyInputs": "jettison.passes.sparsify_inputs",
     "Window": "jettison.passes.policies",
     "load": "jettison.api",
     "optimize": "jettison.api",

@@ -33,11 +33,12 @@ _ITEMSIZE = {
 _TABLE_OPERANDS = {
     "aten.embedding": (0,), "jettison.lut_embedding": (1, 3, 4), "jettison.quantized_embedding": (1, 2, 3),
     "jettison.experts": (3, 4), "jettison.quantized_experts": (3, 4, 5, 6, 7, 8), "jettison.selected_linear": (2,),
+    "jettison.sparse_linear": (2,),
 }  # fmt: skip
-# Operators that are asked for as many rows (experts) by each token as one of their operands has columns.
+# Operators that are asked for as many rows (experts, channels) by each token as one of their operands has columns.
 _CHOICES_OPERAND = {
     "jettison.experts": 1, "jettison.quantized_experts": 1, "jettison.quantized_embedding": 0,
-    "jettison.selected_linear": 1,
+    "jettison.selected_linear": 1, "jettison.sparse_linear": 1,
 }  # fmt: skip
 # Operators that read groups of neurons: operands of which they read the share that a token names, the one whose rows
 # are the groups, and where the size of a group is.

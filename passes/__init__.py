@@ -18,6 +18,7 @@ from jettison.passes.raise_rms_norm import RaiseRmsNorm
 from jettison.passes.raise_rotary_embedding import RaiseRotaryEmbedding
 from jettison.passes.raise_written_attention import RaiseWrittenAttention
 from jettison.passes.select_logits import SelectLogits
+from jettison.passes.sparsify_inputs import SparsifyInputs
 from jettison.passes.strip_export_asserts import StripExportAsserts
 
 # Every pass, in alphabetical order of the files.
@@ -39,6 +40,7 @@ PASSES: tuple[type[Pass], ...] = (
     RaiseRotaryEmbedding,
     RaiseWrittenAttention,
     SelectLogits,
+    SparsifyInputs,
     StripExportAsserts,
 )
 # Canonicalisation and raising always run and stay out of the text.
@@ -50,6 +52,7 @@ USER_PASSES: tuple[type[Pass], ...] = (
     MergeQkvProjections,
     PredictMlpSparsity,
     QuantizeWeights,
+    SparsifyInputs,
 )
 
 __all__ = ["PASSES", "USER_PASSES"]

@@ -14,16 +14,17 @@ from torch import fx
 
 from jettison.ir.edit import Edit
 from jettison.ir.match import is_call
-from jettison.ir.ops import complete_logits, quantized_sparse_mlp, sparse_mlp
+from jettison.ir.ops import complete_logits, quantized_sparse_mlp, sparse_linear, sparse_mlp
 from jettison.ir.program import HEAD, Program
+from jettison.passes.dense_forms import all_channels, all_groups, linears_again
 from jettison.passes.head_forms import read_whole_head, return_candidates
-from jettison.passes.mlp_forms import all_groups, linears_again
 
 Form = Callable[[fx.Node, Edit], None]
 """Rewrites a node in its entry."""
 
 FORMS: Mapping[Any, Mapping[str, Form]] = {
     complete_logits: {"prefill": read_whole_head, "decode": return_candidates},
+    sparse_linear: {"prefill": all_channels},
     sparse_mlp: {"prefill": all_groups},
     quantized_sparse_mlp: {"prefill": linears_again},
 }

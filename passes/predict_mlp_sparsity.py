@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from jettison.ir.constants import Constant, scratch_tensor
+from jettison.ir.constants import Constant, transposed_constant
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments
@@ -330,21 +330,12 @@ def _dense_call(
     """The operator over matrices with a row per neuron: the second one is stored transposed from now on."""
     read = arguments(site.down)
     name = str(site.constant(site.down, "weight"))
-    down = edit.constant(transposed(program.constants[name], f"{name}.transposed"))
+    down = edit.constant(transposed_constant(program.constants[name], f"{name}.transposed"))
     gate = None if site.gate is None else arguments(site.gate)["weight"]
     up = arguments(site.up)
     return edit.call(
         sparse_mlp, site.x, indices, gate, up["weight"], up["bias"], down, read["bias"], absent, site.activation, group
     )
-
-
-def transposed(constant: Constant, name: str) -> Constant:
-    """A matrix as its transpose, stored in the dtype it was, a few rows at a time."""
-    rows, columns = constant.shape
-    made = scratch_tensor((columns, rows), constant.stored_dtype)
-    for start, stop in constant.row_chunks():
-        made[:, start:stop] = constant.rows(start, stop).to(constant.stored_dtype).T
-    return Constant(name, made, constant.dtype)
 
 
 def _packed_call(site: MlpSite, indices: fx.Node, absent: fx.Node | None, group: int, edit: Edit) -> fx.Node:

@@ -49,7 +49,7 @@ from jettison.ir.constants import Constant, Packed
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call
-from jettison.ir.ops import experts, quantized_experts, sparse_mlp
+from jettison.ir.ops import experts, quantized_experts, sparse_linear, sparse_mlp
 from jettison.ir.program import CACHE, MissRecord, Program, constant_placeholders, constant_reads
 from jettison.ir.progress import track
 from jettison.ir.text import dtype_text, target_text
@@ -199,9 +199,11 @@ class QuantizeWeights(Pass):
         """A weight matrix that would have been worth quantising, read by something else."""
         if node.op != "call_function" or is_call(node, quantized_experts):  # whose scales have three axes
             return None
-        if is_call(node, sparse_mlp):
-            name = constant_name(arguments(node)["up"])
+        if is_call(node, sparse_linear, sparse_mlp):
+            name = constant_name(arguments(node)["weight" if is_call(node, sparse_linear) else "up"])
             reason = "it is read sparsely already: put quantize-weights before predict-mlp-sparsity"
+            if is_call(node, sparse_linear):
+                reason = "it is read by channels of its input, and groups of codes run along them"
             return None if name is None or self._is_skipped(name) else Miss(reason, node)
         for operand in node.all_input_nodes:
             name = constant_name(operand)

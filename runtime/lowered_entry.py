@@ -19,6 +19,7 @@ from jettison.ir.match import arguments, is_call
 from jettison.ir.packed_parts import JointWeight, PackedParts, all_parts_read, parts_read, sparse_parts_read
 from jettison.runtime.packed_experts import ExpertParts, experts_read, run_experts
 from jettison.runtime.packed_linear import PackedWeight
+from jettison.runtime.sparse_linear import run_sparse_linear
 from jettison.runtime.sparse_mlp import run_quantized_sparse_mlp, run_sparse_mlp
 from jettison.runtime.state_operators import attend_both, attend_slots, slot_range, windowed_attention_, write_range_
 
@@ -115,6 +116,8 @@ class _Lowering:
             return self._sparse_read(node, slabs)
         if is_call(node, ops.sparse_mlp):
             return self._call(run_sparse_mlp, *self._translated(arguments(node).values()))
+        if is_call(node, ops.sparse_linear):
+            return self._call(run_sparse_linear, *self._translated(arguments(node).values()))
         stacks = experts_read(node)
         if stacks is not None and stacks.name in self._experts:
             read = arguments(node)

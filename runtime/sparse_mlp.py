@@ -66,7 +66,7 @@ def run_sparse_mlp(
         if up_bias is not None:
             hidden += up_bias.view(-1, group).index_select(0, taken).view(1, -1)
         hidden = activate(hidden) if gate is None else activate(_linear_of_slabs(rows, gate, taken, group)) * hidden
-        out = _sum_of_rows(hidden, down, (taken[:, None] * group + torch.arange(group)).flatten())
+        out = sum_of_rows(hidden, down, (taken[:, None] * group + torch.arange(group)).flatten())
     elif slabs is None or not slabs.is_worth_it:
         hidden = F.linear(rows, up, up_bias)
         hidden = activate(hidden) if gate is None else activate(F.linear(rows, gate)) * hidden
@@ -88,7 +88,7 @@ def _linear_of_slabs(x: Tensor, matrix: Tensor, slabs: Tensor, rows: int) -> Ten
     return torch.cat([F.linear(x, by_slab[slab]) for slab in slabs.tolist()], -1)
 
 
-def _sum_of_rows(weights: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
+def sum_of_rows(weights: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
     """`[1, E]`: rows of a matrix `[F, E]`, weighted and added up.
 
     Args:

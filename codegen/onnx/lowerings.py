@@ -19,6 +19,7 @@ from jettison.codegen.onnx.joint_attention import joint_attention, scored_joint_
 from jettison.codegen.onnx.lut_weights import lut_embedding, lut_linear
 from jettison.codegen.onnx.quantized_slots import dequantize_slots, quantize_slots
 from jettison.codegen.onnx.routed_experts import experts, quantized_experts
+from jettison.codegen.onnx.sparse_linear import sparse_linear
 from jettison.codegen.onnx.sparse_mlp import sparse_mlp
 from jettison.codegen.onnx.written_attention import (
     attention,
@@ -175,6 +176,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.scored_attention: scored_attention,
     ops.scored_joint_attention: scored_joint_attention,
     ops.selected_linear: selected_linear,
+    ops.sparse_linear: sparse_linear,
     ops.sparse_mlp: sparse_mlp,
     ops.windowed_attention: windowed_attention,
     ops.write_slots: write_slots,

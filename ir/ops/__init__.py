@@ -19,6 +19,7 @@ from jettison.ir.ops.rotary_embedding import rotary_embedding
 from jettison.ir.ops.scored_attention import scored_attention
 from jettison.ir.ops.scored_joint_attention import scored_joint_attention
 from jettison.ir.ops.selected_linear import selected_linear
+from jettison.ir.ops.sparse_linear import sparse_linear
 from jettison.ir.ops.sparse_mlp import sparse_mlp
 from jettison.ir.ops.windowed_attention import windowed_attention
 from jettison.ir.ops.write_slots import write_slots
@@ -43,6 +44,7 @@ __all__ = [
     "scored_attention",
     "scored_joint_attention",
     "selected_linear",
+    "sparse_linear",
     "sparse_mlp",
     "windowed_attention",
     "write_slots",

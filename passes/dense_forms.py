@@ -1,4 +1,4 @@
-"""What sparse feed-forward layers become in a prompt: see `decode_only`."""
+"""What sparse linears and feed-forward layers become in a prompt: see `decode_only`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from jettison.ir.edit import Edit
 from jettison.ir.match import arguments
 from jettison.ir.ops import gated_activation, quantized_linear
 from jettison.ir.ops.gated_activation import ACTIVATIONS
+
+
+def all_channels(node: fx.Node, edit: Edit) -> None:
+    """A sparse linear over the same weight, with every channel."""
+    given = arguments(node) | {"indices": None}
+    edit.set_arguments(node, *given.values())
 
 
 def all_groups(node: fx.Node, edit: Edit) -> None:

@@ -1,0 +1,361 @@
+"""Read only the weights of a linear that meet large inputs, token by token.
+
+Before:
+    %3: f32[s0,s1,64] = aten.linear(%2, @gate.weight)
+    %4: f32[s0,s1,64] = aten.linear(%2, @up.weight, @up.bias)
+After:
+    %3: f32[s0,s1,32] = aten.abs(%2)
+    %4, %5 = aten.topk(%3, 20, -1, True, False)
+    %6: f32[s0,s1,64] = jettison.sparse_linear(%2, %5, @gate.weight.transposed, None)
+    %7: f32[s0,s1,64] = jettison.sparse_linear(%2, %5, @up.weight.transposed, @up.bias)
+
+Fires when: linears read an input of their token and weights that nothing else reads, and the input is among those whose
+    smallest channels cost least (see Method). Weights are stored with a row per channel.
+Declines when: the weight is quantised, shared or computed; the input is not one row per token; leaving channels out of
+    other inputs loses less; so few would be left out that dense is faster, because a row that is read by itself takes
+    longer (`force=true` rewrites all the same). The language-model head, whose results nothing averages out, and the
+    routers of experts stay as they are, without a miss.
+Numerics: changes precision, but only of tokens that are decoded: `cache-kv` makes prompts dense again, so that their
+    first tokens, whose inputs are like no others', stay as they were. `error` is the mean over calibration tokens of
+    the square of what a linear loses, over that of its result, or of the residual stream that it is added to.
+Saves: `sparsity` * bytes of these linears, read per token. Batches read the union of their tokens' channels.
+Method: every token keeps the same number of channels, those of the largest values, because shapes are static; TEAL has
+    a threshold instead, and then as many as are above it. One number per input, which all its linears share, is raised
+    in steps of 0.05, always where it costs least error per weight, until `sparsity` of all weights is left out.
+Source: TEAL (arXiv 2408.14690). Sizes come from shapes here (its tables have wrong ones for some models), and no
+    distribution is assumed: its thresholds are those of a symmetric one, as inputs behind an activation do not have.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from jettison.ir.allocator import give_back
+from jettison.ir.chunked_run import ChunkedRun
+from jettison.ir.constants import Constant, transposed_constant
+from jettison.ir.edit import Edit
+from jettison.ir.errors import OptionError, UnsupportedError
+from jettison.ir.match import Miss, arguments, constant_name, is_call
+from jettison.ir.ops import lut_linear, quantized_linear, sparse_linear
+from jettison.ir.program import MissRecord, Program, constant_reads, input_placeholders
+from jettison.ir.progress import track
+from jettison.ir.text import target_text
+from jettison.passes.base import Pass, describe_node
+from jettison.passes.expert_reads import chooses_experts
+from jettison.passes.mlp_activity import sum_after
+from jettison.passes.mlp_sites import require_calibrated
+from jettison.passes.options import option
+
+aten = torch.ops.aten
+_PACKED = (quantized_linear, lut_linear)
+_LINEARS = (aten.linear.default, sparse_linear, *_PACKED)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TOKENS = 512
+_STEP, _MOST = 0.05, 0.9
+# How much longer a row takes that is read by itself than one of a product with the whole weight: below 1 / this share
+# of kept channels sparse is faster. A guess until it is measured (benchmarks/contextual_sparsity.py).
+_ROW_COST = 1.3
+
+
+@dataclass(frozen=True)
+class InputSite:
+    """What several linears read.
+
+    Attributes:
+        x: Their input, `[B, S, K]`.
+        linears: All of them that can be rewritten, with the names of their weights, in the order of the graph.
+    """
+
+    x: fx.Node
+    linears: tuple[tuple[fx.Node, str], ...]
+
+    @property
+    def channels(self) -> int:
+        """K."""
+        return int(self.x.meta["val"].shape[-1])
+
+    @property
+    def row_weights(self) -> int:
+        """Weights that one channel meets."""
+        return sum(int(linear.meta["val"].shape[-1]) for linear, _ in self.linears)
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """What leaving channels of an input out costs.
+
+    Attributes:
+        site: The input.
+        kept: Numbers of channels, from all of them downwards.
+        errors: `[numbers, linears] f32`.
+    """
+
+    site: InputSite
+    kept: tuple[int, ...]
+    errors: Tensor
+
+
+@dataclass(frozen=True)
+class SparsifyInputs(Pass):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "sparsify-inputs"
+    is_exact: ClassVar[bool] = False
+    sparsity: float = option(0.25, doc="share of the weights that a token does not read", range="above 0, to 0.9")
+    skip: str | None = option(None, doc="regular expression; linears whose weights it is found in stay as they are")
+    force: bool = option(False, doc="rewrite linears that are faster dense")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity <= _MOST:
+            raise OptionError(
+                f"[sparsify-inputs] sparsity={self.sparsity}: needs a share above 0, at most {_MOST}. Leave the pass "
+                "out to read everything."
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Pass`: it looks at inputs."""
+        return True
+
+    def requires(self, program: Program) -> None:
+        """It runs the captured graph on text."""
+        require_calibrated(program, self.name)
+
+    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
+        """Look at every input, share out what is left out, then rewrite."""
+        sites, misses = self.find(program)
+        total, saved = self._read_sparsely(program)
+        total += sum(site.channels * site.row_weights for site in sites)
+        curves = []
+        # A second run has nothing left to do.
+        if saved < self.sparsity * total:
+            with track(self.name, len(sites)) as advance:
+                for curve in error_curves(program, sites, self._numbers):
+                    curves.append(curve)
+                    advance(1)
+        chosen = allocate(curves, self.sparsity * total - saved)
+        edit = Edit(program, "forward", self.name)
+        rewrites = 0
+        for curve, level in zip(curves, chosen, strict=True):
+            if level:
+                self.rewrite((curve, level), edit)
+                rewrites += len(curve.site.linears)
+            else:
+                misses.append(MissRecord(describe_node(curve.site.linears[0][0]), self._why_dense()))
+        if rewrites:
+            edit.eliminate_dead_code()
+        return rewrites, misses
+
+    def _why_dense(self) -> str:
+        reason = "leaving channels out of other inputs loses less"
+        if self.force:
+            return reason
+        return f"{reason}, and dense is faster than leaving out less than {1 - 1 / _ROW_COST:.0%} of them"
+
+    def _read_sparsely(self, program: Program) -> tuple[int, int]:
+        """Weights of the linears that a run of this pass rewrote before, and how many of them a token leaves out."""
+        total, saved = 0, 0
+        for node in program.entries["forward"].graph.find_nodes(op="call_function", target=sparse_linear):
+            read = arguments(node)
+            channels, outputs = (int(size) for size in read["weight"].meta["val"].shape)
+            kept = int(read["indices"].meta["val"].shape[-1])
+            total, saved = total + channels * outputs, saved + (channels - kept) * outputs
+        return total, saved
+
+    def _numbers(self, channels: int) -> tuple[int, ...]:
+        """Numbers of channels that a token may keep, from all downwards."""
+        steps = range(1, round(_MOST / _STEP) + 1)
+        numbers = dict.fromkeys(max(1, channels - round(channels * _STEP * step)) for step in steps)
+        worth_it = [kept for kept in numbers if kept < channels and (self.force or kept * _ROW_COST < channels)]
+        return (channels, *worth_it)
+
+    def find(self, program: Program) -> tuple[list[InputSite], list[MissRecord]]:
+        """Inputs in the order of the graph, and what stands in the way of other linears."""
+        readers: dict[fx.Node, list[tuple[fx.Node, str]]] = {}
+        misses = []
+        for node in program.entries["forward"].graph.nodes:
+            found = self.match(node, program)
+            if isinstance(found, Miss):
+                misses.append(MissRecord(describe_node(found.node), found.reason))
+            elif found is not None:
+                readers.setdefault(arguments(node)["input"], []).append((node, found))
+        return [InputSite(x, tuple(linears)) for x, linears in readers.items()], misses
+
+    def match(self, node: fx.Node, program: Program) -> str | Miss | None:
+        """The name of the weight of a linear that can be read by channels."""
+        if not is_call(node, aten.linear.default, *_PACKED) or not _leads_to_a_linear(node) or chooses_experts(node):
+            return None
+        if self.skip is not None and re.search(self.skip, describe_node(node)):
+            return None
+        if is_call(node, *_PACKED):
+            return Miss("it is quantised, and groups of codes run along the inputs", node)
+        read = arguments(node)
+        x, weight = read["input"].meta["val"], read["weight"].meta["val"]
+        name = constant_name(read["weight"])
+        if name is None:
+            return Miss("the weight is not a constant", node)
+        if weight.dtype not in _DTYPES or weight.dim() != 2:
+            return Miss(f"the weight is {list(weight.shape)}, not a matrix of f32, bf16 or f16", node)
+        others = [user for user, _ in constant_reads(program, name) if user is not node]
+        if others:
+            return Miss(f"{target_text(others[0].target)} reads {name} too", node)
+        ids = input_placeholders(program.entries["forward"])["input_ids"].meta["val"]
+        # Comparing symbolic sizes compares the sizes they were traced with; their texts say what they stand for.
+        if str([*x.shape[:-1]]) not in (str([*ids.shape]), str([ids.shape[0] * ids.shape[1]])):
+            return Miss("its inputs are not one row for each token", node)
+        return name
+
+    def rewrite(self, match: tuple[ErrorCurve, int], edit: Edit) -> None:
+        """Choose channels behind the input, and put the operator in the place of each linear."""
+        curve, level = match
+        site, kept = curve.site, curve.kept[level]
+        # Not `site.x`: what computed it may have been rewritten, too.
+        x = arguments(site.linears[0][0])["input"]
+        with edit.before(site.linears[0][0]):
+            sizes = edit.call(aten.abs.default, x)
+            largest = edit.call(aten.topk.default, sizes, kept, -1, True, False)
+            indices = edit.call(operator.getitem, largest, 1)
+        for number, (linear, name) in enumerate(site.linears):
+            weight = edit.constant(transposed_constant(edit.program.constants[name], f"{name}.transposed"))
+            with edit.before(linear):
+                new = edit.call(sparse_linear, x, indices, weight, arguments(linear)["bias"])
+            error = float(curve.errors[level, number])
+            new.meta["figures"] = {"channels": site.channels, "kept": kept, "error": round(error, 4)}
+            edit.replace(linear, new)
+
+
+def _leads_to_a_linear(node: fx.Node) -> bool:
+    """Whether a linear comes behind a node: nothing but the head has none."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if is_call(user, *_LINEARS):
+                return True
+            if user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def allocate(curves: Sequence[ErrorCurve], wanted: float) -> list[int]:
+    """Which number of channels each input keeps.
+
+    Args:
+        curves: Of all inputs.
+        wanted: Weights to leave out.
+
+    Returns:
+        For each input, an index into the numbers of its curve: always the next smaller number of the input where it
+        costs least error per weight, until enough is left out.
+    """
+    chosen = [0] * len(curves)
+    errors = [curve.errors.sum(-1).tolist() for curve in curves]
+    saved = 0
+
+    def saving(number: int) -> int:
+        curve, level = curves[number], chosen[number]
+        return (curve.kept[level] - curve.kept[level + 1]) * curve.site.row_weights
+
+    while saved < wanted:
+        open_ = [number for number, curve in enumerate(curves) if chosen[number] + 1 < len(curve.kept)]
+        if not open_:
+            break
+        best = min(open_, key=lambda n: (errors[n][chosen[n] + 1] - errors[n][chosen[n]]) / saving(n))
+        saved += saving(best)
+        chosen[best] += 1
+    return chosen
+
+
+def error_curves(
+    program: Program, sites: Sequence[InputSite], numbers: Callable[[int], tuple[int, ...]]
+) -> Iterator[ErrorCurve]:
+    """Run the calibration tokens through `forward` and look at each input when they come to it.
+
+    Args:
+        program: With `forward` and calibration batches; it is not changed.
+        sites: In the order of the graph.
+        numbers: Of channels to try, given how many there are.
+
+    Yields:
+        A curve for each input. At a time there are the sampled inputs of one, or of those that other ones lie between.
+
+    Raises:
+        UnsupportedError: A value is not finite.
+    """
+    assert program.calibration is not None, "the pass requires it"
+    batches = program.calibration()
+    sampled = _sampler([tuple(batch["input_ids"].shape) for batch in batches])
+    run = ChunkedRun(program, "forward", batches)
+    behind = {linear: _behind(linear) for site in sites for linear, _ in site.linears}
+    inputs, energies = {site.x: torch.empty(0) for site in sites}, dict.fromkeys(behind.values(), torch.empty(0))
+    waiting = {site: {site.x, *(behind[linear] for linear, _ in site.linears)} for site in sites}
+    for node in [node for node in program.entries["forward"].graph.nodes if node in inputs or node in energies]:
+        rows: list[Tensor] = []
+        run.advance(node, lambda values, rows=rows: rows.append(sampled(len(rows), values)))
+        if node in inputs:
+            inputs[node] = torch.cat(rows)
+        if node in energies:
+            energies[node] = torch.cat([each.square().sum(-1) for each in rows])
+        for site in [site for site, needed in waiting.items() if node in needed]:
+            waiting[site].discard(node)
+            if not waiting[site]:
+                del waiting[site]
+                linears = [(program.constants[name], energies[behind[linear]]) for linear, name in site.linears]
+                kept = numbers(site.channels)
+                errors = torch.stack([_lost(inputs[site.x], kept, weight, total) for weight, total in linears], -1)
+                if not bool(errors.isfinite().all()):
+                    raise UnsupportedError(
+                        f"[{describe_node(site.linears[0][0])}] what it reads is not finite on the calibration tokens, "
+                        "so nothing can be learned from it. Give another text, or leave it out (skip='...')."
+                    )
+                yield ErrorCurve(site, kept, errors)
+                del inputs[site.x]
+                give_back()
+
+
+def _behind(linear: fx.Node) -> fx.Node:
+    """What the result of a linear is a part of: the residual stream it is added to, else itself."""
+    node = sum_after(linear)
+    return node if str(node.meta["val"].shape) == str(linear.meta["val"].shape) else linear
+
+
+def _sampler(shapes: Sequence[tuple[int, ...]]) -> Callable[[int, Tensor], Tensor]:
+    """Picks about `_TOKENS` rows of values `[B, S, K]` or `[B * S, K]` that come in batches, evenly spread, as f32.
+
+    The first token of a window is left out: its values are like no others', and prompts begin with it.
+    """
+    step = max(1, sum(rows * max(1, length - 1) for rows, length in shapes) // _TOKENS)
+
+    def pick(batch: int, values: Tensor) -> Tensor:
+        by_window = values.reshape(*shapes[batch], -1)
+        later = by_window[:, 1:] if by_window.shape[1] > 1 else by_window
+        return later.flatten(0, 1)[::step].to(torch.float32)
+
+    return pick
+
+
+def _lost(x: Tensor, kept: Sequence[int], weight: Constant, energy: Tensor) -> Tensor:
+    """What a linear loses with so many channels, as a share of what its result is a part of.
+
+    Args:
+        x: `[T, K] f32`.
+        kept: Numbers of channels.
+        weight: `[N, K]`.
+        energy: `[T] f32`, the squares of the result.
+
+    Returns:
+        `[numbers] f32`, the mean over tokens; nothing can lose more than all, where a result is nearly zero.
+    """
+    matrix, order = weight.value().to(torch.float32), x.abs().argsort(-1, descending=True)
+    errors = []
+    for number in kept:
+        dropped = x.scatter(-1, order[:, :number], 0.0)
+        errors.append(((dropped @ matrix.T).square().sum(-1) / energy.clamp_min(1e-30)).clamp_max(1.0).mean())
+    return torch.stack(errors)
