@@ -10,13 +10,13 @@ from torch import fx
 
 from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call, only_user
-from jettison.ir.ops import gated_activation, quantized_linear
+from jettison.ir.ops import gated_activation, lut_linear, quantized_linear
 from jettison.ir.program import Program, constant_reads
 from jettison.ir.text import target_text
 from jettison.passes.raise_gated_mlp import activation_name
 
 aten = torch.ops.aten
-_LINEARS = (aten.linear.default, quantized_linear)
+_LINEARS = (aten.linear.default, quantized_linear, lut_linear)
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
@@ -152,6 +152,8 @@ def find_mlp(node: fx.Node, program: Program) -> MlpSite | Miss | None:
     site = MlpSite(node, hidden, up.args[0], up, gate, activation)
     if len({each.target for each in site.linears}) != 1:
         return Miss("one of its linears is quantised and another is not", node)
+    if is_call(node, lut_linear):
+        return Miss("its weights are codes into a table, which are not read by groups", node)
     for value in (hidden, *linears):
         if only_user(value) is None:
             return Miss("something else reads its neurons too", value)

@@ -18,7 +18,8 @@ Fires when: a feed-forward layer (linear, activation, perhaps a gate, linear) re
     `keep=auto` keeps as few groups as `error` allows, layer by layer. Quantised weights stay as they are; others are
     stored with a row per neuron in both matrices, so that a group is contiguous.
 Declines when: the layer is not sparse enough, or dense is faster: a gather takes longer per byte, and the predictor is
-    read too (`force=true` rewrites all the same); `group` does not divide the neurons, or cuts groups of codes.
+    read too (`force=true` rewrites all the same); `group` does not divide the neurons, or cuts groups of codes; weights
+    are codes into a table.
 Numerics: changes precision, but only of tokens that are decoded: `cache-kv` makes prompts dense again. What a group
     adds on average where it is left out (`@fc1.absent`) is added in its place. `error` is the mean square of what is
     lost, over that of the residual stream behind the layer, with the best choice of groups; the predictor comes on top.

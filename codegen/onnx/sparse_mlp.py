@@ -129,12 +129,14 @@ class _Slabs:
             wrong = f"groups of {read['up_group']} and {read['down_group']} columns of {read['width']}"
         elif read["up_bits"] not in _KERNEL_BITS or read["down_bits"] != read["up_bits"]:
             wrong = f"{read['up_bits']} and {read['down_bits']} bits"
+        elif any(_is_between_codes(read[f"{name}_zeros"]) for name in ("gate", "up", "down")):
+            wrong = "zero points between the codes"
         if wrong is not None:
             raise UnsupportedError(
                 f"[onnx] {where}: found {wrong} read by groups of neurons, needs relu, silu or a gated silu, 4 or 8 "
-                "bits, the same in both matrices, and whole groups of one size, because the kernel QMoE takes no "
-                "others. Leave it out of predict-mlp-sparsity (skip=), quantise it otherwise, or use "
-                'target="torch".'
+                "bits, the same in both matrices, whole zero points, and whole groups of one size, because the "
+                "kernel QMoE takes no others. Leave it out of predict-mlp-sparsity (skip=), quantise it otherwise, or "
+                'use target="torch".'
             )
         self.attributes: dict[str, Any] = {
             "block_size": read["up_group"], "expert_weight_bits": read["up_bits"], "accuracy_level": 4,
@@ -179,6 +181,10 @@ class _Slabs:
             return _Cut(f"{stored.name}.slabs", stored, packed.unflatten(0, (self._groups, -1)))
         cut = value.flatten(1).unflatten(1, (self._groups, -1)).transpose(0, 1)
         return _Cut(f"{stored.name}.slabs", stored, cut.contiguous())
+
+
+def _is_between_codes(zeros: fx.Node | None) -> bool:
+    return zeros is not None and bool(zeros.meta["val"].is_floating_point())
 
 
 class _Cut(Constant):

@@ -15,6 +15,7 @@ from jettison.codegen.onnx.sparse_mlp import cut_into_slabs, is_group_mixture
 from jettison.ir.errors import UnsupportedError
 from jettison.ir.program import Program
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.formats import IntGroups
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
 from jettison.passes.predictors import HiRE
 from jettison.passes.quantize_weights import QuantizeWeights
@@ -104,6 +105,7 @@ def test_a_prompt_runs_all_groups_and_a_step_some():
         ("gelu", (QuantizeWeights(bits=4),), "a layer of gelu read by groups"),
         ("relu", (QuantizeWeights(bits=2),), "2 and 2 bits read by groups"),
         ("relu", (QuantizeWeights(bits=8, only="down"), QuantizeWeights(bits=4)), "4 and 8 bits read by groups"),
+        ("relu", (QuantizeWeights(format=IntGroups(4, 32, float_zeros=True)),), "zero points between the codes read"),
         ("relu", (QuantizeWeights(group=64, only="up"), QuantizeWeights()), "groups of 64 and 32 columns of 32"),
     ],
 )

@@ -17,6 +17,7 @@ from jettison.ir.match import arguments, is_call
 from jettison.ir.ops import attention, quantized_linear, quantized_sparse_mlp, sparse_mlp
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.decode_only import is_decode_only
+from jettison.passes.formats import Nf4
 from jettison.passes.mlp_sites import ancestors
 from jettison.passes.pipeline import apply
 from jettison.passes.policies import POLICIES
@@ -344,6 +345,13 @@ def test_declines_groups_that_do_not_fit():
 )
 def test_declines(module, node, reason):
     assert reasons(predict(force=True), layer(module)) == [(node, reason)]
+
+
+def test_declines_tables_of_values():
+    program, _ = run_pass(QuantizeWeights(format=Nf4()), captured())
+    assert reasons(predict(force=True), program) == [
+        (f"{DOWN}.codes", "its weights are codes into a table, which are not read by groups")
+    ]
 
 
 def test_lookahead_needs_an_attention():
