@@ -5,6 +5,7 @@
 | linear    | RMS norm, linears of the same x, then bias, activation or gate, and residual               |
 | cache     | rotary embedding of queries and keys, and both writes to the cache                         |
 | attention | attention of one token per row, and the reshape behind it                                  |
+| sparse    | a feed-forward layer of which a token names slabs, and residual: two launches              |
 | norm      | an RMS norm whose result is read by more than one group                                    |
 | lookup    | an embedding from a quantised table                                                        |
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from jettison.codegen.triton.kernels.base import COMPUTED
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
 from jettison.codegen.triton.kernels.embedding import Embedding
 from jettison.codegen.triton.kernels.epilogue import ACTIVATIONS, Epilogue
@@ -26,7 +28,9 @@ from jettison.codegen.triton.kernels.joint_attention import JointAttention, Rang
 from jettison.codegen.triton.kernels.layer_norm import LayerNorm
 from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
+from jettison.codegen.triton.kernels.top_k import MOST
 from jettison.codegen.triton.kernels.weight_form import WeightForm
+from jettison.codegen.triton.sparse_step import sparse_step
 from jettison.codegen.triton.steps import (
     AttentionStep,
     CacheStep,
@@ -37,7 +41,7 @@ from jettison.codegen.triton.steps import (
     Step,
     TorchStep,
 )
-from jettison.codegen.triton.word_layout import refusal
+from jettison.codegen.triton.word_layout import refusal, scale_dtype
 from jettison.ir import ops
 from jettison.ir.match import arguments, constant_name, is_call, only_user
 from jettison.ir.packed_parts import LutParts, PackedParts, lut_parts_read, parts_read
@@ -47,7 +51,6 @@ aten = torch.ops.aten
 _ACTIVATION_OPS = {
     aten.relu.default: "relu", aten.silu.default: "silu", aten.sigmoid.default: "sigmoid", aten.gelu.default: "gelu",
 }  # fmt: skip
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fuse(program: Program, entry_name: str) -> list[Step]:
@@ -63,7 +66,7 @@ def fuse(program: Program, entry_name: str) -> list[Step]:
     entry = program.entries[entry_name]
     fusion = _Fusion(program, is_decode=entry_name == "decode")
     nodes = [node for node in entry.graph.nodes if node.op == "call_function"]
-    for find in (fusion.attention, fusion.linears, fusion.norm, fusion.lookup):
+    for find in (fusion.attention, fusion.sparse_mlp, fusion.linears, fusion.norm, fusion.lookup):
         for node in nodes:
             if node not in fusion.step_of:
                 find(node)
@@ -134,7 +137,7 @@ class _Fusion:
         heads, dim = query.meta["val"].shape[1], query.meta["val"].shape[3]
         kv_heads = key.meta["val"].shape[1]
         dtype, angles = query.meta["val"].dtype, of_query.angles
-        if dtype not in DTYPES or value.meta["val"].shape[3] != dim:
+        if dtype not in COMPUTED or value.meta["val"].shape[3] != dim:
             self.misses[key] = "values have another width than keys"
             return
         kernel = RotaryWrite(
@@ -197,6 +200,24 @@ class _Fusion:
         nodes = [*stored, node, *behind]
         self.add(JointAttentionStep(nodes, inputs, [behind[-1]], "codes are decoded in registers", kernel=kernel))
 
+    # Feed-forward layers of which tokens name groups.
+
+    def sparse_mlp(self, node: fx.Node) -> None:
+        """Both halves of a sparse feed-forward layer, and the residual behind it."""
+        if is_call(node, aten.topk.default):
+            self.misses[node] = f"PyTorch picks groups; kernels pick at most {MOST} tokens"
+        if not is_call(node, ops.sparse_mlp, ops.quantized_sparse_mlp):
+            return
+        if not self.is_decode:
+            self.misses[node] = "PyTorch's own kernels multiply prompts"
+            return
+        added = self._residual(node)
+        step = sparse_step(node, added)
+        if isinstance(step, str):
+            self.misses[node] = step
+        else:
+            self.add(step)
+
     # Linears.
 
     def linears(self, node: fx.Node) -> None:
@@ -229,7 +250,7 @@ class _Fusion:
     def _weight_read(self, node: fx.Node) -> tuple[PackedParts | LutParts | str, WeightForm] | None:
         """The weight of a linear and its form, or None where there is no kernel."""
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
+        if not isinstance(value, torch.Tensor) or value.dtype not in COMPUTED:
             return None
         if is_call(node, aten.linear.default, ops.quantized_linear, ops.lut_linear):
             bias = _bias(node)
@@ -299,16 +320,23 @@ class _Fusion:
                 name = "gelu_tanh"
             epilogue, last = Epilogue(epilogue.has_bias, name), after
             step.nodes.append(after)
-        after = self._free_user(last)
-        if is_call(after, aten.add.Tensor) and not after.kwargs:
-            other = after.args[1] if after.args[0] is last else after.args[0]
-            same = isinstance(other, fx.Node) and isinstance(other.meta["val"], torch.Tensor)
-            if same and other is not last and _type(other) == _type(last):
-                epilogue = Epilogue(epilogue.has_bias, epilogue.activation, epilogue.is_gated, True)
-                step.inputs.append(other)
-                step.nodes.append(after)
-                last = after
+        added = self._residual(last)
+        if added is not None:
+            after, other = added
+            epilogue = Epilogue(epilogue.has_bias, epilogue.activation, epilogue.is_gated, True)
+            step.inputs.append(other)
+            step.nodes.append(after)
+            last = after
         step.epilogue, step.outputs = epilogue, [last]
+
+    def _residual(self, last: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The sum that is all that reads a value, and what it is added to."""
+        after = self._free_user(last)
+        if after is None or not is_call(after, aten.add.Tensor) or after.kwargs:
+            return None
+        other = after.args[1] if after.args[0] is last else after.args[0]
+        same = isinstance(other, fx.Node) and isinstance(other.meta["val"], torch.Tensor)
+        return (after, other) if same and other is not last and _type(other) == _type(last) else None
 
     def _free_user(self, node: fx.Node) -> fx.Node | None:
         """The only user, if no other step has it."""
@@ -332,7 +360,7 @@ class _Fusion:
     def norm(self, node: fx.Node) -> None:
         """A norm by itself."""
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
+        if not isinstance(value, torch.Tensor) or value.dtype not in COMPUTED:
             return
         norm, columns = _norm(node), int(value.shape[-1])
         if norm is not None:
@@ -358,14 +386,6 @@ class _Fusion:
         parts, form = found
         kernel = Embedding(form, parts.columns, dtype)
         self.add(LookupStep([node], [arguments(node)["indices"]], [node], "", parts, kernel))
-
-
-def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of scales and offsets, for a kernel that computes in `dtype`.
-
-    Half precision keeps 11 bits of them, which no rounding to 8 bits or less notices.
-    """
-    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 def _type(node: fx.Node) -> tuple[object, ...]:

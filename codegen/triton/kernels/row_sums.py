@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from jettison.codegen.triton.kernels.base import deeper, lines
 from jettison.codegen.triton.kernels.weight_form import WeightForm
 
-_LEAST_RUN = 32
+# Words, one for each lane of a warp.
+LEAST_RUN = 32
 
 
 def longest_run(words: int) -> int:
     """Words of the longest run that fills the words of a row without a mask; if that is too short, with one."""
     most = words & -words
-    return most if most >= _LEAST_RUN else max(_LEAST_RUN, 1 << (words - 1).bit_length())
+    return most if most >= LEAST_RUN else max(LEAST_RUN, 1 << (words - 1).bit_length())
 
 
 @dataclass(frozen=True)
