@@ -59,6 +59,11 @@ def packed(generator: torch.Generator, rows: int, columns: int, bits: int, case:
     return [pack_codes(codes, bits), scales, pack_zeros(zeros, bits) if case.has_zeros else None]
 
 
+def on_device(*given: Tensor | None) -> list[Tensor]:
+    """Those that there are."""
+    return [each.to(DEVICE) for each in given if each is not None]
+
+
 class Layer:
     """Random weights and inputs of a case, the operator over them, and the kernels."""
 
@@ -106,35 +111,34 @@ class Layer:
         scale = FP32 if case.dtype == FP32 else HALF
         return WeightForm(scale, bits, case.columns, case.has_zeros) if bits else WeightForm(case.dtype)
 
+    def kernels(self) -> tuple[GatherUp, GatherDown | GatherPackedDown]:
+        case, rest = self.case, self.case.has_rest
+        sizes = (case.width, case.neurons, case.kept, case.group, case.dtype)
+        first = GatherUp(self.form(case.bits[0]), *sizes, case.activation, case.is_gated, rest)
+        epilogue = Epilogue(rest, has_residual=rest)
+        if case.bits[1]:
+            return first, GatherPackedDown(self.form(case.bits[1]), *sizes, rest, epilogue)
+        return first, GatherDown(*sizes, rest, epilogue)
+
     def found(self, first_tuning: Tuning | None = None, second_tuning: Tuning | None = None) -> Tensor:
         """By the kernels."""
-        case = self.case
-        on_device = lambda values: [value.to(DEVICE) for value in values if value is not None]  # noqa: E731
-        first = GatherUp(
-            self.form(case.bits[0]), case.width, case.neurons, case.kept, case.group, case.dtype, case.activation,
-            case.is_gated, case.has_rest,
-        )  # fmt: skip
-        up = on_device(self.up) if not case.bits[0] else [
+        case, (first, second) = self.case, self.kernels()
+        x, indices = on_device(self.x, self.indices)
+        up = on_device(*self.up) if not case.bits[0] else [
             torch.cat(each) for each in zip(*(self.words(half, case.bits[0]) for half in self.up), strict=True)
         ]  # fmt: skip
-        x, indices = on_device([self.x, self.indices])
-        hidden = x.new_empty(case.tokens, case.kept * case.group)
-        out = torch.full_like(x, torch.nan)
+        down = self.words(self.down, case.bits[1]) if case.bits[1] else on_device(self.down)
+        hidden, out = x.new_empty(case.tokens, case.kept * case.group), torch.full_like(x, torch.nan)
         sizes = {"M": case.tokens}
-        Launcher(first, first_tuning)(x, indices, *up, *on_device([self.up_bias]), hidden, sizes=sizes)
-        after = on_device([self.absent, self.down_bias, self.residual])
-        epilogue = Epilogue(case.has_rest, has_residual=case.has_rest)
-        sizes_of = (case.width, case.neurons, case.kept, case.group, case.dtype, case.has_rest, epilogue)
-        if case.bits[1]:
-            second = Launcher(GatherPackedDown(self.form(case.bits[1]), *sizes_of), second_tuning)
-            second(hidden, indices, *self.words(self.down, case.bits[1]), *after, out, sizes=sizes)
-            return out.cpu().float()
-        kernel = GatherDown(*sizes_of)
-        tuning = second_tuning or kernel.widest()
-        parts = hidden.new_empty(case.tokens, tuning["SPLITS"], case.width, dtype=FP32)
-        counters = torch.zeros(case.tokens * kernel.blocks(tuning), dtype=torch.int32, device=DEVICE)
-        for _ in range(2):  # the counters are zero again
-            Launcher(kernel, tuning)(hidden, indices, self.down.to(DEVICE), *after, parts, counters, out, sizes=sizes)
+        Launcher(first, first_tuning)(x, indices, *up, *on_device(self.up_bias), hidden, sizes=sizes)
+        launcher = Launcher(second, second_tuning)
+        given, scratch = [hidden, indices, *down, *on_device(self.absent, self.down_bias, self.residual)], []
+        if isinstance(second, GatherDown):
+            parts = hidden.new_empty(case.tokens, launcher.tuning["SPLITS"], case.width, dtype=FP32)
+            counters = torch.zeros(case.tokens * second.blocks(launcher.tuning), dtype=torch.int32, device=DEVICE)
+            scratch = [parts, counters]
+            launcher(*given, *scratch, out, sizes=sizes)  # after it, the counters are zero again
+        launcher(*given, *scratch, out, sizes=sizes)
         return out.cpu().float()
 
 

@@ -134,14 +134,14 @@ class GatherDown(Kernel):
         return [
             f"slab = tl.load(indices_ptr + token * KEPT + kept // SLAB){narrow}",
             "neuron = tl.arange(0, BLOCK_N)",
-            "of_row = (slab * SLAB + kept % SLAB + neuron) * E",
+            "of_weight = (slab * SLAB + kept % SLAB + neuron)[:, None] * E + column[None, :]",
             "hidden = tl.load(hidden_ptr + token * (KEPT * SLAB) + kept + neuron).to(tl.float32)",
-            f"packed = tl.load(weight_ptr + of_row[:, None] + column[None, :]{guard}).to(tl.float32)",
+            f"packed = tl.load(weight_ptr + of_weight{guard}).to(tl.float32)",
             "total += hidden[:, None] * packed",
         ]
 
     def _taken_off(self) -> list[str]:
-        mask = "(place < KEPT)[:, None]" + (" & (column < E)[None, :]" if self._is_masked else "")
+        mask = "inside[:, None]" + (" & (column < E)[None, :]" if self._is_masked else "")
         return taken_off_lines(
             "split, KEPT, SPLITS * BLOCK_N", "begin + SPLITS * tl.arange(0, BLOCK_N)",
             "named[:, None] * E + column[None, :]", mask,

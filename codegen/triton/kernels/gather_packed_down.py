@@ -155,6 +155,6 @@ class GatherPackedDown(Kernel):
         )
 
     def _taken_off(self) -> list[str]:
-        mask = "(place < KEPT)[None, :]" + (f" & ({self._row_mask})[:, None]" if self._row_mask else "")
+        mask = "inside[None, :]" + (f" & ({self._row_mask})[:, None]" if self._row_mask else "")
         place = "begin + tl.arange(0, BLOCK_W)"
         return taken_off_lines("0, KEPT, BLOCK_W", place, "named[None, :] * E + row[:, None]", mask)

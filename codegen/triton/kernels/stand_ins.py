@@ -15,14 +15,15 @@ def taken_off_lines(loop: str, place: str, of_named: str, mask: str) -> list[str
         loop: Over the named groups, some at a time: the range of `begin`.
         place: Expression of which of them they are.
         of_named: Expression of the stand-ins of the groups `named`, of the shape of `total`.
-        mask: Of `of_named`.
+        mask: Of `of_named`; `inside` says which places there are.
     """
     return [
         "# The groups that are named need nothing that stands in for them.",
         f"for begin in range({loop}):",
         *deeper([
             f"place = {place}",
-            "named = tl.load(indices_ptr + token * KEPT + place, mask=place < KEPT, other=0)",
+            "inside = place < KEPT",
+            "named = tl.load(indices_ptr + token * KEPT + place, mask=inside, other=0)",
             f"of_named = {of_named}",
             f"total -= tl.load(absent_ptr + of_named, mask={mask}, other=0).to(tl.float32)",
         ]),
