@@ -22,6 +22,7 @@ from jettison.codegen.triton.kernels.weight_form import ONE, WeightForm
 
 # Slabs are whole tiles of so many rows.
 TILE_ROWS = 16
+_GATED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class GatherUp(Kernel):
         wanted = [(2, 512, 4), (4, 512, 4), (1, 1024, 4), (4, 256, 4), (8, 256, 4)]
         if not self.weight.bits:
             wanted = [(2, 1024, 4), (4, 1024, 4), (1, 2048, 4), (2, 2048, 8), (8, 512, 4)]
+        if self.is_gated:  # twice the sums, scales and offsets
+            wanted = [each for each in wanted if each[0] <= _GATED_ROWS]
         most = longest_run(self.weight.row_words(self.columns))
         found = [Tuning.of(warps, BLOCK_N=rows, BLOCK_W=min(words, most)) for rows, words, warps in wanted]
         return list(dict.fromkeys(found))
