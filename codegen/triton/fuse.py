@@ -14,6 +14,7 @@ Each step says why it stops where it does; what has no kernel says why as well.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -204,15 +205,15 @@ class _Fusion:
 
     def sparse_mlp(self, node: fx.Node) -> None:
         """Both halves of a sparse feed-forward layer, and the residual behind it."""
-        if is_call(node, aten.topk.default):
-            self.misses[node] = f"PyTorch picks groups; kernels pick at most {MOST} tokens"
         if not is_call(node, ops.sparse_mlp, ops.quantized_sparse_mlp):
             return
+        indices = arguments(node)["indices"]
+        if indices is not None and is_call(indices, operator.getitem):
+            self.misses[indices.args[0]] = f"PyTorch picks groups; kernels pick at most {MOST}"
         if not self.is_decode:
             self.misses[node] = "PyTorch's own kernels multiply prompts"
             return
-        added = self._residual(node)
-        step = sparse_step(node, added)
+        step = sparse_step(node, self._residual(node))
         if isinstance(step, str):
             self.misses[node] = step
         else:
