@@ -15,12 +15,13 @@ Each step says why it stops where it does; what has no kernel says why as well.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from jettison.codegen.triton.heads import peel, side_by_side
 from jettison.codegen.triton.kernels.base import COMPUTED
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
 from jettison.codegen.triton.kernels.embedding import Embedding
@@ -127,7 +128,7 @@ class _Fusion:
             self._one_token_and_stored(node, found)
 
     def _cache_write(self, query: fx.Node, key: fx.Node, value: fx.Node) -> None:
-        of_query, of_key, of_value = _peel(query), _peel(key.args[1]), _peel(value.args[1])
+        of_query, of_key, of_value = peel(query), peel(key.args[1]), peel(value.args[1])
         if of_query is None or of_key is None or of_value is None or of_value.angles is not None:
             self.misses[key] = "the heads are not cut out of a row of each token"
             return
@@ -162,7 +163,7 @@ class _Fusion:
             self.misses[node] = "sinks in the softmax have no kernel"
             return
         sizes = query.meta["val"].shape
-        behind = _side_by_side(node)
+        behind = side_by_side(node)
         if behind is None:
             self.misses[node] = "the heads are not put side by side"
             return
@@ -176,7 +177,7 @@ class _Fusion:
     def _one_token_and_stored(self, node: fx.Node, found: dict[str, Any]) -> None:
         query, key, value, slots = (found[name] for name in ("query", "key", "value", "slots"))
         stored = [found["stored_key"], found["stored_value"]]
-        behind = _side_by_side(node)
+        behind = side_by_side(node)
         if behind is None or key.args[2] is not slots:
             self.misses[node] = "the heads are not put side by side"
             return
@@ -412,39 +413,3 @@ def _norm(node: fx.Node) -> tuple[str, float] | None:
 
 def _is_write(node: object) -> bool:
     return is_call(node, ops.write_slots) and "state" in node.args[0].meta and len(node.args[0].users) == 1
-
-
-def _is_swap(node: fx.Node) -> bool:
-    """Whether a node exchanges heads and tokens."""
-    return is_call(node, aten.transpose.int) and set(node.args[1:]) == {1, 2}
-
-
-def _side_by_side(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The exchange of heads and tokens behind an attention, and the reshape behind that."""
-    swap = only_user(node)
-    flat = only_user(swap) if swap is not None and _is_swap(swap) else None
-    return (swap, flat) if swap is not None and is_call(flat, aten.reshape.default) else None
-
-
-class _Heads:
-    """Heads cut out of rows of tokens: the nodes that do it, and where they come from."""
-
-    def __init__(self, source: fx.Node, nodes: Iterable[fx.Node], angles: tuple[fx.Node, fx.Node, bool] | None) -> None:
-        self.source, self.nodes, self.angles = source, list(nodes), angles
-
-
-def _peel(node: Any) -> _Heads | None:
-    """From `[B, H, S, D]` back to `[B, S, H * D]` or `[B, S, H, D]`, through a rotation."""
-    nodes: list[fx.Node] = []
-    angles = None
-    if is_call(node, ops.rotary_embedding):
-        nodes.append(node)
-        node, angles = node.args[0], (node.args[1], node.args[2], bool(node.args[3]))
-    if not isinstance(node, fx.Node) or not _is_swap(node):
-        return None
-    nodes.append(node)
-    source = node.args[0]
-    if is_call(source, aten.reshape.default, aten.view.default):
-        nodes.append(source)
-        source = source.args[0]
-    return _Heads(source, nodes, angles)
