@@ -22,6 +22,10 @@ from torch import Tensor
 
 from jettison.codegen.triton.kernels.base import Kernel, Tuning
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
+from jettison.codegen.triton.kernels.epilogue import Epilogue
+from jettison.codegen.triton.kernels.gather_down import GatherDown
+from jettison.codegen.triton.kernels.gather_packed_down import GatherPackedDown
+from jettison.codegen.triton.kernels.gather_up import GatherUp
 from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention, Ranges
@@ -140,6 +144,123 @@ def linear(form: WeightForm, columns: int, rows: int, count: int, rounds: int, c
     }  # fmt: skip
 
 
+class SparseLayer:
+    """A gated feed-forward layer of Llama-3.1-8B, of which one token names a share of the neurons.
+
+    Launches take copies of the weights and lists of slabs in turn, so that little of what one reads is still in the L2
+    cache.
+    """
+
+    width, neurons, group = 4096, 14336, 128
+
+    def __init__(self, form: WeightForm, share: float) -> None:
+        self.form, self.groups = form, self.neurons // self.group
+        self.kept = round(share * self.groups)
+        sizes = (self.width, self.neurons, self.kept, self.group, BF16)
+        self.first = GatherUp(form, *sizes, "silu", is_gated=True)
+        self.second: GatherDown | GatherPackedDown = GatherDown(*sizes)
+        if form.bits:
+            self.second = GatherPackedDown(form, *sizes)
+        self.ups, self.downs = [self._up()], [self._down()]
+        self.bytes_of_all = sum(each.nbytes for each in (*self.ups[0], *self.downs[0]))
+        for _ in range(max(2, -(-ROTATED_BYTES // self.bytes_of_all)) - 1):
+            self.ups.append([each.clone() for each in self.ups[0]])
+            self.downs.append([each.clone() for each in self.downs[0]])
+        self.indices = [
+            torch.randperm(self.groups, device="cuda")[None, : self.kept].contiguous() for _ in range(LAUNCHES)
+        ]
+        self.x, self.out = (torch.randn(1, self.width, device="cuda").to(BF16) for _ in range(2))
+        self.hidden = torch.randn(1, self.kept * self.group, device="cuda").to(BF16)
+
+    def _up(self) -> list[Tensor]:
+        """Gate and up: one below the other where they are quantised."""
+        if self.form.bits:
+            return random_words(self.form, 2 * self.neurons, self.width)
+        return [each for _ in range(2) for each in random_words(self.form, self.neurons, self.width)]
+
+    def _down(self) -> list[Tensor]:
+        """`[E, F]`, or `[F, E]` where it is dense."""
+        if self.form.bits:
+            return random_words(self.form, self.width, self.neurons)
+        return random_words(self.form, self.neurons, self.width)
+
+    def launch_up(self, tuning: Tuning) -> list[Callable[[], object]]:
+        """Launches of the first kernel."""
+        launcher, copies = Launcher(self.first, tuning), len(self.ups)
+        return [
+            lambda up=self.ups[index % copies], named=named: launcher(self.x, named, *up, self.hidden, sizes={"M": 1})
+            for index, named in enumerate(self.indices)
+        ]
+
+    def launch_down(self, tuning: Tuning) -> list[Callable[[], object]]:
+        """Launches of the second kernel."""
+        launcher, copies, scratch = Launcher(self.second, tuning), len(self.downs), []
+        if isinstance(self.second, GatherDown):
+            parts = torch.empty(1, tuning["SPLITS"], self.width, device="cuda")
+            scratch = [parts, torch.zeros(self.second.blocks(tuning), dtype=torch.int32, device="cuda")]
+        return [
+            lambda down=self.downs[index % copies], named=named: launcher(
+                self.hidden, named, *down, *scratch, self.out, sizes={"M": 1}
+            )
+            for index, named in enumerate(self.indices)
+        ]
+
+    def launch_all_neurons(self) -> list[Callable[[], object]]:
+        """The same weights, quantised, as linears on one row."""
+        gated = Gemv(self.form, self.width, self.neurons, BF16, epilogue=Epilogue(activation="silu", is_gated=True))
+        down = Gemv(self.form, self.neurons, self.width, BF16)
+        hidden = torch.empty(1, self.neurons, device="cuda", dtype=BF16)
+
+        def launch_gated(tuning: Tuning) -> list[Callable[[], object]]:
+            launcher = Launcher(gated, tuning)
+            return [lambda own=own: launcher(self.x, *own, hidden, sizes={}) for own in self.ups]
+
+        def launch_down(tuning: Tuning) -> list[Callable[[], object]]:
+            launcher = Launcher(down, tuning)
+            return [lambda own=own: launcher(hidden, *own, self.out, sizes={}) for own in self.downs]
+
+        return one_after_the_other(fastest(gated, launch_gated)[1], fastest(down, launch_down)[1])
+
+
+def one_after_the_other(
+    first: list[Callable[[], object]], second: list[Callable[[], object]]
+) -> list[Callable[[], object]]:
+    """Pairs of launches."""
+    return [lambda one=one, other=other: (one(), other()) for one, other in zip(first, second, strict=True)]
+
+
+def cublas_layer() -> list[Callable[[], object]]:
+    """The layer in bf16 with all its neurons."""
+    shapes = [(SparseLayer.neurons, SparseLayer.width)] * 2 + [(SparseLayer.width, SparseLayer.neurons)]
+    layers = [[torch.randn(*shape, device="cuda").to(BF16) / 64 for shape in shapes] for _ in range(2)]
+    x = torch.randn(1, SparseLayer.width, device="cuda").to(BF16)
+    return [
+        lambda own=own: F.linear(F.silu(F.linear(x, own[0])) * F.linear(x, own[1]), own[2]) for own in layers
+    ]  # fmt: skip
+
+
+def sparse(form: WeightForm, share: float, rounds: int, copy: float) -> dict[str, Any]:
+    """A sparse layer of ours beside all of it: with cuBLAS in bf16, and with our linears in 4 bits."""
+    layer, int4 = SparseLayer(form, share), SparseLayer(WeightForm(HALF, 4, 128, True), share)
+    first, ups = fastest(layer.first, layer.launch_up)
+    second, downs = fastest(layer.second, layer.launch_down)
+    contenders = {
+        "ours": one_after_the_other(ups, downs), "up": ups, "down": downs, "cublas": cublas_layer(),
+        "int4": int4.launch_all_neurons(),
+    }  # fmt: skip
+    times = interleaved({name: graph_of(calls) for name, calls in contenders.items()}, rounds)
+    read = layer.bytes_of_all * layer.kept // layer.groups
+    floor = read / (copy * 1e3)
+    return {
+        "kernels": [layer.first.name, layer.second.name], "tunings": [str(first), str(second)], "kept": share,
+        "bytes": read, "microseconds": times["ours"], "up_microseconds": times["up"],
+        "down_microseconds": times["down"], "floor_microseconds": floor,
+        "share_of_copy_bandwidth": floor / times["ours"], "cublas_bf16_microseconds": times["cublas"],
+        "over_cublas": times["cublas"] / times["ours"], "int4_gemv_microseconds": times["int4"],
+        "over_int4_gemv": times["int4"] / times["ours"],
+    }  # fmt: skip
+
+
 def attention(tokens: int, rounds: int, copy: float) -> dict[str, Any]:
     """Decode attention over a bf16 cache beside PyTorch's."""
     heads, kv_heads, dim = 32, 8, 128
@@ -229,12 +350,16 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     copy = copy_gb_per_s(rounds)
     forms = [WeightForm(HALF, bits, 128, has_offsets) for bits in (8, 4, 3, 2) for has_offsets in (True, False)]
-    figures: dict[str, Any] = {"device": device, "copy_gb_per_s": copy, "linear": [], "attention": []}
+    figures: dict[str, Any] = {"device": device, "copy_gb_per_s": copy, "linear": [], "sparse": [], "attention": []}
     for columns, rows in SHAPES.values():
         for form in [WeightForm(BF16), *forms] if rows == 14336 else [WeightForm(HALF, 4, 128, True)]:
             for count in (1, 8, 512):
                 figures["linear"].append(linear(form, columns, rows, count, rounds, copy))
                 print(figures["linear"][-1], flush=True)
+    for form in (WeightForm(BF16), WeightForm(HALF, 8, 128, True), WeightForm(HALF, 4, 128, True)):
+        for share in (0.1, 0.2, 0.4):
+            figures["sparse"].append(sparse(form, share, rounds, copy))
+            print(figures["sparse"][-1], flush=True)
     for tokens in (1024, 8192, 32768):
         figures["attention"].append(attention(tokens, rounds, copy))
         print(figures["attention"][-1], flush=True)

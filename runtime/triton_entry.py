@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from jettison.codegen.triton.kernels.gather_down import GatherDown
 from jettison.codegen.triton.kernels.gemm import DECODE_ROWS
 from jettison.codegen.triton.launch import Launcher, Launchers
 from jettison.codegen.triton.steps import (
@@ -19,97 +20,16 @@ from jettison.codegen.triton.steps import (
     LinearStep,
     LookupStep,
     NormStep,
+    SparseMlpStep,
     Step,
     TorchStep,
 )
-from jettison.codegen.triton.word_layout import WordWeight, to_words
 from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
-from jettison.ir.ops.lut_linear import group_scales
 from jettison.ir.ops.write_slots import write_slots_
-from jettison.ir.packed_parts import LutParts, PackedParts
 from jettison.ir.program import Program, output_node, placeholders
+from jettison.runtime.device_weights import DeviceWeights
 from jettison.runtime.state_operators import attend_slots, slot_range
-
-
-class DeviceWeights:
-    """Weights on the device, each held once.
-
-    Args:
-        program: Whose.
-        device: Where.
-
-    Attributes:
-        nbytes: Bytes held so far.
-    """
-
-    def __init__(self, program: Program, device: torch.device) -> None:
-        self.program, self.device = program, device
-        self.nbytes = 0
-        self._tensors: dict[tuple[object, ...], list[Tensor]] = {}
-
-    def constant(self, name: str) -> Tensor:
-        """A constant as it is."""
-        return self._once((name,), lambda: [self.program.constants[name].value().to(self.device).contiguous()])[0]
-
-    def stacked(self, weights: Sequence[PackedParts | LutParts | str], dtype: torch.dtype) -> list[Tensor]:
-        """Weights one below the other: what kernels take for them.
-
-        Args:
-            weights: All packed in one form, or all dense.
-            dtype: Of scales and offsets.
-        """
-        return self._once((*weights, dtype), lambda: self._stack(weights, dtype))
-
-    def _stack(self, weights: Sequence[PackedParts | LutParts | str], dtype: torch.dtype) -> list[Tensor]:
-        dense = [each for each in weights if isinstance(each, str)]
-        if dense:
-            if len(dense) == 1:
-                return [self.constant(dense[0])]
-            return [torch.cat([self.program.constants[name].value().to(self.device) for name in dense])]
-        own = [self._words(each, dtype) for each in weights if not isinstance(each, str)]
-        if len(own) == 1:
-            return own[0].tensors
-        # The table is the same for all of them.
-        rows = [[each for each in weight.tensors if each is not weight.table] for weight in own]
-        table = [] if own[0].table is None else [own[0].table]
-        return [*(torch.cat(parts) for parts in zip(*rows, strict=True)), *table]
-
-    def _words(self, parts: PackedParts | LutParts, dtype: torch.dtype) -> WordWeight:
-        if isinstance(parts, LutParts):
-            return self._looked_up(parts, dtype)
-        codes, scales, zeros = (
-            None if name is None else self.program.constants[name].value()
-            for name in (parts.codes, parts.scales, parts.zeros)
-        )
-        assert codes is not None, "only zero points may be missing"
-        assert scales is not None, "only zero points may be missing"
-        return to_words(codes, scales, zeros, parts.bits, parts.group, dtype, self.device)
-
-    def _looked_up(self, parts: LutParts, dtype: torch.dtype) -> WordWeight:
-        codes, lut, scales, steps = (
-            None if name is None else self.program.constants[name].value()
-            for name in (parts.codes, parts.lut, parts.scales, parts.steps)
-        )
-        found = group_scales(scales, steps)
-        assert codes is not None, "only steps may be missing"
-        assert found is not None, "only steps may be missing"
-        assert lut is not None, "only steps may be missing"
-        return to_words(codes, found, None, parts.bits, parts.group, dtype, self.device, lut.flatten())
-
-    def joined(self, names: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
-        """Biases one behind the other; nothing for none."""
-        if not names:
-            return []
-        make = lambda: [torch.cat([self.program.constants[name].value().to(self.device, dtype) for name in names])]  # noqa: E731
-        return self._once(("bias", *names), make)
-
-    def _once(self, key: tuple[object, ...], make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        if key not in self._tensors:
-            self._tensors[key] = made = make()
-            known = {tensor.data_ptr() for other, held in self._tensors.items() if other != key for tensor in held}
-            self.nbytes += sum(tensor.nbytes for tensor in made if tensor.data_ptr() not in known)
-        return self._tensors[key]
 
 
 class _Runner:
@@ -176,6 +96,45 @@ class RunLookup(_Runner):
         out = torch.empty(*indices.shape, self.columns, dtype=self.dtype, device=indices.device)
         self.launcher(indices.contiguous(), *self.weights, out, sizes={"M": indices.numel()})
         return (out,)
+
+
+class RunSparseMlp(_Runner):
+    """Runs a `SparseMlpStep`: two launches, whatever is named; a program per token."""
+
+    def __init__(self, step: SparseMlpStep, weights: DeviceWeights, counters: Counters, launchers: Launchers) -> None:
+        assert step.first is not None, "made with both"
+        assert step.second is not None, "made with both"
+        self.kept, self.neurons = step.first.kept, step.first.kept * step.first.group
+        self.first, self.second = launchers(step.first), launchers(step.second)
+        self.up = weights.stacked(step.up, step.first.weight.dtype) if step.first.weight.bits else [
+            weights.constant(name) for name in step.up if isinstance(name, str)
+        ]  # fmt: skip
+        scale = None if isinstance(step.second, GatherDown) else step.second.weight.dtype
+        self.down = weights.stacked([step.down], scale or step.first.dtype)
+        self.up_bias = weights.joined(step.up_bias, step.first.dtype)
+        self.after = [
+            each for names in (step.absent, step.down_bias) for each in weights.joined(names, step.first.dtype)
+        ]
+        self._counters = counters
+
+    def __call__(self, x: Tensor, indices: Tensor, *residual: Tensor) -> tuple[Tensor, ...]:
+        """`[..., E]`."""
+        flat, named = x.reshape(-1, x.shape[-1]).contiguous(), indices.reshape(-1, self.kept).contiguous()
+        hidden, out = flat.new_empty(len(flat), self.neurons), x.new_empty(x.shape)
+        sizes = {"M": len(flat)}
+        self.first(flat, named, *self.up, *self.up_bias, hidden, sizes=sizes)
+        after = [*self.after, *(each.contiguous() for each in residual), *self._scratch(flat), out]
+        self.second(hidden, named, *self.down, *after, sizes=sizes)
+        return (out,)
+
+    def _scratch(self, flat: Tensor) -> list[Tensor]:
+        """What splits leave for the last one, and the counters by which it is known; nothing where there are none."""
+        kernel = self.second.kernel
+        if not isinstance(kernel, GatherDown):
+            return []
+        splits = self.second.largest(lambda tuning: tuning["SPLITS"])
+        parts = flat.new_empty(len(flat), splits, flat.shape[-1], dtype=torch.float32)
+        return [parts, self._counters(len(flat) * self.second.largest(kernel.blocks))]
 
 
 class RunCache(_Runner):
@@ -356,6 +315,8 @@ class _Builder:
             return RunNorm(step, self._weights, self._launchers)
         if isinstance(step, LookupStep):
             return RunLookup(step, self._weights, self._launchers)
+        if isinstance(step, SparseMlpStep):
+            return RunSparseMlp(step, self._weights, self._counters, self._launchers)
         if isinstance(step, CacheStep):
             return RunCache(step, self._launchers)
         if isinstance(step, JointAttentionStep):

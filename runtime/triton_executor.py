@@ -15,9 +15,10 @@ from jettison.codegen.triton.launch import Launchers, Stopwatch, choose_device
 from jettison.ir.errors import OptionError
 from jettison.ir.match import is_call
 from jettison.ir.program import Program, input_placeholders, state_placeholders
+from jettison.runtime.device_weights import DeviceWeights
 from jettison.runtime.executor import EntrySignature
 from jettison.runtime.recorded_step import Record, RecordedSteps, record_cuda_graph
-from jettison.runtime.triton_entry import Counters, DeviceWeights, Parts, build_entry
+from jettison.runtime.triton_entry import Counters, Parts, build_entry
 
 aten = torch.ops.aten
 MASK = "attention_mask"

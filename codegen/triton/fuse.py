@@ -5,6 +5,7 @@
 | linear    | RMS norm, linears of the same x, then bias, activation or gate, and residual               |
 | cache     | rotary embedding of queries and keys, and both writes to the cache                         |
 | attention | attention of one token per row, and the reshape behind it                                  |
+| sparse    | a feed-forward layer of which a token names slabs, and residual: two launches              |
 | norm      | an RMS norm whose result is read by more than one group                                    |
 | lookup    | an embedding from a quantised table                                                        |
 
@@ -13,12 +14,15 @@ Each step says why it stops where it does; what has no kernel says why as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from jettison.codegen.triton.heads import peel, side_by_side
+from jettison.codegen.triton.kernels.base import COMPUTED
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
 from jettison.codegen.triton.kernels.embedding import Embedding
 from jettison.codegen.triton.kernels.epilogue import ACTIVATIONS, Epilogue
@@ -26,7 +30,9 @@ from jettison.codegen.triton.kernels.joint_attention import JointAttention, Rang
 from jettison.codegen.triton.kernels.layer_norm import LayerNorm
 from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
+from jettison.codegen.triton.kernels.top_k import MOST
 from jettison.codegen.triton.kernels.weight_form import WeightForm
+from jettison.codegen.triton.sparse_step import sparse_step
 from jettison.codegen.triton.steps import (
     AttentionStep,
     CacheStep,
@@ -37,7 +43,7 @@ from jettison.codegen.triton.steps import (
     Step,
     TorchStep,
 )
-from jettison.codegen.triton.word_layout import refusal
+from jettison.codegen.triton.word_layout import refusal, scale_dtype
 from jettison.ir import ops
 from jettison.ir.match import arguments, constant_name, is_call, only_user
 from jettison.ir.packed_parts import LutParts, PackedParts, lut_parts_read, parts_read
@@ -47,7 +53,6 @@ aten = torch.ops.aten
 _ACTIVATION_OPS = {
     aten.relu.default: "relu", aten.silu.default: "silu", aten.sigmoid.default: "sigmoid", aten.gelu.default: "gelu",
 }  # fmt: skip
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WITHOUT_KERNEL = {
     ops.head_candidates: "the search for the largest bounds has no kernel",
     ops.selected_linear: "a product with rows that are looked up has no kernel",
@@ -67,7 +72,7 @@ def fuse(program: Program, entry_name: str) -> list[Step]:
     entry = program.entries[entry_name]
     fusion = _Fusion(program, is_decode=entry_name == "decode")
     nodes = [node for node in entry.graph.nodes if node.op == "call_function"]
-    for find in (fusion.attention, fusion.linears, fusion.norm, fusion.lookup):
+    for find in (fusion.attention, fusion.sparse_mlp, fusion.linears, fusion.norm, fusion.lookup):
         for node in nodes:
             if node not in fusion.step_of:
                 find(node)
@@ -128,7 +133,7 @@ class _Fusion:
             self._one_token_and_stored(node, found)
 
     def _cache_write(self, query: fx.Node, key: fx.Node, value: fx.Node) -> None:
-        of_query, of_key, of_value = _peel(query), _peel(key.args[1]), _peel(value.args[1])
+        of_query, of_key, of_value = peel(query), peel(key.args[1]), peel(value.args[1])
         if of_query is None or of_key is None or of_value is None or of_value.angles is not None:
             self.misses[key] = "the heads are not cut out of a row of each token"
             return
@@ -139,7 +144,7 @@ class _Fusion:
         heads, dim = query.meta["val"].shape[1], query.meta["val"].shape[3]
         kv_heads = key.meta["val"].shape[1]
         dtype, angles = query.meta["val"].dtype, of_query.angles
-        if dtype not in DTYPES or value.meta["val"].shape[3] != dim:
+        if dtype not in COMPUTED or value.meta["val"].shape[3] != dim:
             self.misses[key] = "values have another width than keys"
             return
         kernel = RotaryWrite(
@@ -163,7 +168,7 @@ class _Fusion:
             self.misses[node] = "sinks in the softmax have no kernel"
             return
         sizes = query.meta["val"].shape
-        behind = _side_by_side(node)
+        behind = side_by_side(node)
         if behind is None:
             self.misses[node] = "the heads are not put side by side"
             return
@@ -177,7 +182,7 @@ class _Fusion:
     def _one_token_and_stored(self, node: fx.Node, found: dict[str, Any]) -> None:
         query, key, value, slots = (found[name] for name in ("query", "key", "value", "slots"))
         stored = [found["stored_key"], found["stored_value"]]
-        behind = _side_by_side(node)
+        behind = side_by_side(node)
         if behind is None or key.args[2] is not slots:
             self.misses[node] = "the heads are not put side by side"
             return
@@ -201,6 +206,24 @@ class _Fusion:
         inputs = [query, *parts, found["stored_tokens"], key, value, slots]
         nodes = [*stored, node, *behind]
         self.add(JointAttentionStep(nodes, inputs, [behind[-1]], "codes are decoded in registers", kernel=kernel))
+
+    # Feed-forward layers of which tokens name groups.
+
+    def sparse_mlp(self, node: fx.Node) -> None:
+        """Both halves of a sparse feed-forward layer, and the residual behind it."""
+        if not is_call(node, ops.sparse_mlp, ops.quantized_sparse_mlp):
+            return
+        indices = arguments(node)["indices"]
+        if indices is not None and is_call(indices, operator.getitem):
+            self.misses[indices.args[0]] = f"PyTorch picks groups; kernels pick at most {MOST}"
+        if not self.is_decode:
+            self.misses[node] = "PyTorch's own kernels multiply prompts"
+            return
+        step = sparse_step(node, self._residual(node))
+        if isinstance(step, str):
+            self.misses[node] = step
+        else:
+            self.add(step)
 
     # Linears.
 
@@ -234,7 +257,7 @@ class _Fusion:
     def _weight_read(self, node: fx.Node) -> tuple[PackedParts | LutParts | str, WeightForm] | None:
         """The weight of a linear and its form, or None where there is no kernel."""
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
+        if not isinstance(value, torch.Tensor) or value.dtype not in COMPUTED:
             return None
         if is_call(node, aten.linear.default, ops.quantized_linear, ops.lut_linear):
             bias = _bias(node)
@@ -304,16 +327,23 @@ class _Fusion:
                 name = "gelu_tanh"
             epilogue, last = Epilogue(epilogue.has_bias, name), after
             step.nodes.append(after)
-        after = self._free_user(last)
-        if is_call(after, aten.add.Tensor) and not after.kwargs:
-            other = after.args[1] if after.args[0] is last else after.args[0]
-            same = isinstance(other, fx.Node) and isinstance(other.meta["val"], torch.Tensor)
-            if same and other is not last and _type(other) == _type(last):
-                epilogue = Epilogue(epilogue.has_bias, epilogue.activation, epilogue.is_gated, True)
-                step.inputs.append(other)
-                step.nodes.append(after)
-                last = after
+        added = self._residual(last)
+        if added is not None:
+            after, other = added
+            epilogue = Epilogue(epilogue.has_bias, epilogue.activation, epilogue.is_gated, True)
+            step.inputs.append(other)
+            step.nodes.append(after)
+            last = after
         step.epilogue, step.outputs = epilogue, [last]
+
+    def _residual(self, last: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The sum that is all that reads a value, and what it is added to."""
+        after = self._free_user(last)
+        if after is None or not is_call(after, aten.add.Tensor) or after.kwargs:
+            return None
+        other = after.args[1] if after.args[0] is last else after.args[0]
+        same = isinstance(other, fx.Node) and isinstance(other.meta["val"], torch.Tensor)
+        return (after, other) if same and other is not last and _type(other) == _type(last) else None
 
     def _free_user(self, node: fx.Node) -> fx.Node | None:
         """The only user, if no other step has it."""
@@ -337,7 +367,7 @@ class _Fusion:
     def norm(self, node: fx.Node) -> None:
         """A norm by itself."""
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
+        if not isinstance(value, torch.Tensor) or value.dtype not in COMPUTED:
             return
         norm, columns = _norm(node), int(value.shape[-1])
         if norm is not None:
@@ -365,14 +395,6 @@ class _Fusion:
         self.add(LookupStep([node], [arguments(node)["indices"]], [node], "", parts, kernel))
 
 
-def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of scales and offsets, for a kernel that computes in `dtype`.
-
-    Half precision keeps 11 bits of them, which no rounding to 8 bits or less notices.
-    """
-    return torch.float32 if dtype == torch.float32 else torch.float16
-
-
 def _type(node: fx.Node) -> tuple[object, ...]:
     value = node.meta["val"]
     return (value.dtype, *map(str, value.shape))
@@ -396,39 +418,3 @@ def _norm(node: fx.Node) -> tuple[str, float] | None:
 
 def _is_write(node: object) -> bool:
     return is_call(node, ops.write_slots) and "state" in node.args[0].meta and len(node.args[0].users) == 1
-
-
-def _is_swap(node: fx.Node) -> bool:
-    """Whether a node exchanges heads and tokens."""
-    return is_call(node, aten.transpose.int) and set(node.args[1:]) == {1, 2}
-
-
-def _side_by_side(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The exchange of heads and tokens behind an attention, and the reshape behind that."""
-    swap = only_user(node)
-    flat = only_user(swap) if swap is not None and _is_swap(swap) else None
-    return (swap, flat) if swap is not None and is_call(flat, aten.reshape.default) else None
-
-
-class _Heads:
-    """Heads cut out of rows of tokens: the nodes that do it, and where they come from."""
-
-    def __init__(self, source: fx.Node, nodes: Iterable[fx.Node], angles: tuple[fx.Node, fx.Node, bool] | None) -> None:
-        self.source, self.nodes, self.angles = source, list(nodes), angles
-
-
-def _peel(node: Any) -> _Heads | None:
-    """From `[B, H, S, D]` back to `[B, S, H * D]` or `[B, S, H, D]`, through a rotation."""
-    nodes: list[fx.Node] = []
-    angles = None
-    if is_call(node, ops.rotary_embedding):
-        nodes.append(node)
-        node, angles = node.args[0], (node.args[1], node.args[2], bool(node.args[3]))
-    if not isinstance(node, fx.Node) or not _is_swap(node):
-        return None
-    nodes.append(node)
-    source = node.args[0]
-    if is_call(source, aten.reshape.default, aten.view.default):
-        nodes.append(source)
-        source = source.args[0]
-    return _Heads(source, nodes, angles)

@@ -12,6 +12,9 @@ from jettison.codegen.triton.kernels.base import Kernel
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
 from jettison.codegen.triton.kernels.embedding import Embedding
 from jettison.codegen.triton.kernels.epilogue import Epilogue
+from jettison.codegen.triton.kernels.gather_down import GatherDown
+from jettison.codegen.triton.kernels.gather_packed_down import GatherPackedDown
+from jettison.codegen.triton.kernels.gather_up import GatherUp
 from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention
@@ -157,6 +160,33 @@ class LookupStep(Step):
     def kernels(self) -> Iterator[Kernel]:
         """See `Step`."""
         yield self.kernel
+
+
+@dataclass
+class SparseMlpStep(Step):
+    """A feed-forward layer of which each token names slabs; `inputs` are x, the indices, and the residual if any.
+
+    Attributes:
+        up: The gate, if there is one, and up: packed weights, or names of dense ones.
+        down: Likewise.
+        up_bias: Names of constants, one or none, like the next two.
+        absent: Stand-ins.
+        down_bias: Of the result.
+        first: To the activations of the named neurons.
+        second: From them to the result.
+    """
+
+    up: tuple[PackedParts | str, ...] = ()
+    down: PackedParts | str = ""
+    up_bias: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    down_bias: tuple[str, ...] = ()
+    first: GatherUp | None = None
+    second: GatherDown | GatherPackedDown | None = None
+
+    def kernels(self) -> Iterator[Kernel]:
+        """See `Step`."""
+        yield from (kernel for kernel in (self.first, self.second) if kernel is not None)
 
 
 @dataclass

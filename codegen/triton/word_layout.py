@@ -56,6 +56,14 @@ def refusal(bits: int, group: int) -> str | None:
     return None
 
 
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of scales and offsets, for a kernel that computes in `dtype`.
+
+    Half precision keeps 11 bits of them, which no rounding to 8 bits or less notices.
+    """
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
 @dataclass(frozen=True)
 class WordWeight:
     """A weight in this layout; see the table of the module.

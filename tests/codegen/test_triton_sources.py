@@ -10,6 +10,9 @@ from jettison.codegen.triton.kernels.base import Kernel
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
 from jettison.codegen.triton.kernels.embedding import Embedding
 from jettison.codegen.triton.kernels.epilogue import Epilogue
+from jettison.codegen.triton.kernels.gather_down import GatherDown
+from jettison.codegen.triton.kernels.gather_packed_down import GatherPackedDown
+from jettison.codegen.triton.kernels.gather_up import GatherUp
 from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention, Ranges
@@ -44,6 +47,16 @@ KERNELS: dict[str, Kernel] = {
     "joint_attention_kivi2": JointAttention(32, 8, 128, 128**-0.5, 32, Ranges(2, 1, 128), Ranges(2, 32, 4), BF16, BF16),
     "joint_attention_int8": JointAttention(32, 8, 128, 128**-0.5, 1, Ranges(8, 1, 1), Ranges(8, 1, 1), BF16, BF16),
     "gemv_nf4": Gemv(WeightForm(HALF, 4, 64, has_table=True), 4096, 6144, BF16),
+    # A fifth of the neurons.
+    "gather_up_dense": GatherUp(WeightForm(BF16), 4096, 14336, 89, 32, BF16, "relu", has_bias=True),
+    "gather_up_dense_gated": GatherUp(WeightForm(BF16), 4096, 14336, 89, 32, BF16, "silu", True),
+    "gather_up_int4_gated": GatherUp(WeightForm(HALF, 4, 128, True), 4096, 14336, 22, 128, BF16, "silu", True),
+    "gather_up_int8": GatherUp(WeightForm(HALF, 8, 32, False), 4096, 14336, 89, 32, BF16, "relu", has_bias=True),
+    "gather_down": GatherDown(4096, 14336, 89, 32, BF16, True, RESIDUAL),
+    "gather_down_fp32": GatherDown(4100, 14336, 89, 32, torch.float32, True),
+    "gather_down_int4": GatherPackedDown(WeightForm(HALF, 4, 128, True), 4096, 14336, 22, 128, BF16, True, RESIDUAL),
+    "gather_down_int8_odd": GatherPackedDown(WeightForm(HALF, 8, 32, False), 100, 96, 1, 32, BF16),
+    "gather_down_int2": GatherPackedDown(WeightForm(HALF, 2, 32, True), 4096, 14336, 89, 32, BF16, True),
     "top_1": TopK(1, 128256, BF16),
     "top_51": TopK(51, 128256, BF16),
     "decode_attention_window": DecodeAttention(8, 4, 256, 0.0625, 4096, 50.0, BF16, BF16),

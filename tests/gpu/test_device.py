@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jettison.api import parse_passes
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.weight_form import WeightForm
 from jettison.codegen.triton.launch import Launcher, choose_device
@@ -19,7 +20,9 @@ from jettison.runtime import tunings
 from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
+from tests.codegen.test_gather_kernels import BF16, HALF, Case, Layer, check
 from tests.models.tiny_programs import tiny_program
+from tests.runtime.test_triton_executor import SPARSE, calibrated, wide_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,8 +79,36 @@ def test_candidates_of_replayed_steps_are_those_of_the_whole_head():
         assert torch.equal(found, expected.indices)
         assert_close(values, expected.values)
         tokens = expected.indices[:, 0].tolist()
+
+
+@pytest.mark.parametrize("bits", [8, 4, None])
+def test_sparse_layers_are_replayed_and_right(bits):
+    quantized = [QuantizeWeights(bits=bits, group=32)] if bits else []
+    program = calibrated(wide_model("llama"), *quantized, *parse_passes(SPARSE), CacheKV(Full()))
+    executor = TritonExecutor(program)
+    ours, theirs = Session(executor, 2, 64), Session(TorchExecutor(program, kernels="reference"), 2, 64)
+    prompts = [[5, 10, 20, 7], [9, 3]]
+    wanted, found = theirs.prefill(prompts), ours.prefill(prompts)
+    for _ in range(10):
+        assert_close(found, wanted)
+        tokens = wanted.argmax(-1).tolist()
+        wanted, found = theirs.decode(tokens), ours.decode(tokens)
     assert executor.recorded is not None
     assert executor.recorded.refusal is None
+
+
+@pytest.mark.parametrize("case", [
+    Case(2, 3, 128, 4096, "silu", True, True, BF16),
+    Case(2, 3, 128, 4096, "silu", True, True, BF16, (4, 4), 128),
+    Case(1, 4, 32, 4100, "relu", False, True, HALF, (8, 8)),
+], ids=str)  # fmt: skip
+def test_every_tuning_of_the_kernels_over_slabs_computes_the_same(case):
+    layer = Layer(case)
+    first, second = layer.kernels()
+    for tuning in first.tunings():
+        check(layer, tuning)
+    for tuning in second.tunings():
+        check(layer, None, tuning)
 
 
 def test_tunings_are_measured_and_used(monkeypatch, tmp_path):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+import transformers
+from torch import nn
 
+import jettison
 from jettison.api import parse_passes
-from jettison.codegen.triton.steps import TorchStep
-from jettison.ir.compare import assert_close
+from jettison.codegen.triton.steps import SparseMlpStep, TorchStep
+from jettison.ir import ops
+from jettison.ir.compare import assert_close, usual_inputs
 from jettison.ir.errors import OptionError
-from jettison.ir.program import Program
+from jettison.ir.match import is_call
+from jettison.ir.program import Program, input_placeholders
+from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.policies import Full, Kivi, SnapKV, Window
 from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.runtime.executor import Executor
 from jettison.runtime.generation import generate
 from jettison.runtime.generation_options import GenerationOptions
 from jettison.runtime.session import Session
@@ -21,16 +30,33 @@ from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
 from jettison.source import open_source
 from tests.models.shortened import shortened
+from tests.models.tiny_models import TINY_MODELS, randomize, tiny_config
 from tests.models.tiny_programs import tiny_program
 from tests.runtime.test_recorded_step import Recorder
 
 STEPS = 5
 
 
+def calibrated(model: object, *passes: Pass) -> Program:
+    """With passes that learn from tokens, here of any kind."""
+    program = open_source(model).program
+    prepare(program)
+    tokens = usual_inputs(torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(0)))
+    wanted = input_placeholders(program.entries["forward"])
+    program.calibration = lambda: [{name: tokens[name] for name in wanted}]
+    apply(program, passes)
+    return program
+
+
 def compare(program: Program, prompts: list[list[int]], tolerance: float | None = None, steps: int = STEPS) -> None:
     """Prompts, then greedy tokens, through both."""
-    expected = Session(TorchExecutor(program, kernels="reference"), len(prompts), 64, prefill_chunk=8)
-    actual = Session(TritonExecutor(program), len(prompts), 64, prefill_chunk=8)
+    compare_executors(TritonExecutor(program), TorchExecutor(program, kernels="reference"), prompts, tolerance, steps)
+
+
+def compare_executors(
+    ours: TritonExecutor, theirs: Executor, prompts: list[list[int]], tolerance: float | None = None, steps: int = STEPS
+) -> None:
+    actual, expected = (Session(each, len(prompts), 64, prefill_chunk=8) for each in (ours, theirs))
     reason = "another order of operations in the dtype of the graph" if tolerance else ""
     logits, wanted = actual.prefill(prompts), expected.prefill(prompts)
     for _ in range(steps):
@@ -72,6 +98,43 @@ def test_policies(policy):
 def test_formats(options):
     program = tiny_program("llama", *parse_passes(f"quantize-weights{{{options}}}"), CacheKV(Full()), layers=1)
     compare(program, [[1, 5, 9, 3]], steps=2)
+
+
+def wide_model(family: str) -> nn.Module:
+    """One layer of four groups of neurons."""
+    config = tiny_config(family)
+    config.num_hidden_layers, config.ffn_dim, config.intermediate_size = 1, 128, 128
+    return randomize(getattr(transformers, TINY_MODELS[family].model)(config)).eval()
+
+
+SPARSE = "predict-mlp-sparsity{keep=0.5,force=true,group=32}"
+
+
+def test_sparse_layers():
+    model = wide_model("opt")
+    made_for = functools.partial(jettison.optimize, model, SPARSE, calibration_size=(8, 32))
+    theirs, made = (made_for(target=target) for target in ("torch", "triton"))
+    steps = made.executor.emitted.steps
+    (sparse,) = (step for step in steps["decode"] if isinstance(step, SparseMlpStep))
+    assert sparse.second.epilogue.has_residual
+    assert sparse.second.has_stand_ins
+    topk = next(step for step in steps["decode"] if is_call(step.nodes[0], torch.ops.aten.topk.default))
+    assert topk.reason.startswith("PyTorch picks groups")
+    reasons = {str(step.reason) for step in steps["prefill"] if is_call(step.nodes[0], ops.sparse_mlp)}
+    assert reasons == {"PyTorch's own kernels multiply prompts"}
+    prompts = [[5, 10, 20, 7], [9, 3]]
+    assert made.generate(prompts, max_new_tokens=4) == theirs.generate(prompts, max_new_tokens=4)
+    compare_executors(made.executor, theirs.executor, prompts, steps=2)
+
+
+def test_quantised_sparse_layers():
+    model = wide_model("llama")
+    quantized = QuantizeWeights(bits=4, group=32)
+    program = calibrated(model, quantized, *parse_passes(SPARSE), CacheKV(Full()))
+    compare(program, [[5, 10, 20, 7], [9, 3]], steps=2)
+    dense = calibrated(model, quantized, CacheKV(Full()))
+    added = program.weight_bytes() - dense.weight_bytes()  # a predictor and stand-ins: weights are held once
+    assert TritonExecutor(program).weight_bytes - TritonExecutor(dense).weight_bytes <= added
 
 
 def test_half_precision_stays_close():

@@ -18,6 +18,8 @@ ELEMENTS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
     torch.int16: "i16", torch.uint8: "u8",
 }  # fmt: skip
+# What kernels compute in.
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 # Said, because the default changes with Triton 3.10.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 TRITON_TYPES = {

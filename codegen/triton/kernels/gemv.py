@@ -14,11 +14,11 @@ import torch
 
 from jettison.codegen.triton.kernels.base import ELEMENTS, TRITON_TYPES, Kernel, Tuning, block, deeper, lines, name_of
 from jettison.codegen.triton.kernels.epilogue import Epilogue
+from jettison.codegen.triton.kernels.row_sums import RowSums, longest_run
 from jettison.codegen.triton.kernels.weight_form import ONE, WeightForm
 
 # Rows of a program that every weight may be cut into without a mask.
 _ROWS = 16
-_LEAST_RUN = 32
 # Rows of each half of a gate, and of codes that are looked up in a table.
 _GATED_ROWS, _LOOKED_UP_ROWS = 8, 4
 # Words of a tile in the interpreter.
@@ -68,7 +68,6 @@ class Gemv(Kernel):
 
     def tunings(self) -> list[Tuning]:
         """See `Kernel`."""
-        row_words = self.weight.row_words(self.columns)
         wanted = [(8, 512, 4), (4, 512, 4), (4, 1024, 8), (16, 256, 4), (8, 256, 4), (2, 1024, 4), (1, 2048, 4)]
         if not self.weight.bits:
             wanted = [(4, 1024, 4), (8, 512, 4), (2, 2048, 8), (4, 2048, 8)]
@@ -76,9 +75,7 @@ class Gemv(Kernel):
             wanted = [each for each in wanted if each[0] <= _LOOKED_UP_ROWS]
         if self.epilogue.is_gated:  # twice the sums, scales and offsets: more rows do not fit into registers
             wanted = [each for each in wanted if each[0] <= _GATED_ROWS]
-        # Runs of words that fill the rows need no mask.
-        most = row_words & -row_words
-        most = most if most >= _LEAST_RUN else max(_LEAST_RUN, 1 << (row_words - 1).bit_length())
+        most = longest_run(self.weight.row_words(self.columns))
         found = [Tuning.of(warps, BLOCK_N=rows, BLOCK_W=min(words, most)) for rows, words, warps in wanted]
         return list(dict.fromkeys(found))
 
@@ -101,88 +98,46 @@ class Gemv(Kernel):
         """See `Kernel`."""
         is_even = not self.rows % _ROWS
         row_mask = "" if is_even else "row < N"
-        halves = ["", "_up"] if self.epilogue.is_gated else [""]
-        sums = lines(
-            [f"total{half} = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)" for half in halves],
-            "squares = tl.zeros([BLOCK_W], tl.float32)" if self.norm_eps is not None else "",
-        )
-        finish = [f"{name} = tl.sum(total{half}, 1)" for name, half in zip(("sums", "up_sums"), halves, strict=False)]
+        sums = self._sums
         norm = []
         if self.norm_eps is not None:
             norm = [
                 "# aten.rms_norm",
                 f"inverse_rms = 1.0 / tl.sqrt(tl.sum(squares, 0) / {self.columns} + {self.norm_eps!r})",
-                *(f"{name} *= inverse_rms" for name, _ in zip(("sums", "up_sums"), halves, strict=False)),
+                *(f"{name} *= inverse_rms" for name in sums.sums),
             ]
         guard = f", mask={row_mask}" if row_mask else ""
         # Offsets in elements past 2**31 need wide integers.
-        wide = ".to(tl.int64)" if len(halves) * self.rows * self.weight.row_words(self.columns) >= 2**31 else ""
+        wide = ".to(tl.int64)" if len(sums.halves) * self.rows * self.weight.row_words(self.columns) >= 2**31 else ""
         return block(
             f"N: tl.constexpr = {self.rows}",
             self.weight.shape_lines(self.columns),
             f"row = tl.program_id(0){wide} * BLOCK_N + tl.arange(0, BLOCK_N)",
-            sums,
+            sums.start_lines(),
             ONE if self.weight.bits and not self.weight.has_table else "",
             f"# {self.weight.operator}, and the squares that the norm needs" if norm else f"# {self.weight.operator}",
             "for first in range(0, ROW_WORDS, BLOCK_W):",
-            deeper(self._step(row_mask, halves)),
-            finish,
+            deeper(self._step(row_mask, sums)),
+            sums.finish_lines(),
             norm,
             self.epilogue.lines("row", "row", row_mask, row_mask),
             f"tl.store(out_ptr + row, y.to({TRITON_TYPES[self.dtype]}){guard})",
         )
 
-    def _step(self, row_mask: str, halves: list[str]) -> list[str]:
+    @property
+    def _sums(self) -> RowSums:
+        halves = ("", "_up") if self.epilogue.is_gated else ("",)
+        return RowSums(self.weight, self.columns, halves, self._is_masked, has_norm=self.norm_eps is not None)
+
+    def _step(self, row_mask: str, sums: RowSums) -> list[str]:
         """What is added for one run of words of each row."""
         masks = ["in_row[None, :]"] * self._is_masked + [f"({row_mask})[:, None]"] * bool(row_mask)
-        loads = [self.weight.load_lines(" & ".join(masks), half, "N" if half else "") for half in halves]
+        loads = [self.weight.load_lines(" & ".join(masks), half, "N" if half else "") for half in sums.halves]
         return lines(
             "at = first + tl.arange(0, BLOCK_W)",
             "in_row = at < ROW_WORDS" if self._is_masked else "",
             self.weight.column_line("at"),
             self.weight.offset_lines(),
             *loads,
-            self._grouped(halves) if self.weight.bits else self._dense(halves),
+            sums.add_lines(),
         )
-
-    def _x_lines(self, column: str) -> list[str]:
-        """`x`, and the sum of its squares."""
-        masks = ["in_row"] * self._is_masked
-        if self.weight.bits and self.columns % self.weight.group:
-            masks.append(f"({column} < {self.columns})")
-        guard = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        found = [f"x = tl.load(x_ptr + {column}{guard}).to(tl.float32)"]
-        if self.norm_eps is not None:
-            found += ["squares += x * x", f"x *= tl.load(norm_ptr + {column}{guard}).to(tl.float32)"]
-        return found
-
-    def _dense(self, halves: list[str]) -> list[str]:
-        return [*self._x_lines("column"), *(f"total{half} += packed{half} * x[None, :]" for half in halves)]
-
-    def _grouped(self, halves: list[str]) -> list[str]:
-        """Scales and offsets are applied to sums over the fields of a word, all of one group."""
-        has_offsets, weight = self.weight.has_offsets, self.weight
-        products = lines(
-            "x_sum += x" if has_offsets else "",
-            weight.x_lines(),
-            *([*weight.code_lines(half), f"part{half} += code * x[None, :]"] for half in halves),
-        )
-        return lines(
-            [f"part{half} = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)" for half in halves],
-            "" if weight.has_table else "x_bias = tl.zeros([BLOCK_W], tl.float32)",
-            "x_sum = tl.zeros([BLOCK_W], tl.float32)" if has_offsets else "",
-            f"for chunk in tl.static_range({weight.chunks}):",
-            deeper(lines(*(weight.chunk_lines(half) for half in halves))),
-            f"    for field in tl.static_range({weight.chunk_fields}):",
-            deeper(deeper(lines(
-                f"of_field = column + (chunk * {weight.chunk_fields} + field) * GROUP_WORDS",
-                self._x_lines("of_field"),
-                products,
-            ))),
-            [
-                f"total{half} += scale{half} * part{half}" if weight.has_table else
-                f"total{half} += scale{half} * (part{half} - x_bias[None, :])"
-                for half in halves
-            ],
-            [f"total{half} += offset{half} * x_sum[None, :]" for half in halves if has_offsets],
-        )  # fmt: skip

@@ -102,13 +102,14 @@ class WeightForm:
             found.append("of_group = row[:, None] * ROW_GROUPS + at[None, :] // GROUP_WORDS")
         return found
 
-    def load_lines(self, mask: str, suffix: str = "", skipped: str = "") -> list[str]:
+    def load_lines(self, mask: str, suffix: str = "", skipped: str = "", pointer: str = "weight_ptr") -> list[str]:
         """Loads of `[rows, words]`: `packed` and what belongs to it.
 
         Args:
             mask: Of rows and words, or empty.
             suffix: Of the variables.
             skipped: Rows that stand before these, or empty.
+            pointer: Of a dense weight.
         """
         guard = f", mask={mask}, other=0" if mask else ""
         of_row, of_group = (
@@ -116,7 +117,7 @@ class WeightForm:
             for at, size in (("of_row", "ROW_WORDS"), ("of_group", "ROW_GROUPS"))
         )
         if not self.bits:
-            return [f"packed{suffix} = tl.load(weight_ptr + {of_row}{guard}).to(tl.float32)"]
+            return [f"packed{suffix} = tl.load({pointer} + {of_row}{guard}).to(tl.float32)"]
         found = [f"packed{suffix} = tl.load(words_ptr + {of_row}{guard})"]
         if self.bits == 3:
             found.append(f"highs{suffix} = tl.load(highs_ptr + {of_row}{guard}).to(tl.int32)")

@@ -1,0 +1,93 @@
+"""Weights as the kernels of `codegen/triton` read them, on the device, each held once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from jettison.codegen.triton.word_layout import WordWeight, to_words
+from jettison.ir.ops.lut_linear import group_scales
+from jettison.ir.packed_parts import LutParts, PackedParts
+from jettison.ir.program import Program
+
+
+class DeviceWeights:
+    """Weights on the device, each held once.
+
+    Args:
+        program: Whose.
+        device: Where.
+
+    Attributes:
+        nbytes: Bytes held so far.
+    """
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        self.program, self.device = program, device
+        self.nbytes = 0
+        self._tensors: dict[tuple[object, ...], list[Tensor]] = {}
+
+    def constant(self, name: str) -> Tensor:
+        """A constant as it is."""
+        return self._once((name,), lambda: [self.program.constants[name].value().to(self.device).contiguous()])[0]
+
+    def stacked(self, weights: Sequence[PackedParts | LutParts | str], dtype: torch.dtype) -> list[Tensor]:
+        """Weights one below the other: what kernels take for them.
+
+        Args:
+            weights: All packed in one form, or all dense.
+            dtype: Of scales and offsets.
+        """
+        return self._once((*weights, dtype), lambda: self._stack(weights, dtype))
+
+    def _stack(self, weights: Sequence[PackedParts | LutParts | str], dtype: torch.dtype) -> list[Tensor]:
+        dense = [each for each in weights if isinstance(each, str)]
+        if dense:
+            if len(dense) == 1:
+                return [self.constant(dense[0])]
+            return [torch.cat([self.program.constants[name].value().to(self.device) for name in dense])]
+        own = [self._words(each, dtype) for each in weights if not isinstance(each, str)]
+        if len(own) == 1:
+            return own[0].tensors
+        # The table is the same for all of them.
+        rows = [[each for each in weight.tensors if each is not weight.table] for weight in own]
+        table = [] if own[0].table is None else [own[0].table]
+        return [*(torch.cat(parts) for parts in zip(*rows, strict=True)), *table]
+
+    def _words(self, parts: PackedParts | LutParts, dtype: torch.dtype) -> WordWeight:
+        if isinstance(parts, LutParts):
+            return self._looked_up(parts, dtype)
+        codes, scales, zeros = (
+            None if name is None else self.program.constants[name].value()
+            for name in (parts.codes, parts.scales, parts.zeros)
+        )
+        assert codes is not None, "only zero points may be missing"
+        assert scales is not None, "only zero points may be missing"
+        return to_words(codes, scales, zeros, parts.bits, parts.group, dtype, self.device)
+
+    def _looked_up(self, parts: LutParts, dtype: torch.dtype) -> WordWeight:
+        codes, lut, scales, steps = (
+            None if name is None else self.program.constants[name].value()
+            for name in (parts.codes, parts.lut, parts.scales, parts.steps)
+        )
+        found = group_scales(scales, steps)
+        assert codes is not None, "only steps may be missing"
+        assert found is not None, "only steps may be missing"
+        assert lut is not None, "only steps may be missing"
+        return to_words(codes, found, None, parts.bits, parts.group, dtype, self.device, lut.flatten())
+
+    def joined(self, names: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
+        """Biases one behind the other; nothing for none."""
+        if not names:
+            return []
+        make = lambda: [torch.cat([self.program.constants[name].value().to(self.device, dtype) for name in names])]  # noqa: E731
+        return self._once(("bias", *names), make)
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        if key not in self._tensors:
+            self._tensors[key] = made = make()
+            known = {tensor.data_ptr() for other, held in self._tensors.items() if other != key for tensor in held}
+            self.nbytes += sum(tensor.nbytes for tensor in made if tensor.data_ptr() not in known)
+        return self._tensors[key]
