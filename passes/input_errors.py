@@ -1,8 +1,8 @@
 """What linears lose that read only the largest channels of their inputs, on the calibration tokens.
 
 Errors of all linears are told as shares of the residual stream, so that they can be compared: what a linear loses of
-its result, times the share of the stream that comes from it. Without that, inputs of linears that end a layer look cheap
-beside those that begin one (DESIGN.md).
+its result, times the share of the stream that comes from it. Without that, inputs of linears that end a layer look
+cheap beside those that begin one (DESIGN.md).
 """
 
 from __future__ import annotations
