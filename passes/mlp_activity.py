@@ -77,7 +77,7 @@ def watch(
             worth.add(hidden, lambda rows: (rows * norms).square().unflatten(-1, (-1, group)).sum(-1))
 
         run.advance(site.hidden, look)
-        run.advance(sum_after(site.down), total.add)
+        run.advance(_sum_after(site), total.add)
         if not bool(worth.rows().isfinite().all()):
             raise UnsupportedError(
                 f"[{describe_node(site.up)}] what its neurons compute is not finite on the calibration tokens, so "
@@ -131,17 +131,17 @@ class _Energy:
         return self._sum / max(1, self._tokens)
 
 
-def sum_after(linear: fx.Node) -> fx.Node:
-    """The residual stream behind a linear; its own result where there is none."""
-    node = linear
+def _sum_after(site: MlpSite) -> fx.Node:
+    """The residual stream behind a layer; its own result where there is none."""
+    node = site.down
     for _ in range(3):
         users = list(node.users)
         if len(users) != 1 or not is_call(users[0], aten.reshape.default, aten.add.Tensor):
-            return linear
+            return site.down
         node = users[0]
         if is_call(node, aten.add.Tensor):
             return node
-    return linear
+    return site.down
 
 
 def row_norms(program: Program, site: MlpSite) -> Tensor:

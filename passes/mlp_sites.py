@@ -17,7 +17,7 @@ from jettison.passes.raise_gated_mlp import activation_name
 
 aten = torch.ops.aten
 _LINEARS = (aten.linear.default, quantized_linear, lut_linear)
-_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def residual_before_attention(site: MlpSite) -> fx.Node | None:
     that the other is computed from.
     """
     node = site.x
-    while is_call(node, *_NORMS) or is_call(node, aten.reshape.default):
+    while is_call(node, *NORMS) or is_call(node, aten.reshape.default):
         node = node.args[0]
     if not is_call(node, aten.add.Tensor):
         return None

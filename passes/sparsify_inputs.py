@@ -17,7 +17,8 @@ Declines when: the weight is quantised, shared or computed; the input is not one
     routers of experts stay as they are, without a miss.
 Numerics: changes precision, but only of tokens that are decoded: `cache-kv` makes prompts dense again, so that their
     first tokens, whose inputs are like no others', stay as they were. `error` is the mean over calibration tokens of
-    the square of what a linear loses, over that of its result, or of the residual stream that it is added to.
+    the square of what a linear loses, over that of its result, times the share of the residual stream that comes from
+    it: what is added behind it, over the sum.
 Saves: `sparsity` * bytes of these linears, read per token. Batches read the union of their tokens' channels.
 Method: every token keeps the same number of channels, those of the largest values, because shapes are static; TEAL has
     a threshold instead, and then as many as are above it. One number per input, which all its linears share, is raised
@@ -30,76 +31,33 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from jettison.ir.allocator import give_back
-from jettison.ir.chunked_run import ChunkedRun
-from jettison.ir.constants import Constant, transposed_constant
+from jettison.ir.constants import transposed_constant
 from jettison.ir.edit import Edit
-from jettison.ir.errors import OptionError, UnsupportedError
+from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call
-from jettison.ir.ops import lut_linear, quantized_linear, sparse_linear
+from jettison.ir.ops import sparse_linear
 from jettison.ir.program import MissRecord, Program, constant_reads, input_placeholders
 from jettison.ir.progress import track
 from jettison.ir.text import target_text
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.expert_reads import chooses_experts
-from jettison.passes.mlp_activity import sum_after
+from jettison.passes.input_errors import LINEARS, PACKED_LINEARS, ErrorCurve, InputSite, error_curves
 from jettison.passes.mlp_sites import require_calibrated
 from jettison.passes.options import option
 
 aten = torch.ops.aten
-_PACKED = (quantized_linear, lut_linear)
-_LINEARS = (aten.linear.default, sparse_linear, *_PACKED)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TOKENS = 512
 _STEP, _MOST = 0.05, 0.9
 # How much longer a row takes that is read by itself than one of a product with the whole weight: below 1 / this share
 # of kept channels sparse is faster. A guess until it is measured (benchmarks/contextual_sparsity.py).
 _ROW_COST = 1.3
-
-
-@dataclass(frozen=True)
-class InputSite:
-    """What several linears read.
-
-    Attributes:
-        x: Their input, `[B, S, K]`.
-        linears: All of them that can be rewritten, with the names of their weights, in the order of the graph.
-    """
-
-    x: fx.Node
-    linears: tuple[tuple[fx.Node, str], ...]
-
-    @property
-    def channels(self) -> int:
-        """K."""
-        return int(self.x.meta["val"].shape[-1])
-
-    @property
-    def row_weights(self) -> int:
-        """Weights that one channel meets."""
-        return sum(int(linear.meta["val"].shape[-1]) for linear, _ in self.linears)
-
-
-@dataclass(frozen=True)
-class ErrorCurve:
-    """What leaving channels of an input out costs.
-
-    Attributes:
-        site: The input.
-        kept: Numbers of channels, from all of them downwards.
-        errors: `[numbers, linears] f32`.
-    """
-
-    site: InputSite
-    kept: tuple[int, ...]
-    errors: Tensor
 
 
 @dataclass(frozen=True)
@@ -190,11 +148,15 @@ class SparsifyInputs(Pass):
 
     def match(self, node: fx.Node, program: Program) -> str | Miss | None:
         """The name of the weight of a linear that can be read by channels."""
-        if not is_call(node, aten.linear.default, *_PACKED) or not _leads_to_a_linear(node) or chooses_experts(node):
+        if (
+            not is_call(node, aten.linear.default, *PACKED_LINEARS)
+            or not _leads_to_a_linear(node)
+            or chooses_experts(node)
+        ):
             return None
         if self.skip is not None and re.search(self.skip, describe_node(node)):
             return None
-        if is_call(node, *_PACKED):
+        if is_call(node, *PACKED_LINEARS):
             return Miss("it is quantised, and groups of codes run along the inputs", node)
         read = arguments(node)
         x, weight = read["input"].meta["val"], read["weight"].meta["val"]
@@ -236,7 +198,7 @@ def _leads_to_a_linear(node: fx.Node) -> bool:
     waiting, seen = [node], {node}
     while waiting:
         for user in waiting.pop().users:
-            if is_call(user, *_LINEARS):
+            if is_call(user, *LINEARS):
                 return True
             if user not in seen:
                 seen.add(user)
@@ -271,91 +233,3 @@ def allocate(curves: Sequence[ErrorCurve], wanted: float) -> list[int]:
         saved += saving(best)
         chosen[best] += 1
     return chosen
-
-
-def error_curves(
-    program: Program, sites: Sequence[InputSite], numbers: Callable[[int], tuple[int, ...]]
-) -> Iterator[ErrorCurve]:
-    """Run the calibration tokens through `forward` and look at each input when they come to it.
-
-    Args:
-        program: With `forward` and calibration batches; it is not changed.
-        sites: In the order of the graph.
-        numbers: Of channels to try, given how many there are.
-
-    Yields:
-        A curve for each input. At a time there are the sampled inputs of one, or of those that other ones lie between.
-
-    Raises:
-        UnsupportedError: A value is not finite.
-    """
-    assert program.calibration is not None, "the pass requires it"
-    batches = program.calibration()
-    sampled = _sampler([tuple(batch["input_ids"].shape) for batch in batches])
-    run = ChunkedRun(program, "forward", batches)
-    behind = {linear: _behind(linear) for site in sites for linear, _ in site.linears}
-    inputs, energies = {site.x: torch.empty(0) for site in sites}, dict.fromkeys(behind.values(), torch.empty(0))
-    waiting = {site: {site.x, *(behind[linear] for linear, _ in site.linears)} for site in sites}
-    for node in [node for node in program.entries["forward"].graph.nodes if node in inputs or node in energies]:
-        rows: list[Tensor] = []
-        run.advance(node, lambda values, rows=rows: rows.append(sampled(len(rows), values)))
-        if node in inputs:
-            inputs[node] = torch.cat(rows)
-        if node in energies:
-            energies[node] = torch.cat([each.square().sum(-1) for each in rows])
-        for site in [site for site, needed in waiting.items() if node in needed]:
-            waiting[site].discard(node)
-            if not waiting[site]:
-                del waiting[site]
-                linears = [(program.constants[name], energies[behind[linear]]) for linear, name in site.linears]
-                kept = numbers(site.channels)
-                errors = torch.stack([_lost(inputs[site.x], kept, weight, total) for weight, total in linears], -1)
-                if not bool(errors.isfinite().all()):
-                    raise UnsupportedError(
-                        f"[{describe_node(site.linears[0][0])}] what it reads is not finite on the calibration tokens, "
-                        "so nothing can be learned from it. Give another text, or leave it out (skip='...')."
-                    )
-                yield ErrorCurve(site, kept, errors)
-                del inputs[site.x]
-                give_back()
-
-
-def _behind(linear: fx.Node) -> fx.Node:
-    """What the result of a linear is a part of: the residual stream it is added to, else itself."""
-    node = sum_after(linear)
-    return node if str(node.meta["val"].shape) == str(linear.meta["val"].shape) else linear
-
-
-def _sampler(shapes: Sequence[tuple[int, ...]]) -> Callable[[int, Tensor], Tensor]:
-    """Picks about `_TOKENS` rows of values `[B, S, K]` or `[B * S, K]` that come in batches, evenly spread, as f32.
-
-    The first token of a window is left out: its values are like no others', and prompts begin with it.
-    """
-    step = max(1, sum(rows * max(1, length - 1) for rows, length in shapes) // _TOKENS)
-
-    def pick(batch: int, values: Tensor) -> Tensor:
-        by_window = values.reshape(*shapes[batch], -1)
-        later = by_window[:, 1:] if by_window.shape[1] > 1 else by_window
-        return later.flatten(0, 1)[::step].to(torch.float32)
-
-    return pick
-
-
-def _lost(x: Tensor, kept: Sequence[int], weight: Constant, energy: Tensor) -> Tensor:
-    """What a linear loses with so many channels, as a share of what its result is a part of.
-
-    Args:
-        x: `[T, K] f32`.
-        kept: Numbers of channels.
-        weight: `[N, K]`.
-        energy: `[T] f32`, the squares of the result.
-
-    Returns:
-        `[numbers] f32`, the mean over tokens; nothing can lose more than all, where a result is nearly zero.
-    """
-    matrix, order = weight.value().to(torch.float32), x.abs().argsort(-1, descending=True)
-    errors = []
-    for number in kept:
-        dropped = x.scatter(-1, order[:, :number], 0.0)
-        errors.append(((dropped @ matrix.T).square().sum(-1) / energy.clamp_min(1e-30)).clamp_max(1.0).mean())
-    return torch.stack(errors)

@@ -99,8 +99,8 @@ def test_every_pass_file_holds_the_pass_it_is_named_for() -> None:
     from jettison.passes.base import Pass
 
     machinery = {
-        "__init__", "base", "decode_only", "expert_reads", "grammar", "head_estimators", "head_forms", "mlp_activity",
-        "dense_forms", "mlp_sites", "neuron_groups", "options", "pipeline",
+        "__init__", "base", "decode_only", "dense_forms", "expert_reads", "grammar", "head_estimators", "head_forms",
+        "input_errors", "mlp_activity", "mlp_sites", "neuron_groups", "options", "pipeline",
     }  # fmt: skip
     files = {path.stem for path in (ROOT / "passes").glob("*.py")} - machinery
     by_file = {pass_.__module__.rsplit(".", 1)[1]: pass_ for pass_ in PASSES}
