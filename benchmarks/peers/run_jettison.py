@@ -19,7 +19,11 @@ def run(batch: int, prompt: int, new: int) -> Iterator[None]:
     session.prefill([prompt_tokens(prompt, seed) for seed in range(batch)])
     yield
     for token in prompt_tokens(new, seed=1):
-        session.decode([token] * batch)
+        # As greedy generation does: the best token alone, where that is less work.
+        if session.most_best:
+            session.decode_best([token] * batch, 1)
+        else:
+            session.decode([token] * batch)
         yield
 
 
