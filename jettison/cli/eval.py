@@ -12,6 +12,10 @@ from jettison.cli.signals import import_torch
 
 BUDGET_MISSED = 3
 
+# Operators that decode steps have and prompts have not.
+_DECODE_ONLY = ("jettison.sparse_mlp", "jettison.quantized_sparse_mlp", "jettison.sparse_linear",
+                "jettison.head_candidates")  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -67,6 +71,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         terminal.line()
         terminal.line(f"weights    {size_text(result['weight_bytes'])}")
         terminal.line(f"states     {size_text(result['state_bytes'])} for one window")
+        if args.prefill is None and any(operator in model.graph for operator in _DECODE_ONLY):
+            terminal.note("prompts are computed densely: add --prefill P to score what decode steps leave out")
         if args.reference is None:
             terminal.note("kl and top1_agreement need --reference MODEL")
     if args.max_kl is None or result["kl"] <= args.max_kl:

@@ -82,3 +82,14 @@ def test_usage_errors(run, small_artifact, text):
         (("--prefill", "1024"), "prefill=1024"),
     ):
         run("eval", small_artifact, "--text", text, *arguments).fails(2, named)
+
+
+def test_says_that_prompts_are_dense(run, small_model, tmp_path, text):
+    made = tmp_path / "sparse"
+    passes = "predict-mlp-sparsity{keep=0.5,group=8,force=true}"
+    assert run("optimize", small_model, "--passes", passes, "--calibration-size", "2x16", "--target", "torch", "--out",
+               made).code == 0  # fmt: skip
+    asked = ("eval", made, "--text", text, "--context", WINDOW, "-v")
+    hint = "add --prefill P"
+    assert hint in run(*asked).err
+    assert hint not in run(*asked, "--prefill", 16).err
