@@ -14,7 +14,7 @@ over dense, KL from dense, recall of each layer. `oracle` is `hire` with a full 
 of one small head), predictor included, in interleaved rounds of processes of their own.
 
 `inputs`: the bundled tiny-llama (gated SiLU) after `sparsify-inputs`, every token computed sparsely: perplexity over
-dense, KL from dense, the share of channels that each kind of linear leaves out.
+dense, KL from dense, the share of channels that each kind of linear leaves out; with one rate for all inputs, too.
 
 Writes benchmarks/results/contextual_sparsity.json (sections that are not asked for stay) and a plot.
 """
@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ from jettison.api import optimize, parse_passes
 from jettison.bench import weight_bytes_per_step
 from jettison.ir.compare import run_program
 from jettison.ir.program import Program
+from jettison.passes import sparsify_inputs
+from jettison.passes.input_errors import ErrorCurve
 from jettison.passes.mlp_activity import watch
 from jettison.passes.pipeline import prepare
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
@@ -241,21 +244,30 @@ def quality(windows: list[Tensor], calibration: Path) -> dict[str, Any]:
     return found
 
 
+def one_rate(curves: Sequence[ErrorCurve], wanted: float) -> list[int]:
+    """In the place of `allocate`: the same share of the channels of every input."""
+    share = wanted / sum(curve.kept[0] * curve.site.row_weights for curve in curves)
+    return [sum(kept > (1 - share) * curve.kept[0] + 1 for kept in curve.kept) for curve in curves]
+
+
 def inputs(text: Path, calibration: Path) -> dict[str, Any]:
     """Inputs of a gated model: what leaving them out costs, and which are left out."""
     program = calibrated(calibration, GATED_MODEL)
     windows = [torch.tensor(ids) for ids in load_windows(text, load_tokenizer(GATED_MODEL), WINDOW)[:WINDOWS]]
     scorer = Scorer(program, windows)
     found: dict[str, Any] = {}
+    variants = {"": (False, sparsify_inputs.allocate), ", forced": (True, sparsify_inputs.allocate),
+                ", one rate for all": (True, one_rate)}  # fmt: skip
     for sparsity in SPARSITIES:
-        for force in (True, False):
+        for variant, (force, rule) in variants.items():
             copy = program.copy()
-            layers = SparsifyInputs(sparsity=sparsity, force=force).run(copy).layers
+            with patch.object(sparsify_inputs, "allocate", rule):
+                layers = SparsifyInputs(sparsity=sparsity, force=force).run(copy).layers
             left_out: dict[str, list[float]] = {}
             for name, each in layers.items():
                 kind = name.removesuffix(".weight.transposed").rpartition(".")[2]
                 left_out.setdefault(kind, []).append(round(1 - each["kept"] / each["channels"], 2))
-            key = f"{sparsity}{', forced' if force else ''}"
+            key = f"{sparsity}{variant}"
             found[key] = {**scorer.score(copy), "left_out": left_out, "linears": len(layers)}
             print(key, found[key], flush=True)
     return {"model": GATED_MODEL.name, "sparsity": found}

@@ -24,8 +24,10 @@ from jettison.passes.options import describe
 from jettison.passes.pipeline import prepare
 from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.passes.sparsify_inputs import SparsifyInputs, allocate
+from jettison.runtime.session import Session
 from jettison.runtime.sparse_linear import run_sparse_linear
 from jettison.runtime.torch_executor import TorchExecutor
+from jettison.runtime.triton_executor import TritonExecutor
 from tests.codegen.running import open_graphs
 from tests.helpers import (
     Apply,
@@ -378,6 +380,14 @@ def test_targets(target, tmp_path):
         inputs = {name: inputs[name] for name in executor.entries["forward"].inputs}
         (expected, *_) = run_entry(program, "forward", inputs)
         assert_close(next(iter(executor.run("forward", inputs, {}).values())), expected, tolerance=1e-4, reason="order")
+
+
+def test_triton_runs_it_as_torch_does():
+    program, _ = run_pass(CacheKV(), run_pass(SparsifyInputs(sparsity=0.5, force=True), attention())[0])
+    expected, actual = (Session(executor(program), 1, 64) for executor in (TorchExecutor, TritonExecutor))
+    assert_close(actual.prefill([[1, 2, 3]]), expected.prefill([[1, 2, 3]]))
+    for token in (4, 5):
+        assert_close(actual.decode([token]), expected.decode([token]))
 
 
 def test_a_step_reads_the_rows_that_are_named():
