@@ -354,10 +354,10 @@ def wide_artifacts(scratch: Path) -> dict[str, dict[str, tuple[Path, int]]]:
     int4 = "quantize-weights{bits=4,group=128}"
     pipelines = {"torch bf16": {"dense": ""}, "onnx int4": {"dense": int4}, "torch int4": {"dense": int4}}
     for keep in SPEED_KEEPS:
-        sparse = f"predict-mlp-sparsity{{keep={keep},group={{}},force=true,{predictor}}}"
-        pipelines["torch bf16"][f"{keep} kept"] = sparse.format(32)
+        rows, slabs = (f"predict-mlp-sparsity{{keep={keep},group={g},force=true,{predictor}}}" for g in (32, 128))
+        pipelines["torch bf16"][f"{keep} kept"] = rows
         for target in ("onnx int4", "torch int4"):
-            pipelines[target][f"{keep} kept"] = f"{int4},{sparse.format(128)},{small}"
+            pipelines[target][f"{keep} kept"] = f"{int4},{slabs},{small}"
     made: dict[str, dict[str, tuple[Path, int]]] = {}
     for target, wanted in pipelines.items():
         for name, pipeline in wanted.items():

@@ -626,7 +626,7 @@ def mutated(draw: st.DrawFn, document: Json) -> Json:
         elif action == "rename" and isinstance(owner, dict):
             owner[draw(st.text(max_size=3))] = owner.pop(place[-1])
         else:
-            owner[place[-1]] = draw(VALUES)
+            owner[place[-1]] = copy.deepcopy(draw(VALUES))  # a later change must not reach the one that is drawn again
     return document
 
 
