@@ -210,10 +210,10 @@ def covering_passes(program: Program, group: int, method: Predictor) -> list[Pre
     return passes
 
 
-def quality(windows: list[Tensor], calibration: Path) -> dict[str, Any]:
+def quality(windows: list[Tensor], calibration: Path, groups: Sequence[int]) -> dict[str, Any]:
     """Predictors and keeps on the trained model."""
     found: dict[str, Any] = {}
-    for group in (8, 32):
+    for group in groups:
         program = calibrated(calibration)
         scorer = Scorer(program, windows)
         for pass_ in parse_passes(f"cluster-neurons{{group={group},keep=0.125}}"):
@@ -444,6 +444,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--calibration", required=True, type=Path)
     parser.add_argument("--only", nargs="+", choices=("natural", "quality", "speed", "step", "inputs"), default=[])
+    parser.add_argument("--groups", nargs="+", type=int, default=[8, 32], help="neurons of a group, for quality")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     before = environment()
@@ -453,14 +454,18 @@ def main() -> None:
     figures.pop("environment", None)
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "natural": lambda: natural(windows),
-        "quality": lambda: quality(windows, arguments.calibration),
+        "quality": lambda: quality(windows, arguments.calibration, arguments.groups),
         "speed": lambda: speed(arguments.rounds),
         "step": lambda: step(arguments.rounds),
         "inputs": lambda: inputs(arguments.text, arguments.calibration),
     }
     for name, measure in sections.items():
         if not arguments.only or name in arguments.only:
-            figures[name] = {**measure(), "environment": before}  # sections may come from several runs
+            measured = {**measure(), "environment": before}
+            if path.exists():  # sections may come from several runs
+                figures = json.loads(path.read_text())
+                figures.pop("environment", None)
+            figures[name] = measured
             print(write("contextual_sparsity", figures, before), flush=True)
     if "quality" in figures:
         plot(figures["quality"], RESULTS / "contextual_sparsity.png")

@@ -16,8 +16,7 @@ Declines when: the weights are quantised (groups of codes would be cut), shared 
     the neurons.
 Numerics: exact, up to the order of a sum.
 Saves: nothing by itself; `predict-mlp-sparsity` with groups keeps more with as many reads. Without it neighbours are
-    random neurons: tiny-opt, a quarter of the groups of 32 kept, layer 0 dense
-    (`benchmarks/results/contextual_sparsity.json`).
+    random neurons (`natural` and `quality` in `benchmarks/results/contextual_sparsity.json`).
 Source: groups of neurons as units of reading are those of HiRE (arXiv 2402.09360), which trains the model for them.
 """
 

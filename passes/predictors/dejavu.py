@@ -7,8 +7,7 @@ number of kept groups, and stops early by the recall at the run-time rule: of th
 many are among the `keep` with the largest scores.
 
 With the relu, which the paper's predictor does not have: a group fires where a sum of many neurons does, which is no
-linear function of x. (PowerInfer's predictors have one too.) On tiny-opt, groups of 32 and a rank of 64, recall is 0.79
-with it and 0.72 without (`benchmarks/results/contextual_sparsity.json`).
+linear function of x. PowerInfer's predictors have one too.
 
 Source: Deja Vu (arXiv 2310.17157), FMInference/DejaVu, sparse_predictor/trainer_mlp.py. There labels are whether a
 neuron fires, and recall is counted at a threshold of 0.5, while inference takes the best k.
