@@ -315,7 +315,7 @@ def test_declines_what_is_faster_dense():
     ((node, reason),) = reasons(predict(0.5), captured())
     assert node == UP
     assert reason == (
-        "dense is faster: 4 of 8 groups and the predictor are 54% of its bytes, and a gathered byte takes 1.9 times as "
+        "dense is faster: 4 of 8 groups and the predictor are 54% of its bytes, and a gathered byte takes 2.2 times as "
         "long"
     )
     # A wide predictor costs as much as the layer.
