@@ -60,11 +60,11 @@ def test_a_prepared_artifact_gives_the_same_tokens(run, onnx_artifact, cache):
 
 @pytest.fixture(scope="module")
 def wide_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer of 17 M weights, next to which what a session holds anyway is small."""
+    """One layer of 55 M weights, next to which what a session holds anyway, a few megabytes more or less, is small."""
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=1024, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=16,
+        vocab_size=256, hidden_size=2048, intermediate_size=6144, num_hidden_layers=1, num_attention_heads=16,
         max_position_embeddings=64,
     )  # fmt: skip
     model = jettison.optimize(transformers.LlamaForCausalLM(config), "quantize-weights{bits=4,group=32}")
