@@ -147,13 +147,13 @@ def head_times(rounds: int, ways: Sequence[str], root: Path) -> dict[str, Any]:
     }
 
 
-def quality(text: str, tokens: int) -> dict[str, Any]:
+def quality(text: str, tokens: int, targets: Sequence[str]) -> dict[str, Any]:
     """What the approximate heads of the bundled models find."""
     found: dict[str, Any] = {}
     for name in ("tiny-llama", "tiny-opt"):
         whole = jettison.optimize(MODELS / name, "", target="torch")
         expected = whole.generate(text[:400], max_new_tokens=tokens)
-        for target in ("torch", "onnx"):
+        for target in targets:
             for pipeline in (
                 "approximate-lm-head{candidates=16}", "approximate-lm-head",
                 "approximate-lm-head{estimator=lowrank,rank=64}", "approximate-lm-head{estimator=lowrank}",
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="0 leaves the first part out")
     parser.add_argument("--text", type=Path, help="held-out text for the second part; without it there is none")
     parser.add_argument("--tokens", type=int, default=128, help="tokens that both heads generate")
+    parser.add_argument("--targets", nargs="+", default=["torch", "onnx"], help="of the second part")
     parser.add_argument("--ways", nargs="*", default=(), help="only those whose names contain one of these")
     parser.add_argument("--print", action="store_true", help="show the figures and write nothing")
     chosen, before = parser.parse_args(), environment()
@@ -186,7 +187,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as root:
             figures["head"] = {**head_times(chosen.rounds, chosen.ways, Path(root)), "environment": before}
     if chosen.text is not None:
-        figures["quality"] = {**quality(chosen.text.read_text(), chosen.tokens), "environment": before}
+        figures["quality"] = {**quality(chosen.text.read_text(), chosen.tokens, chosen.targets), "environment": before}
     print(figures if chosen.print else write("approximate_head", figures, before))
 
 

@@ -205,6 +205,7 @@ def covering_passes(program: Program, group: int, method: Predictor) -> list[Pre
     passes = []
     for number, (_, activity) in enumerate(watch(program, sites, group, lambda site: site.x, most=4096)):
         mass = (activity.hidden * activity.norms).unflatten(-1, (-1, group)).sum(-1)
+        mass = mass[mass.sum(-1) > 0]  # some tokens fire nothing in some layers
         covered = (mass.sort(-1, descending=True).values.cumsum(-1) / mass.sum(-1, keepdim=True)).mean(0)
         needed = int((covered < MASS).sum()) + 1
         passes.append(replace(template, keep=needed / mass.shape[1], skip=rf"layers\.(?!{number}\.)"))
