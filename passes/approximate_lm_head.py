@@ -25,8 +25,8 @@ Numerics: changes precision in `forward`, whose other logits are estimates. A pr
     decode step unless its result is proven: with `certify`, `decode` returns bounds of the logits that it did not
     compute (`ir/ops/head_candidates.py`). Where the best candidates are not above them, a session computes the tokens
     whose bounds reach them, and all logits where those are too many; so greedy and `top_k` tokens are those of the
-    whole head up to ties. On 2912 tokens of Treasure Island the best of 64 candidates was the best token on tiny-llama
-    and tiny-opt always, proven at once for 97 and 95 % of them, and with the tokens in reserve for all. What needs the
+    whole head up to ties. On 4928 tokens of Treasure Island the best of 64 candidates was the best token on tiny-llama
+    and tiny-opt always, proven at once for 96 and 93 % of them (benchmarks/approximate_head.py). What needs the
     whole distribution (`top_p` alone, a repetition penalty) gets the whole head. Without `certify` the best candidates
     are taken as they are.
 Saves: per decoded token `V * K * bits / 8` bytes of the head are not read; read are those of the estimator (see
@@ -59,7 +59,7 @@ from jettison.passes.select_logits import head_chain
 aten = torch.ops.aten
 # An estimator that reads more of the head's bytes than this, its candidates included, is not worth its own.
 _LARGEST_SHARE = 0.75
-# Tokens that are listed with their bounds for every candidate. Nine in ten times they hold all that may be among the 50
+# Tokens that are listed with their bounds for every candidate. Mostly they hold all that may be among the 50
 # best on tiny-llama and tiny-opt; listing them takes 0.1 ms of V = 128256.
 RESERVE = 8
 _INCREASING = (aten.tanh.default, aten.to.dtype, aten._to_copy.default)
@@ -92,7 +92,7 @@ class ApproximateLmHead(Pass):
         if self.estimator == "lowrank" and self.certify:
             raise OptionError(
                 "[approximate-lm-head] certify=true with estimator=lowrank: its rows are too far from the head's for "
-                "the bound to prove anything (0 of 3144 tokens on tiny-llama), so every token would fall back. Leave "
+                "the bound to prove anything (0 of 4928 tokens on tiny-llama), so every token would fall back. Leave "
                 "certify out, or use estimator=int4."
             )
         if self.certify is None:
