@@ -123,7 +123,7 @@ def test_unquantised_artifact_is_its_source_to_rounding(artifact, two_layers, te
     assert result.top1_agreement > 0.999
     expected = expected_perplexity(log_probabilities(stock, windows), windows, first)
     assert result.perplexity == pytest.approx(expected, rel=1e-5)
-    assert result.perplexity < 100, "a trained model on text: thousands would mean shifted targets"
+    assert result.perplexity < 500, "two trained layers on real text: thousands would mean shifted targets"
     assert result.weight_bytes == artifact.executor.weight_bytes > 10_000_000
     assert result.state_bytes == 2 * 2 * 4 * length * 32 * 4  # layers, key and value, heads, slots, channels, f32
 
