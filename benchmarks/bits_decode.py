@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from compile_cost import make_model
 from cpu_decode import Contender, rounds
+from random_models import make_llama
 from record import environment, write
 
 PIPELINES = {
@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="jettison-bench-") as scratch:
         model = arguments.model or Path(scratch) / "model"
         if arguments.model is None:
-            make_model(model, 16)
+            make_llama(model, 16)
         plan = []
         for name, pipeline in PIPELINES.items():
             out = Path(scratch) / name

@@ -17,35 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from random_models import make_llama
 from record import environment, write
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def make_model(folder: Path, layers: int, **sizes: int) -> None:
-    """Write a random bf16 model: 16 layers are 1.24 B weights, 2.47 GB, unless `sizes` say otherwise."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    usual = {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "max_position_embeddings": 8192,
-    }  # fmt: skip
-    config = LlamaConfig(
-        **{**usual, **sizes}, num_hidden_layers=layers, head_dim=64, tie_word_embeddings=True, bos_token_id=0,
-        eos_token_id=0, rope_theta=500000.0, dtype="bfloat16",
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(0, 0.02)
-        for name, buffer in model.named_buffers():
-            buffer.fill_(0.5) if "inv_freq" in name else buffer.zero_()
-    model.tie_weights()
-    model.save_pretrained(folder)
 
 
 def status_bytes(pid: int, key: str) -> int:
@@ -94,7 +69,7 @@ def measure(layers: int, passes: str) -> dict[str, object]:
     """Make a model and optimise it."""
     with tempfile.TemporaryDirectory(prefix="jettison-bench-") as scratch:
         model = Path(scratch) / "model"
-        make_model(model, layers)
+        make_llama(model, layers)
         folder_bytes = sum(path.stat().st_size for path in model.iterdir())
         figures = run(model, Path(scratch) / "out", passes)
     share = round(figures["peak_anon_bytes"] / folder_bytes, 3)  # type: ignore[operator]

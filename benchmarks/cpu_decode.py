@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compile_cost import make_model
+from random_models import make_llama
 from record import environment, write
 
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -115,7 +115,7 @@ def artifacts(arguments: argparse.Namespace, scratch: Path) -> dict[str, Path]:
     """The model and the artifacts made of it, by contender."""
     model = Path(arguments.model) if arguments.model else scratch / "model"
     if not arguments.model:
-        make_model(model, 16)
+        make_llama(model, 16)
     made = {"model": model}
     for form in ("exact", "fast") if arguments.fast else ("exact",):
         name = "jettison" if form == "exact" else "jettison prefill=fast"

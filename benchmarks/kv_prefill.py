@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from compile_cost import make_model
 from kv_speed import CONTEXT, SHAPES
+from random_models import make_llama
 from record import environment, write
 
 import jettison
@@ -72,7 +72,7 @@ def main() -> None:
     for name in arguments.shapes:
         shape = SHAPES[name]
         with tempfile.TemporaryDirectory(prefix="jettison-bench-") as folder:
-            make_model(Path(folder) / "model", shape.layers, max_position_embeddings=CONTEXT, **shape.sizes)
+            make_llama(Path(folder) / "model", shape.layers, max_position_embeddings=CONTEXT, **shape.sizes)
             for policy in POLICIES[name]:
                 artifact = Path(folder) / "artifact"
                 pipeline = f"{shape.weights},cache-kv{{policy={policy}}}"

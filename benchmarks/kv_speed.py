@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compile_cost import make_model
 from cpu_decode import read_bandwidth
+from random_models import make_llama
 from record import environment, write
 
 import jettison
@@ -135,7 +135,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """Figures of one shape."""
     figures: dict[str, Any] = {"shape": shape.about, "weights": shape.weights, "read_gb_per_s": read_bandwidth()}
     with tempfile.TemporaryDirectory(prefix="jettison-bench-") as folder:
-        make_model(Path(folder) / "model", shape.layers, max_position_embeddings=CONTEXT, **shape.sizes)
+        make_llama(Path(folder) / "model", shape.layers, max_position_embeddings=CONTEXT, **shape.sizes)
         # One lot after the other: each model has its weights in memory.
         figures |= measure_contexts(shape, compiled(folder, shape, ("full", *shape.policies)), rounds)
         if shape.flat:

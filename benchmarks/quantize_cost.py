@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from compile_cost import ROOT, make_model, run
+from compile_cost import ROOT, run
 from record import RESULTS, environment, write
 
 TOKENIZER = ROOT / "examples" / "models" / "tiny-llama"
@@ -36,7 +36,7 @@ def main() -> None:
     rows = json.loads(path.read_text())["methods"] if path.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="jettison-bench-") as scratch:
         model = Path(scratch) / "model"
-        make_model(model, arguments.layers)
+        make_llama(model, arguments.layers)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(TOKENIZER / name, model)
         folder_bytes = sum(each.stat().st_size for each in model.iterdir())

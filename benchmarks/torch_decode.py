@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compile_cost import make_model
 from cpu_decode import Contender, rounds
+from random_models import make_llama
 from record import environment, write
 
 TARGETS = ("onnx", "torch")
@@ -29,7 +29,7 @@ def make_pairs(model: str | None, scratch: Path) -> dict[str, list[str]]:
     """ONNX and torch artifact of each format."""
     folder = Path(model) if model else scratch / "model"
     if not model:
-        make_model(folder, 16)
+        make_llama(folder, 16)
     pairs: dict[str, list[str]] = {}
     for bits in (4, 8):
         for target in TARGETS:

@@ -44,6 +44,7 @@ from jettison.passes.methods import RTN, Method
 from jettison.passes.methods.sensitivity import Choice, Meter, Probe
 from jettison.passes.options import option, to_spec
 from jettison.passes.quantize_weights import QuantizeWeights, WeightRead
+from jettison.passes.requirements import require_decoder_text
 
 aten = torch.ops.aten
 
@@ -83,13 +84,9 @@ class AllocateBits(Pass):
 
     def requires(self, program: Program) -> None:
         """It runs the captured graph on text, and compares next-token probabilities."""
-        if "forward" not in program.entries:
-            raise OptionError("[allocate-bits] behind cache-kv: needs the graph of whole sequences. Put cache-kv last.")
-        if program.info.kind != "decoder" or program.calibration is None:
-            raise OptionError(
-                f"[allocate-bits] {program.info.name}: needs a decoder and text to calibrate on, because losses are KL "
-                "divergences of next-token probabilities. Choose the formats by hand: quantize-weights{only='...'}."
-            )
+        why = "losses are KL divergences of next-token probabilities"
+        by_hand = "Choose the formats by hand: quantize-weights{only='...'}."
+        require_decoder_text(program, f"[{self.name}]", why, by_hand)
 
     def run(self, program: Program, *, strict: bool = False) -> PassRecord:
         """See `Pass`; the record also has the plan, and its loss as predicted and as measured."""
@@ -114,7 +111,7 @@ class AllocateBits(Pass):
         Returns:
             By name of the weight, in the order of `formats`.
         """
-        reads, _ = self._everything().find(program)
+        reads, _ = self._everything().find_all(program)
         priced = [read for read in reads.get("forward", ()) if isinstance(read, WeightRead)]
         names = {read.weight for read in priced}
         linears = [read.node for read in priced if is_call(read.node, aten.linear.default)]
@@ -171,7 +168,7 @@ class _Planned(Pass):
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Rewrite with each step."""
-        found, misses = self.everything.find(program)
+        found, misses = self.everything.find_all(program)
         for read in found.get("forward", ()):
             if not isinstance(read, WeightRead):
                 reason = "routed experts are not priced; quantize-weights{only='...'} before this pass takes them"

@@ -54,6 +54,7 @@ from jettison.passes.head_estimators import Head, add_int4, add_low_rank, estima
 from jettison.passes.head_forms import WholeHead
 from jettison.passes.methods.base import InputStatistics
 from jettison.passes.options import option
+from jettison.passes.requirements import require_forward, require_text
 from jettison.passes.select_logits import head_chain
 
 aten = torch.ops.aten
@@ -105,17 +106,10 @@ class ApproximateLmHead(Pass):
 
     def requires(self, program: Program) -> None:
         """A graph of whole sequences, and text where it has to be run."""
-        if "forward" not in program.entries:
-            raise OptionError(
-                "[approximate-lm-head] behind cache-kv: prompts and decode steps get heads of their own when there is "
-                "a cache, so the head has to be approximated first. Put cache-kv last."
-            )
-        if self.needs_calibration and program.calibration is None:
-            raise OptionError(
-                f"[approximate-lm-head] estimator=lowrank: needs text to see what the head reads, and "
-                f"{program.info.name} came without. Give a text file (calibration=, --calibration), or use "
-                "estimator=int4, which needs none."
-            )
+        why = "because prompts and decode steps get heads of their own when there is a cache"
+        require_forward(program, f"[{self.name}]", why)
+        if self.needs_calibration:
+            require_text(program, f"[{self.name}] estimator=lowrank", "estimator=int4")
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Rewrite the one head there is."""

@@ -54,6 +54,17 @@ class Pass:
         """
         raise NotImplementedError(f"{type(self).__name__} overrides neither match nor transform")
 
+    def find(self, program: Program, entry: str = "forward") -> tuple[list[Any], list[MissRecord]]:
+        """Everything that `match` finds in an entry as it stands, in the order of the graph, and the misses."""
+        sites, misses = [], []
+        for node in program.entries[entry].graph.nodes:
+            found = self.match(node, program)
+            if isinstance(found, Miss):
+                misses.append(MissRecord(describe_node(found.node), found.reason))
+            elif found is not None:
+                sites.append(found)
+        return sites, misses
+
     def rewrite(self, match: Any, edit: Edit) -> None:
         """Change the graph, only through `edit`."""
         raise NotImplementedError(f"{type(self).__name__} overrides neither rewrite nor transform")

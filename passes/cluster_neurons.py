@@ -22,12 +22,11 @@ Source: groups of neurons as units of reading are those of HiRE (arXiv 2402.0936
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from jettison.ir.constants import Constant, scratch_tensor
 from jettison.ir.errors import OptionError
@@ -36,9 +35,10 @@ from jettison.ir.program import MissRecord, Program
 from jettison.ir.progress import track
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.mlp_activity import watch
-from jettison.passes.mlp_sites import MlpSite, find_mlp, require_calibrated, require_pattern
+from jettison.passes.mlp_sites import MlpSite, find_mlp
 from jettison.passes.neuron_groups import group_neurons
 from jettison.passes.options import option
+from jettison.passes.requirements import idle_patterns, require_pattern, require_single_tokens
 
 # Tokens that say which neurons go together: more find the same groups on the bundled models.
 _TOKENS = 4096
@@ -58,7 +58,7 @@ class ClusterNeurons(Pass):
             raise OptionError(f"[cluster-neurons] group={self.group}: needs 2 or more neurons.")
         if not 0 < self.keep < 1:
             raise OptionError(f"[cluster-neurons] keep={self.keep}: needs a share above 0 and below 1.")
-        require_pattern(self.name, self.skip)
+        require_pattern(f"[{self.name}]", "skip", self.skip)
 
     @property
     def needs_calibration(self) -> bool:
@@ -67,11 +67,12 @@ class ClusterNeurons(Pass):
 
     def requires(self, program: Program) -> None:
         """It runs the captured graph on text."""
-        require_calibrated(program, self.name)
+        require_single_tokens(program, f"[{self.name}]")
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Order the neurons of each layer, in the order of the graph; an order changes nothing for later layers."""
         sites, misses = self.find(program)
+        misses += idle_patterns(program, skip=self.skip)
         changed = 0
         with track(self.name, len(sites)) as advance:
             for site, activity in watch(program, sites, self.group, lambda site: site.x, most=_TOKENS):
@@ -85,24 +86,12 @@ class ClusterNeurons(Pass):
                 advance(1)
         return changed, misses
 
-    def find(self, program: Program) -> tuple[list[MlpSite], list[MissRecord]]:
-        """Layers that can be ordered, and what stands in the way of others."""
-        sites, misses = [], []
-        for node in program.entries["forward"].graph.nodes:
-            site = find_mlp(node, program)
-            if isinstance(site, MlpSite):
-                if self.skip is not None and re.search(self.skip, describe_node(site.up)):
-                    continue
-                if site.is_packed:
-                    site = Miss("its weights are quantised: order neurons before quantize-weights", site.up)
-                elif site.neurons % self.group:
-                    site = Miss(f"groups of {self.group} do not divide its {site.neurons} neurons", site.up)
-                else:
-                    sites.append(site)
-                    continue
-            if isinstance(site, Miss):
-                misses.append(MissRecord(describe_node(site.node), site.reason))
-        return sites, misses
+    def match(self, node: fx.Node, program: Program) -> MlpSite | Miss | None:
+        """A layer whose neurons can be ordered."""
+        site = find_mlp(node, program, self.group, self.skip)
+        if isinstance(site, MlpSite) and site.is_packed:
+            return Miss("its weights are quantised: order neurons before quantize-weights", site.up)
+        return site
 
 
 def reorder(program: Program, site: MlpSite, order: Tensor) -> None:

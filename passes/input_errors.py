@@ -7,7 +7,6 @@ cheap beside those that begin one (DESIGN.md).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,15 +17,11 @@ from jettison.ir.allocator import give_back
 from jettison.ir.chunked_run import ChunkedRun
 from jettison.ir.constants import Constant
 from jettison.ir.errors import UnsupportedError
-from jettison.ir.match import is_call, only_user
-from jettison.ir.ops import lut_linear, quantized_linear, sparse_linear
 from jettison.ir.program import Program
 from jettison.passes.base import describe_node
-from jettison.passes.mlp_sites import NORMS
+from jettison.passes.residual_stream import residual_after
 
 aten = torch.ops.aten
-PACKED_LINEARS = (quantized_linear, lut_linear)
-LINEARS = (aten.linear.default, sparse_linear, *PACKED_LINEARS)
 _TOKENS = 512
 
 
@@ -120,39 +115,6 @@ def _finite(errors: Tensor, site: InputSite) -> Tensor:
             "can be learned from it. Give another text, or leave it out (skip='...')."
         )
     return errors
-
-
-def residual_after(linear: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """What is added to the residual stream behind a linear, and the sum: its own result, or that of a later linear.
-
-    The linear itself twice where there is no such sum.
-    """
-    waiting, seen = deque([linear]), {linear}
-    while waiting:
-        node = waiting.popleft()
-        found = _added(node) if is_call(node, *LINEARS) else None
-        if found is not None:
-            return found
-        later = [user for user in node.users if user not in seen]
-        waiting.extend(later)
-        seen.update(later)
-    return linear, linear
-
-
-def _added(linear: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The result of a linear where something is added to it, perhaps behind a norm or a factor, and the last sum."""
-    part: fx.Node | None = linear
-    while part is not None:
-        user = only_user(part)
-        if is_call(user, aten.add.Tensor):
-            break
-        part = user if is_call(user, aten.reshape.default, aten.mul.Tensor, *NORMS) else None
-    if part is None:
-        return None
-    total = part
-    while is_call(user := only_user(total), aten.add.Tensor):
-        total = user
-    return (part, total) if total.meta["val"].dim() == part.meta["val"].dim() else None
 
 
 def _sampler(shapes: Sequence[tuple[int, ...]]) -> Callable[[int, Tensor], Tensor]:

@@ -17,6 +17,7 @@ from jettison.ir.program import Program
 from jettison.passes.base import describe_node
 from jettison.passes.formats import format_from_text
 from jettison.passes.mlp_sites import MlpSite
+from jettison.passes.residual_stream import residual_after
 
 aten = torch.ops.aten
 # Most bytes of each kind of values that are kept of a layer.
@@ -77,7 +78,7 @@ def watch(
             worth.add(hidden, lambda rows: (rows * norms).square().unflatten(-1, (-1, group)).sum(-1))
 
         run.advance(site.hidden, look)
-        run.advance(_sum_after(site), total.add)
+        run.advance(residual_after(site.down)[1], total.add)
         if not bool(worth.rows().isfinite().all()):
             raise UnsupportedError(
                 f"[{describe_node(site.up)}] what its neurons compute is not finite on the calibration tokens, so "
@@ -131,19 +132,6 @@ class _Energy:
         return self._sum / max(1, self._tokens)
 
 
-def _sum_after(site: MlpSite) -> fx.Node:
-    """The residual stream behind a layer; its own result where there is none."""
-    node = site.down
-    for _ in range(3):
-        users = list(node.users)
-        if len(users) != 1 or not is_call(users[0], aten.reshape.default, aten.add.Tensor):
-            return site.down
-        node = users[0]
-        if is_call(node, aten.add.Tensor):
-            return node
-    return site.down
-
-
 def row_norms(program: Program, site: MlpSite) -> Tensor:
     """`[F] f32`: the norm of what each neuron of activation one adds to the result."""
     weight = dense_weight(program, site, site.down)
@@ -162,39 +150,38 @@ def dense_weight(program: Program, site: MlpSite, linear: fx.Node) -> Tensor:
     return format_from_text(packed.format).decode(parts, (packed.shape[0], packed.shape[1]))
 
 
-def absent_means(activity: MlpActivity, group: int, kept: int, down: Tensor) -> Tensor:
-    """What groups contribute on average to tokens that leave them out, and the sum of it.
+@dataclass(frozen=True)
+class Dropped:
+    """What a layer loses if every token keeps its best groups alone.
 
-    Args:
-        activity: Of the layer.
-        group: Neurons of a group.
-        kept: Groups that each token keeps.
-        down: `[E, F] f32`.
-
-    Returns:
-        `[G + 1, E] f32`.
+    Attributes:
+        energy: Mean square of what is lost, over that of the residual stream behind the layer.
+        absent: `[G + 1, E] f32`, what each group contributes on average to tokens that leave it out, which is added in
+            its place, and the sum of it; None where nothing is.
     """
-    worth = (activity.hidden * activity.norms).square().unflatten(-1, (-1, group)).sum(-1)
-    left_out = torch.ones_like(worth).scatter_(-1, worth.topk(kept, -1).indices, 0.0)
-    by_group = activity.hidden.unflatten(-1, (-1, group))
-    mean = torch.einsum("tg,tgn->gn", left_out, by_group) / left_out.sum(0).clamp_min(1.0)[:, None]
-    means = torch.einsum("gn,egn->ge", mean, down.unflatten(-1, (-1, group)))
-    return torch.cat([means, means.sum(0, keepdim=True)])
+
+    energy: float
+    absent: Tensor | None
 
 
-def dropped_energy(activity: MlpActivity, group: int, kept: int, down: Tensor, absent: Tensor | None) -> float:
-    """Mean square of what is lost without the groups that are not kept, over that of the residual stream.
+def dropped(activity: MlpActivity, group: int, kept: int, down: Tensor, stand_in: bool) -> Dropped:
+    """Leave groups out on the calibration tokens.
 
     Args:
         activity: Of the layer.
         group: Neurons of a group.
         kept: Groups that each token keeps.
         down: `[E, F] f32`.
-        absent: `[G + 1, E] f32`, what is added in their place, or None.
+        stand_in: Whether something is added in the place of a group.
     """
     worth = (activity.hidden * activity.norms).square().unflatten(-1, (-1, group)).sum(-1)
     left_out = torch.ones_like(worth).scatter_(-1, worth.topk(kept, -1).indices, 0.0)
     lost = (activity.hidden * left_out.repeat_interleave(group, -1)) @ down.T
-    if absent is not None:
-        lost -= left_out @ absent[:-1]
-    return float(lost.square().sum(-1).mean()) / max(activity.energy, 1e-30)
+    absent = None
+    if stand_in:
+        by_group = activity.hidden.unflatten(-1, (-1, group))
+        mean = torch.einsum("tg,tgn->gn", left_out, by_group) / left_out.sum(0).clamp_min(1.0)[:, None]
+        means = torch.einsum("gn,egn->ge", mean, down.unflatten(-1, (-1, group)))
+        lost -= left_out @ means
+        absent = torch.cat([means, means.sum(0, keepdim=True)])
+    return Dropped(float(lost.square().sum(-1).mean()) / max(activity.energy, 1e-30), absent)

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call, only_user
 from jettison.ir.ops import gated_activation, lut_linear, quantized_linear
 from jettison.ir.program import Program, constant_reads
 from jettison.ir.text import target_text
+from jettison.passes.base import describe_node
 from jettison.passes.raise_gated_mlp import activation_name
 
 aten = torch.ops.aten
 _LINEARS = (aten.linear.default, quantized_linear, lut_linear)
-NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 @dataclass(frozen=True)
@@ -65,75 +64,14 @@ class MlpSite:
         return constant_name(arguments(linear)[operand])
 
 
-def require_calibrated(program: Program, pass_name: str) -> None:
-    """Refuse a program that cannot run calibration tokens.
-
-    Raises:
-        OptionError: It has a KV cache already, or there is no text.
-    """
-    if "forward" not in program.entries:
-        raise OptionError(
-            f"[{pass_name}] behind cache-kv: needs the graph of whole sequences, to run the calibration text. Put "
-            "cache-kv last."
-        )
-    if program.info.kind != "decoder" or program.calibration is None:
-        raise OptionError(
-            f"[{pass_name}] {program.info.name}: needs a decoder and text to calibrate on, because what a token uses "
-            "is learned from tokens, and only single ones are worth it. Leave the pass out."
-        )
-
-
-def require_pattern(pass_name: str, skip: str | None) -> None:
-    """Refuse an option `skip` that is no regular expression.
-
-    Raises:
-        OptionError: It is not.
-    """
-    try:
-        re.compile(skip or "")
-    except (re.error, TypeError) as error:
-        raise OptionError(
-            f"[{pass_name}] skip={skip!r}: needs a regular expression ({error}), because it is searched in names such "
-            r"as model.layers.0.mlp.up_proj.weight. Write skip='layers\.0\.' for those of the first layer."
-        ) from error
-
-
-def residual_before_attention(site: MlpSite) -> fx.Node | None:
-    """What the attention in front of a layer adds to, or None where that cannot be told.
-
-    From the layer's input back through its norm to the sum that the attention ends in: of its two operands, the one
-    that the other is computed from.
-    """
-    node = site.x
-    while is_call(node, *NORMS) or is_call(node, aten.reshape.default):
-        node = node.args[0]
-    if not is_call(node, aten.add.Tensor):
-        return None
-    left, right = node.args[:2]
-    for earlier, later in ((left, right), (right, left)):
-        if isinstance(earlier, fx.Node) and isinstance(later, fx.Node) and earlier in ancestors(later):
-            return earlier
-    return None
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Everything that a node is computed from."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        for operand in waiting.pop().all_input_nodes:
-            if operand not in found:
-                found.add(operand)
-                waiting.append(operand)
-    return found
-
-
-def find_mlp(node: fx.Node, program: Program) -> MlpSite | Miss | None:
+def find_mlp(node: fx.Node, program: Program, group: int, skip: str | None) -> MlpSite | Miss | None:
     """The feed-forward layer that a linear ends.
 
     Args:
         node: Any node.
         program: Its program.
+        group: Neurons that are to stay together.
+        skip: Regular expression; where it is found in the name of the first matrix, the layer is not looked at.
 
     Returns:
         The layer; a Miss where there is one that cannot be taken apart; None where there is none.
@@ -150,6 +88,8 @@ def find_mlp(node: fx.Node, program: Program) -> MlpSite | Miss | None:
     if not all(is_call(each, *_LINEARS) for each in linears) or len({each.args[0] for each in linears}) != 1:
         return None
     site = MlpSite(node, hidden, up.args[0], up, gate, activation)
+    if skip is not None and re.search(skip, describe_node(up)):
+        return None
     if len({each.target for each in site.linears}) != 1:
         return Miss("one of its linears is quantised and another is not", node)
     if is_call(node, lut_linear):
@@ -157,11 +97,11 @@ def find_mlp(node: fx.Node, program: Program) -> MlpSite | Miss | None:
     for value in (hidden, *linears):
         if only_user(value) is None:
             return Miss("something else reads its neurons too", value)
-    return _taken(site, program)
+    return _taken(site, program, group)
 
 
-def _taken(site: MlpSite, program: Program) -> MlpSite | Miss:
-    """The layer, unless its weights are computed or shared."""
+def _taken(site: MlpSite, program: Program, group: int) -> MlpSite | Miss:
+    """The layer, unless its weights are computed or shared, or its neurons are no groups."""
     for linear in site.linears:
         for operand in ("weight", "codes", "scales", "zeros", "bias"):
             value = arguments(linear).get(operand)
@@ -175,4 +115,6 @@ def _taken(site: MlpSite, program: Program) -> MlpSite | Miss:
                     return Miss(f"{target_text(user.target)} reads {name} too", linear)
     if site.gate is not None and arguments(site.gate)["bias"] is not None:
         return Miss("the gate has a bias", site.gate)
+    if site.neurons % group:
+        return Miss(f"groups of {group} do not divide its {site.neurons} neurons", site.up)
     return site

@@ -32,7 +32,6 @@ Source: Deja Vu (arXiv 2310.17157), HiRE (arXiv 2402.09360); the stand-in for wh
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -49,18 +48,16 @@ from jettison.ir.program import MissRecord, Program
 from jettison.ir.progress import track
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.grammar import format_pipeline
-from jettison.passes.mlp_activity import MlpActivity, absent_means, dense_weight, dropped_energy, watch
+from jettison.passes.mlp_activity import MlpActivity, dense_weight, dropped, watch
 from jettison.passes.mlp_sites import (
     MlpSite,
-    ancestors,
     find_mlp,
-    require_calibrated,
-    require_pattern,
-    residual_before_attention,
 )
 from jettison.passes.options import option, to_spec
 from jettison.passes.predictors import DejaVu, Predictor, Samples
 from jettison.passes.predictors.base import held_out, recall
+from jettison.passes.requirements import idle_patterns, require_pattern, require_single_tokens
+from jettison.passes.residual_stream import ancestors, residual_before_attention
 
 aten = torch.ops.aten
 _TOKENS = 1 << 15
@@ -115,7 +112,7 @@ class PredictMlpSparsity(Pass):
             raise OptionError(f"[predict-mlp-sparsity] keep={self.keep}: needs a share above 0, at most 1, or auto.")
         if self.error is not None and not self.error >= 0:
             raise OptionError(f"[predict-mlp-sparsity] error={self.error}: needs a share of energy, 0 or more.")
-        require_pattern(self.name, self.skip)
+        require_pattern(f"[{self.name}]", "skip", self.skip)
 
     @property
     def needs_calibration(self) -> bool:
@@ -124,11 +121,12 @@ class PredictMlpSparsity(Pass):
 
     def requires(self, program: Program) -> None:
         """It runs the captured graph on text."""
-        require_calibrated(program, self.name)
+        require_single_tokens(program, f"[{self.name}]")
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Learn layer by layer, in the order of the graph; then rewrite."""
         sites, misses = self.find(program)
+        misses += idle_patterns(program, skip=self.skip)
         planned = {site: found for site in sites if (found := self._finished(program, site)) is not None}
         left = [site for site in sites if site not in planned]
         with track(self.name, len(sites)) as advance:
@@ -182,26 +180,11 @@ class PredictMlpSparsity(Pass):
         """The pass by which finished layers are known."""
         return format_pipeline([to_spec(self, self.name)])
 
-    def find(self, program: Program) -> tuple[list[MlpSite], list[MissRecord]]:
-        """Layers that can be read by groups, and what stands in the way of others."""
-        sites, misses = [], []
-        for node in program.entries["forward"].graph.nodes:
-            found = self.match(node, program)
-            if isinstance(found, Miss):
-                misses.append(MissRecord(describe_node(found.node), found.reason))
-            elif found is not None:
-                sites.append(found)
-        return sites, misses
-
     def match(self, node: fx.Node, program: Program) -> MlpSite | Miss | None:
         """A layer whose weights can be read by groups."""
-        site = find_mlp(node, program)
+        site = find_mlp(node, program, self.group, self.skip)
         if not isinstance(site, MlpSite):
             return site
-        if self.skip is not None and re.search(self.skip, describe_node(site.up)):
-            return None
-        if site.neurons % self.group:
-            return Miss(f"groups of {self.group} do not divide its {site.neurons} neurons", site.up)
         if site.is_packed:
             columns = arguments(site.down)["group"]
             if self.group % columns:
@@ -213,7 +196,7 @@ class PredictMlpSparsity(Pass):
 
     def rewrite(self, match: SparseMlp, edit: Edit) -> None:
         """Insert the predictor behind what it reads, and the operator in the place of the layer."""
-        site, program = match.site, edit.program
+        site = match.site
         source = self._source(site)
         assert source is not None, "matched"
         stem = (site.constant(site.up, "codes" if site.is_packed else "weight") or "").removesuffix(".codes")
@@ -237,9 +220,8 @@ class PredictMlpSparsity(Pass):
             best = edit.call(aten.topk.default, scores, match.kept)
             indices = edit.call(operator.getitem, best, 1)
         with edit.before(site.down):
-            new = _packed_call(site, indices, absent, self.group, edit) if site.is_packed else None
-            if new is None:
-                new = _dense_call(site, indices, absent, self.group, edit, program)
+            call = _packed_call if site.is_packed else _dense_call
+            new = call(site, indices, absent, self.group, edit)
         new.meta["figures"] = {name: round(value, 4) for name, value in match.figures.items()}
         edit.replace(site.down, new)
 
@@ -255,18 +237,18 @@ class PredictMlpSparsity(Pass):
 
     def _source(self, site: MlpSite) -> fx.Node | None:
         """What the predictor of a layer reads."""
-        return site.x if self.method.lookahead == "same" else residual_before_attention(site)
+        return site.x if self.method.lookahead == "same" else residual_before_attention(site.x)
 
     def _plan(self, program: Program, site: MlpSite, activity: MlpActivity) -> SparseMlp | Miss:
         """Choose the groups to keep and learn the predictor, or say why the layer stays dense."""
         down = dense_weight(program, site, site.down)
         groups = site.neurons // self.group
-        kept = groups if self.keep == "auto" else max(1, round(float(self.keep) * groups))
-        if self.keep == "auto":
-            kept = self._fewest(activity, down, groups)
-        lost, absent = self._lost(activity, kept, down)
+        is_auto = self.keep == "auto"
+        kept = self._fewest(activity, down, groups) if is_auto else max(1, round(float(self.keep) * groups))
+        without = dropped(activity, self.group, kept, down, self.stand_in)
+        lost = without.energy
         most = _MOST_ERROR if self.error is None else self.error
-        if self.keep != "auto" and lost > most and not self.force:
+        if not is_auto and lost > most and not self.force:
             reason = (
                 f"its activations are not sparse: {kept} of {groups} groups lose {lost:.1%} of the energy behind it"
             )
@@ -287,12 +269,7 @@ class PredictMlpSparsity(Pass):
             "groups": groups, "kept": kept, "recall": recall(found, held_out(samples.scores), kept),
             "energy_lost": lost, "bytes_read": read, "sparse_up_to_batch": max(1, groups // (2 * kept)),
         }  # fmt: skip
-        return SparseMlp(site, kept, predictor, absent, figures)
-
-    def _lost(self, activity: MlpActivity, kept: int, down: Tensor) -> tuple[float, Tensor | None]:
-        """Energy that keeping so many groups loses, and the stand-ins for the others."""
-        absent = absent_means(activity, self.group, kept, down) if self.stand_in else None
-        return dropped_energy(activity, self.group, kept, down, absent), absent
+        return SparseMlp(site, kept, predictor, without.absent, figures)
 
     def _fewest(self, activity: MlpActivity, down: Tensor, groups: int) -> int:
         """The fewest groups that lose no more than is allowed, by bisection."""
@@ -300,7 +277,8 @@ class PredictMlpSparsity(Pass):
         low, high = 0, groups
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._lost(activity, middle, down)[0] <= most else (middle, high)
+            loses = dropped(activity, self.group, middle, down, self.stand_in).energy
+            low, high = (low, middle) if loses <= most else (middle, high)
         return high
 
 
@@ -326,13 +304,11 @@ def _bytes_of(constant: Tensor, site: MlpSite) -> int:
     return constant.numel() * int(site.x.meta["val"].dtype.itemsize)
 
 
-def _dense_call(
-    site: MlpSite, indices: fx.Node, absent: fx.Node | None, group: int, edit: Edit, program: Program
-) -> fx.Node:
+def _dense_call(site: MlpSite, indices: fx.Node, absent: fx.Node | None, group: int, edit: Edit) -> fx.Node:
     """The operator over matrices with a row per neuron: the second one is stored transposed from now on."""
     read = arguments(site.down)
     name = str(site.constant(site.down, "weight"))
-    down = edit.constant(transposed_constant(program.constants[name], f"{name}.transposed"))
+    down = edit.constant(transposed_constant(edit.program.constants[name], f"{name}.transposed"))
     gate = None if site.gate is None else arguments(site.gate)["weight"]
     up = arguments(site.up)
     return edit.call(

@@ -53,7 +53,7 @@ from jettison.ir.ops import experts, quantized_experts, sparse_linear, sparse_ml
 from jettison.ir.program import CACHE, MissRecord, Program, constant_placeholders, constant_reads
 from jettison.ir.progress import track
 from jettison.ir.text import dtype_text, target_text
-from jettison.passes.base import Pass, describe_node
+from jettison.passes.base import Pass
 from jettison.passes.expert_reads import (
     ExpertsRead,
     as_matrix,
@@ -68,6 +68,7 @@ from jettison.passes.methods import RTN, Method
 from jettison.passes.methods.finished_layers import Encoded
 from jettison.passes.methods.layerwise import LayerwiseRun, encode_weights
 from jettison.passes.options import option, to_spec
+from jettison.passes.requirements import idle_patterns, require_pattern, require_text
 
 aten = torch.ops.aten
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -135,7 +136,7 @@ class QuantizeWeights(Pass):
         for field, value in {**chosen, "format": stored}.items():
             object.__setattr__(self, field, value)
         for field in ("skip", "only"):
-            _require_regular_expression(field, getattr(self, field))
+            require_pattern(f"[{self.name}]", field, getattr(self, field))
         self.method.adapted(self.stored_format)
 
     @property
@@ -154,18 +155,8 @@ class QuantizeWeights(Pass):
 
     def requires(self, program: Program) -> None:
         """A method that looks at what linears read runs the captured graph on text."""
-        if not self.method.needs_inputs:
-            return
-        if "forward" not in program.entries:
-            raise OptionError(
-                f"[quantize-weights] method={self.method.name} behind cache-kv: needs the graph of whole sequences, to "
-                "run the calibration text. Put cache-kv last."
-            )
-        if program.calibration is None:
-            raise OptionError(
-                f"[quantize-weights] method={self.method.name}: needs text to calibrate on, and {program.info.name} "
-                "came without. Give a text file (calibration=, --calibration), or use method=rtn, which needs none."
-            )
+        if self.method.needs_inputs:
+            require_text(program, f"[{self.name}] method={self.method.name}", "method=rtn")
 
     def unsupported_on(self, target: str) -> str | None:
         """See `Pass`: it is the format that a target can run or not."""
@@ -224,26 +215,21 @@ class QuantizeWeights(Pass):
             or (self.only is not None and re.search(self.only, name) is None)
         )
 
-    def find(self, program: Program) -> tuple[dict[str, list[WeightRead | ExpertsRead]], list[MissRecord]]:
+    def find_all(self, program: Program) -> tuple[dict[str, list[WeightRead | ExpertsRead]], list[MissRecord]]:
         """What the pass would rewrite in each entry, and what it would miss."""
         reads: dict[str, list[WeightRead | ExpertsRead]] = {}
         misses: dict[tuple[str, str], MissRecord] = {}
-        for entry_name, entry in program.entries.items():
-            for node in entry.graph.nodes:
-                found = self.match(node, program)
-                if isinstance(found, Miss):
-                    record = MissRecord(describe_node(found.node), found.reason)
-                    misses.setdefault((record.node, record.reason), record)
-                elif found is not None:
-                    reads.setdefault(entry_name, []).append(found)
-        for field, pattern in (("skip", self.skip), ("only", self.only)):
-            if pattern is not None and not any(re.search(pattern, name) for name in program.used_constants()):
-                misses[field, ""] = MissRecord(f"{field}={pattern!r}", "found in the name of no weight")
-        return reads, list(misses.values())
+        for entry in program.entries:
+            found, missed = self.find(program, entry)
+            if found:
+                reads[entry] = found
+            for record in missed:
+                misses.setdefault((record.node, record.reason), record)
+        return reads, [*misses.values(), *idle_patterns(program, skip=self.skip, only=self.only)]
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Encode every weight once, then rewrite its readers in every entry."""
-        reads, misses = self.find(program)
+        reads, misses = self.find_all(program)
         self._encode_all(program, reads)
         for entry_name, in_entry in reads.items():
             edit = Edit(program, entry_name, self.name)
@@ -314,16 +300,6 @@ def _store(program: Program, name: str, encoded: Encoded) -> None:
     packed = {part: constant.name for part, constant in parts.items()}
     program.packed[name] = Packed(encoded.format.name, shape, packed)
     program.constants.update({constant.name: constant for constant in parts.values()})
-
-
-def _require_regular_expression(field: str, pattern: str | None) -> None:
-    try:
-        re.compile("" if pattern is None else pattern)
-    except (re.error, TypeError) as error:
-        raise OptionError(
-            f"[quantize-weights] {field}={pattern!r}: needs a regular expression ({error}), because it is searched in "
-            f"names such as model.layers.0.mlp.up_proj.weight. Write {field}='mlp' for those."
-        ) from error
 
 
 @contextmanager

@@ -48,9 +48,10 @@ from jettison.ir.progress import track
 from jettison.ir.text import target_text
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.expert_reads import chooses_experts
-from jettison.passes.input_errors import LINEARS, PACKED_LINEARS, ErrorCurve, InputSite, error_curves
-from jettison.passes.mlp_sites import require_calibrated
+from jettison.passes.input_errors import ErrorCurve, InputSite, error_curves
 from jettison.passes.options import option
+from jettison.passes.requirements import idle_patterns, require_pattern, require_single_tokens
+from jettison.passes.residual_stream import LINEARS, PACKED_LINEARS
 
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +77,7 @@ class SparsifyInputs(Pass):
                 f"[sparsify-inputs] sparsity={self.sparsity}: needs a share above 0, at most {_MOST}. Leave the pass "
                 "out to read everything."
             )
+        require_pattern(f"[{self.name}]", "skip", self.skip)
 
     @property
     def needs_calibration(self) -> bool:
@@ -84,11 +86,16 @@ class SparsifyInputs(Pass):
 
     def requires(self, program: Program) -> None:
         """It runs the captured graph on text."""
-        require_calibrated(program, self.name)
+        require_single_tokens(program, f"[{self.name}]")
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Look at every input, share out what is left out, then rewrite."""
-        sites, misses = self.find(program)
+        linears, misses = self.find(program)
+        misses += idle_patterns(program, skip=self.skip)
+        readers: dict[fx.Node, list[tuple[fx.Node, str]]] = {}
+        for linear, weight in linears:
+            readers.setdefault(arguments(linear)["input"], []).append((linear, weight))
+        sites = [InputSite(x, tuple(reading)) for x, reading in readers.items()]
         total, saved = self._read_sparsely(program)
         total += sum(site.channels * site.row_weights for site in sites)
         curves = []
@@ -134,20 +141,8 @@ class SparsifyInputs(Pass):
         worth_it = [kept for kept in numbers if kept < channels and (self.force or kept * _ROW_COST < channels)]
         return (channels, *worth_it)
 
-    def find(self, program: Program) -> tuple[list[InputSite], list[MissRecord]]:
-        """Inputs in the order of the graph, and what stands in the way of other linears."""
-        readers: dict[fx.Node, list[tuple[fx.Node, str]]] = {}
-        misses = []
-        for node in program.entries["forward"].graph.nodes:
-            found = self.match(node, program)
-            if isinstance(found, Miss):
-                misses.append(MissRecord(describe_node(found.node), found.reason))
-            elif found is not None:
-                readers.setdefault(arguments(node)["input"], []).append((node, found))
-        return [InputSite(x, tuple(linears)) for x, linears in readers.items()], misses
-
-    def match(self, node: fx.Node, program: Program) -> str | Miss | None:
-        """The name of the weight of a linear that can be read by channels."""
+    def match(self, node: fx.Node, program: Program) -> tuple[fx.Node, str] | Miss | None:
+        """A linear that can be read by channels, and the name of its weight."""
         if (
             not is_call(node, aten.linear.default, *PACKED_LINEARS)
             or not _leads_to_a_linear(node)
@@ -172,7 +167,7 @@ class SparsifyInputs(Pass):
         # Comparing symbolic sizes compares the sizes they were traced with; their texts say what they stand for.
         if str([*x.shape[:-1]]) not in (str([*ids.shape]), str([ids.shape[0] * ids.shape[1]])):
             return Miss("its inputs are not one row for each token", node)
-        return name
+        return node, name
 
     def rewrite(self, match: tuple[ErrorCurve, int], edit: Edit) -> None:
         """Choose channels behind the input, and put the operator in the place of each linear."""

@@ -94,24 +94,6 @@ def test_no_file_is_named_for_nothing() -> None:
     assert not named
 
 
-def test_every_pass_file_holds_the_pass_it_is_named_for() -> None:
-    from jettison.passes import PASSES
-    from jettison.passes.base import Pass
-
-    machinery = {
-        "__init__", "base", "decode_only", "dense_forms", "expert_reads", "grammar", "head_estimators", "head_forms",
-        "input_errors", "mlp_activity", "mlp_sites", "neuron_groups", "options", "pipeline",
-    }  # fmt: skip
-    files = {path.stem for path in (ROOT / "passes").glob("*.py")} - machinery
-    by_file = {pass_.__module__.rsplit(".", 1)[1]: pass_ for pass_ in PASSES}
-    assert files == set(by_file), "passes/*.py and passes.PASSES must agree"
-    assert list(by_file) == sorted(by_file), "PASSES is kept in alphabetical order"
-    for file, pass_ in by_file.items():
-        assert issubclass(pass_, Pass)
-        assert pass_.name == file.replace("_", "-")
-        assert pass_.__name__.lower() == file.replace("_", "")
-
-
 def test_every_pass_documents_itself() -> None:
     from jettison.passes import PASSES
 

@@ -18,7 +18,6 @@ from jettison.ir.ops import attention, quantized_linear, quantized_sparse_mlp, s
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.decode_only import is_decode_only
 from jettison.passes.formats import Nf4
-from jettison.passes.mlp_sites import ancestors
 from jettison.passes.pipeline import apply
 from jettison.passes.policies import POLICIES
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
@@ -26,6 +25,7 @@ from jettison.passes.predictors import DejaVu, HiRE
 from jettison.passes.predictors.base import Samples, recall
 from jettison.passes.predictors.hire import _root, truncated
 from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.passes.residual_stream import ancestors
 from tests.helpers import (
     assert_declines,
     assert_golden,

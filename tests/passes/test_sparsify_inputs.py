@@ -19,10 +19,11 @@ from jettison.ir.program import input_placeholders
 from jettison.passes import sparsify_inputs
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.formats import IntGroups
-from jettison.passes.input_errors import ErrorCurve, InputSite, residual_after
+from jettison.passes.input_errors import ErrorCurve, InputSite
 from jettison.passes.options import describe
 from jettison.passes.pipeline import prepare
 from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.passes.residual_stream import residual_after
 from jettison.passes.sparsify_inputs import SparsifyInputs, allocate
 from jettison.runtime.session import Session
 from jettison.runtime.sparse_linear import run_sparse_linear
@@ -330,6 +331,10 @@ def test_skip():
     assert record.misses == []
     assert "layers.0.down.weight" in after.used_constants()
     assert_declines(SparsifyInputs(skip="layers"), gated(), reason=None)
+    _, idle = run_pass(SparsifyInputs(sparsity=0.5, force=True, skip="nowhere"), gated())
+    assert [(miss.node, miss.reason) for miss in idle.misses][-1:] == [
+        ("skip='nowhere'", "found in the name of no weight")
+    ]
 
 
 def test_stores_the_dtype_of_the_checkpoint():
@@ -404,6 +409,8 @@ def test_options():
     for wrong in (0, -0.1, 0.91, float("nan")):
         with pytest.raises(OptionError, match=r"needs a share above 0, at most 0\.9"):
             SparsifyInputs(sparsity=wrong)
+    with pytest.raises(OptionError, match=r"\[sparsify-inputs\] skip='mlp\[': needs a regular expression"):
+        SparsifyInputs(skip="mlp[")
 
 
 def test_needs_whole_sequences_and_text():
