@@ -156,7 +156,7 @@ def quality(text: str, tokens: int, targets: Sequence[str]) -> dict[str, Any]:
         for target in targets:
             for pipeline in (
                 "approximate-lm-head{candidates=16}", "approximate-lm-head",
-                "approximate-lm-head{estimator=lowrank,rank=64}", "approximate-lm-head{estimator=lowrank}",
+                "approximate-lm-head{estimator=lowrank,rank=32}", "approximate-lm-head{estimator=lowrank}",
             ):  # fmt: skip
                 model = jettison.optimize(MODELS / name, pipeline, target=target)
                 measured = evaluate(model, text=text[:20000], context=256, prefill=32, reference=MODELS / name)

@@ -1,6 +1,6 @@
 """What it costs and what it saves to read only the neurons that a token needs.
 
-    python benchmarks/contextual_sparsity.py --text FILE --calibration FILE [--only natural quality speed step inputs]
+    python benchmarks/contextual_sparsity.py --text FILE --calibration FILE [--only SECTION ...]
 
 `natural`: how sparse the bundled tiny-opt (ReLU) is by itself, for every layer: the share of FFN neurons that fire, the
 share that covers 99 % of the mass of the activations (each neuron's activation times the norm of its row of the second
@@ -18,6 +18,7 @@ an approximate head as well.
 
 `inputs`: the bundled tiny-llama (gated SiLU) after `sparsify-inputs`, every token computed sparsely: perplexity over
 dense, KL from dense, the share of channels that each kind of linear leaves out; with one rate for all inputs, too.
+`inputs_speed`: what that saves a decode step of four layers of Llama-3.2-1B with a small head, beside int4 weights.
 
 Writes benchmarks/results/contextual_sparsity.json (sections that are not asked for stay) and a plot.
 """
@@ -38,7 +39,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from cpu_decode import Contender, rounds
-from random_models import make_opt
+from random_models import make_llama, make_opt
 from record import RESULTS, environment, write
 from torch import Tensor, nn
 
@@ -81,6 +82,8 @@ WIDTH, NEURONS, LAYERS = 4096, 16384, 4
 VOCABULARY = 50272
 SPEED_KEEPS = (0.1, 0.2, 0.4)
 SPARSITIES = (0.25, 0.4)
+
+SECTIONS = ("natural", "quality", "speed", "step", "inputs", "inputs_speed")
 
 Mask = Callable[[Tensor, Tensor], Tensor]
 """From activations `[T, M]` and their scores to activations of which some are zero."""
@@ -414,14 +417,34 @@ def step(number: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         make_opt(Path(folder) / "model", LAYERS, fires=0.08)
         for target in ("onnx", "torch"):
-            contenders, bytes_read = [], {}
-            for name, pipeline in pipelines.items():
-                out = Path(folder) / f"{target}-{len(contenders)}"
-                model = optimize(Path(folder) / "model", pipeline, target=target, calibration_size=(4, 64))
-                model.save_pretrained(out)
-                bytes_read[name] = weight_bytes_per_step(model.graph, 1)
-                contenders.append(Contender(name, sys.executable, "run_jettison.py", str(out), 0))
-            found[target] = compared(contenders, rounds(contenders, 1, 128, 24, number), bytes_read)
+            found[target] = decode(Path(folder) / "model", target, "float32", pipelines, number)
+    return found
+
+
+def decode(model: Path, target: str, dtype: str, pipelines: dict[str, str], number: int) -> dict[str, Any]:
+    """Decode steps of a model after each of some pipelines, the first of which the others are compared with."""
+    with tempfile.TemporaryDirectory() as folder:
+        contenders, bytes_read = [], {}
+        for name, pipeline in pipelines.items():
+            out = Path(folder) / f"{len(contenders)}"
+            made = optimize(model, pipeline, target=target, dtype=dtype, calibration_size=(4, 64))
+            made.save_pretrained(out)
+            bytes_read[name] = weight_bytes_per_step(made.graph, 1)
+            contenders.append(Contender(name, sys.executable, "run_jettison.py", str(out), 0))
+        return compared(contenders, rounds(contenders, 1, 128, 24, number), bytes_read)
+
+
+def inputs_speed(number: int) -> dict[str, Any]:
+    """Decode steps of four layers of the shape of Llama-3.2-1B that leave inputs out, by target."""
+    found: dict[str, Any] = {"shape": {"layers": LAYERS, "vocabulary": 8192}}
+    pipelines = {"dense": "", "int4": "quantize-weights{bits=4,group=128}"}
+    pipelines |= {
+        f"{each} left out": f"sparsify-inputs{{sparsity={each},force=true}}" for each in (0.25, 0.4, 0.6, 0.8)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        make_llama(Path(folder) / "model", LAYERS, vocab_size=8192)
+        for target, dtype in (("torch", "bfloat16"), ("onnx", "float32")):
+            found[f"{target} {dtype}"] = decode(Path(folder) / "model", target, dtype, pipelines, number)
     return found
 
 
@@ -430,7 +453,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--calibration", required=True, type=Path)
-    parser.add_argument("--only", nargs="+", choices=("natural", "quality", "speed", "step", "inputs"), default=[])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[])
     parser.add_argument("--groups", nargs="+", type=int, default=[8, 32], help="neurons of a group, for quality")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -445,6 +468,7 @@ def main() -> None:
         "speed": lambda: speed(arguments.rounds),
         "step": lambda: step(arguments.rounds),
         "inputs": lambda: inputs(arguments.text, arguments.calibration),
+        "inputs_speed": lambda: inputs_speed(arguments.rounds),
     }
     for name, measure in sections.items():
         if not arguments.only or name in arguments.only:

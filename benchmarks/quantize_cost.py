@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from compile_cost import ROOT, run
+from random_models import make_llama
 from record import RESULTS, environment, write
 
 TOKENIZER = ROOT / "examples" / "models" / "tiny-llama"

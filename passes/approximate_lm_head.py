@@ -76,7 +76,7 @@ class ApproximateLmHead(Pass):
     is_exact: ClassVar[bool] = False
     candidates: int = option(64, doc="tokens whose logits are computed exactly", range="at least 1")
     estimator: Literal["int4", "lowrank"] = option("int4", doc="what estimates the logits of all tokens")
-    rank: int | None = option(None, doc="of the estimator lowrank; an eighth of the width unless given")
+    rank: int | None = option(None, doc="of lowrank; an eighth of the width, at least 64, unless given")
     certify: bool | None = option(
         None, doc="fall back to the whole head where the result is not proven; true with int4, which alone can"
     )
@@ -141,7 +141,7 @@ class ApproximateLmHead(Pass):
         vocabulary, columns = head.shape
         if vocabulary <= self.candidates:
             return Miss(f"the vocabulary has {vocabulary} tokens, and candidates={self.candidates}", node)
-        rank = self._rank(columns)
+        rank = self.rank_for(columns)
         if rank is not None and rank >= columns:
             return Miss(f"rank={rank} is no less than the {columns} columns of the head", node)
         read = estimator_bytes(head.shape, rank) + head.nbytes * self.candidates // vocabulary
@@ -153,15 +153,20 @@ class ApproximateLmHead(Pass):
             )
         return head
 
-    def _rank(self, columns: int) -> int | None:
+    def rank_for(self, columns: int) -> int | None:
+        """The rank of the estimator of a head with K columns; None where it has none.
+
+        An eighth of the width, and at least 64, as far as that is at most half of it: with 32 the best token of one in
+        thirty is missed on the bundled models, which are 256 wide (benchmarks/approximate_head.py).
+        """
         if self.estimator == "int4":
             return None
-        return self.rank or max(1, columns // 8)
+        return self.rank or min(max(64, columns // 8), max(1, columns // 2))
 
     def rewrite(self, match: Head, edit: Edit) -> None:
         """Write estimate, candidates and their exact logits, and all logits from these."""
         node, errors = match.node, None
-        rank = self._rank(match.shape[1])
+        rank = self.rank_for(match.shape[1])
         x = node.args[0]
         if rank is None:
             estimate = add_int4(edit, match)

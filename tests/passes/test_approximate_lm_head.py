@@ -34,7 +34,7 @@ from tests.passes.test_cache_kv import Decoder
 
 WIDTH, VOCAB, FEW = 64, 200, 8
 PASS = ApproximateLmHead(candidates=FEW)
-LOW_RANK = ApproximateLmHead(candidates=FEW, estimator="lowrank")
+LOW_RANK = ApproximateLmHead(candidates=FEW, estimator="lowrank", rank=4)
 
 
 def headed(function=None, *, width=WIDTH, vocab=VOCAB, bias=False, kind="decoder"):
@@ -275,6 +275,12 @@ def test_declines_where_the_estimator_is_as_large_as_the_head():
 def test_declines_a_packed_head_with_a_bias():
     packed, _ = run_pass(QuantizeWeights(8), headed(bias=True))
     assert_declines(PASS, packed, reason="the head is packed and has a bias")
+
+
+@pytest.mark.parametrize(("columns", "rank"), [(1, 1), (64, 32), (256, 64), (2048, 256)])
+def test_rank_unless_given(columns, rank):
+    assert ApproximateLmHead(estimator="lowrank").rank_for(columns) == rank
+    assert ApproximateLmHead(estimator="lowrank", rank=7).rank_for(columns) == 7
 
 
 def test_declines_a_rank_that_is_none():
