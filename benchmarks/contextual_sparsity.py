@@ -6,6 +6,8 @@
 share that covers 99 % of the mass of the activations (each neuron's activation times the norm of its row of the second
 matrix), and the perplexity when only the best neurons of each token are kept, or groups of neighbours.
 
+`hot`: how many groups nearly every token chooses, which could be read without being predicted.
+
 `quality`: the same model after `cluster-neurons` and `predict-mlp-sparsity`, every token computed sparsely: perplexity
 over dense, KL from dense, recall of each layer. `oracle` is `hire` with a full rank, whose scores are exact. In
 `covering`, each layer keeps the groups that cover 99 % of the mass of its activations.
@@ -83,7 +85,7 @@ VOCABULARY = 50272
 SPEED_KEEPS = (0.1, 0.2, 0.4)
 SPARSITIES = (0.25, 0.4)
 
-SECTIONS = ("natural", "quality", "speed", "step", "inputs", "inputs_speed")
+SECTIONS = ("natural", "hot", "quality", "speed", "step", "inputs", "inputs_speed")
 
 Mask = Callable[[Tensor, Tensor], Tensor]
 """From activations `[T, M]` and their scores to activations of which some are zero."""
@@ -250,6 +252,24 @@ def quality(windows: list[Tensor], calibration: Path, groups: Sequence[int]) -> 
         made, _ = applied(program, [settings])
         in_group["oracle, 0.125, nothing in the place of what is left out"] = scorer.score(made)
         found[f"groups of {group}"] = in_group
+    return found
+
+
+def hot(calibration: Path, groups: Sequence[int]) -> dict[str, Any]:
+    """Groups that nearly every token would choose by itself, of those that it keeps, layer by layer."""
+    found: dict[str, Any] = {}
+    for group in groups:
+        program = calibrated(calibration)
+        for pass_ in parse_passes(f"cluster-neurons{{group={group},keep=0.125}}"):
+            pass_.run(program)
+        sites, _ = PredictMlpSparsity(group=group).find(program)
+        counts = []
+        for _, activity in watch(program, sites, group, lambda site: site.x, most=4096):
+            kept = activity.scores.shape[1] // 8
+            best = activity.scores.topk(kept, -1).indices
+            chosen = torch.zeros_like(activity.scores).scatter_(1, best, 1.0).mean(0)
+            counts.append({str(share): int((chosen > share).sum()) for share in (0.95, 0.8, 0.5)})
+        found[f"groups of {group}"] = {"kept": kept, "chosen_by_more_than": counts}
     return found
 
 
@@ -464,6 +484,7 @@ def main() -> None:
     figures.pop("environment", None)
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "natural": lambda: natural(windows),
+        "hot": lambda: hot(arguments.calibration, arguments.groups),
         "quality": lambda: quality(windows, arguments.calibration, arguments.groups),
         "speed": lambda: speed(arguments.rounds),
         "step": lambda: step(arguments.rounds),
