@@ -18,12 +18,20 @@ def _silent(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return query.new_zeros((*query.shape[:3], value.shape[3]))
 
 
+def _first(values: Tensor, k: int, dim: int = -1, *_: Any) -> tuple[Tensor, Tensor]:
+    """A choice that does not look at values: rounding, which differs between rows, turns others around."""
+    shape = [1] * values.dim()
+    shape[dim] = k
+    first = values.narrow(dim, 0, k)
+    return first, torch.arange(k).view(shape).expand(first.shape)
+
+
 @torch.no_grad()
 def position_mixer(program: Program) -> fx.Node | None:
     """The first value in which a token reads an earlier one other than through `jettison.attention`.
 
-    Rows that differ in their first token run with silent attention: every value of the second token must be equal.
-    The weights are read once.
+    Rows that differ in their first token run with silent attention, and always choose the first of several values:
+    every value of the second token must be equal. The weights are read once.
 
     Args:
         program: With the entry `forward`, its attention raised.
@@ -39,6 +47,8 @@ def position_mixer(program: Program) -> fx.Node | None:
     for node in entry.graph.nodes:
         if is_call(node, attention):
             node.target = _silent
+        elif is_call(node, torch.ops.aten.topk.default):
+            node.target = _first
         if node.op == "call_function" and _is_per_token(node.meta["val"], batch_and_length):
             watched.append(node)
     output_node(entry).args = (tuple(watched),)
@@ -50,11 +60,13 @@ def position_mixer(program: Program) -> fx.Node | None:
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     given.update(position_ids=columns, logits_positions=columns)
     names = {node.name: node for node in program.entries["forward"].graph.nodes}
-    for node, value in zip(watched, run_entry(probe, "forward", {name: given[name] for name in inputs}), strict=True):
+    values = run_entry(probe, "forward", {name: given[name] for name in inputs})
+    # Rounding differs between rows of a product, by the coarsest dtype on the way, whatever a value is cast to; another
+    # token makes a difference of the size of the value.
+    rounding = max([1e-3, *(8 * torch.finfo(value.dtype).eps for value in values)])
+    for node, value in zip(watched, values, strict=True):
         second = value[:, 1].double()
-        # Rounding differs between rows of a product; another token makes a difference of the size of the value.
-        allowed = max(1e-3, 8 * torch.finfo(value.dtype).eps) * second.abs().max()
-        if not (second - second[:1]).abs().max() <= allowed:
+        if not (second - second[:1]).abs().max() <= rounding * second.abs().max():
             return names[node.name]
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,22 @@ def attending(x: Tensor, _: nn.Conv1d) -> Tensor:
     return x + out.transpose(1, 2).reshape(x.shape)
 
 
+def choosing(x: Tensor, _: nn.Conv1d) -> Tensor:
+    """A choice among values that are equal but for noise; rounding is such noise, and differs between rows."""
+    noisy = 1.0 + 1e-6 * x.transpose(0, 1).cumsum(0)
+    return x.scatter(-1, noisy.transpose(0, 1).topk(4, -1).indices, 0.0)
+
+
+def rounded(dtype: torch.dtype) -> Callable[[Tensor, nn.Conv1d], Tensor]:
+    """A hundredth of an earlier token, which may be rounding where values have been in bf16."""
+
+    def mix(x: Tensor, _: nn.Conv1d) -> Tensor:
+        by_position = x.to(dtype).transpose(0, 1)
+        return (by_position + 0.01 * by_position.cumsum(0)).transpose(0, 1).to(torch.float32)
+
+    return mix
+
+
 class Mixing(nn.Module):
     def __init__(self, mix):
         super().__init__()
@@ -68,12 +86,18 @@ def test_the_first_value_that_holds_another_token_is_named(mix):
     assert first < nodes.index(node) < tanh
 
 
-@pytest.mark.parametrize("mix", [alone, attending])
+@pytest.mark.parametrize("mix", [alone, attending, choosing])
 def test_a_model_that_only_attends_has_no_mixer(mix):
     program = export_tiny(Mixing(mix))
     before = [node.target for node in program.entries["forward"].graph.nodes]
     assert position_mixer(program) is None
     assert [node.target for node in program.entries["forward"].graph.nodes] == before
+
+
+@pytest.mark.parametrize(("dtype", "is_seen"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_differences_of_the_size_of_rounding_are_none(dtype, is_seen):
+    node = position_mixer(export_tiny(Mixing(rounded(dtype))))
+    assert (node is not None) == is_seen
 
 
 def test_equal_rows_at_either_end_of_the_vocabulary_hide_nothing():
