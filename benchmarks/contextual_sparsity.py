@@ -456,13 +456,13 @@ def decode(model: Path, target: str, dtype: str, pipelines: dict[str, str], numb
 
 def inputs_speed(number: int) -> dict[str, Any]:
     """Decode steps of four layers of the shape of Llama-3.2-1B that leave inputs out, by target."""
-    found: dict[str, Any] = {"shape": {"layers": LAYERS, "vocabulary": 8192}}
+    found: dict[str, Any] = {"shape": {"layers": LAYERS, "vocabulary": 32000}}
     pipelines = {"dense": "", "int4": "quantize-weights{bits=4,group=128}"}
     pipelines |= {
         f"{each} left out": f"sparsify-inputs{{sparsity={each},force=true}}" for each in (0.25, 0.4, 0.6, 0.8)
     }
     with tempfile.TemporaryDirectory() as folder:
-        make_llama(Path(folder) / "model", LAYERS, vocab_size=8192)
+        make_llama(Path(folder) / "model", LAYERS, vocab_size=32000)
         for target, dtype in (("torch", "bfloat16"), ("onnx", "float32")):
             found[f"{target} {dtype}"] = decode(Path(folder) / "model", target, dtype, pipelines, number)
     return found
