@@ -61,7 +61,7 @@ class PackedWeight(Protocol):
     nbytes: int
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ w.T + bias`: `[..., K]` f32 to `[..., N]` f32."""
+        """`x @ w.T + bias`: `[..., K]` to `[..., N]` in the dtype of x."""
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Rows of the weight, exactly as the packed constants define them: `[...]` i64 to `[..., K]` f32.
@@ -230,7 +230,7 @@ class Int4Weight:
             out = out[:, : self.rows].contiguous()
         if bias is not None:
             out += bias
-        return out.view(*x.shape[:-1], self.rows)
+        return out.view(*x.shape[:-1], self.rows).to(x.dtype)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """See `PackedWeight`."""

@@ -87,7 +87,8 @@ def test_shapes_and_dtypes_of_the_operator(bits: int, symmetric: bool) -> None:
         assert_close(weight.linear(x, None), expected, tolerance=INT4_TOLERANCE, reason="bf16 operands")
         strided = torch.stack([x, x], -1)[..., 0]
         assert torch.equal(weight.linear(strided, None), weight.linear(x, None))
-    assert weight.linear(random(2, 70).bfloat16(), random(40).bfloat16()).dtype == torch.bfloat16
+    for rows in (2, max(INT4_MANY_ROWS.values())):  # one by one, and blocks of the weight decoded first
+        assert weight.linear(random(rows, 70).bfloat16(), random(40).bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bits", BITS)
