@@ -219,6 +219,7 @@ class Program:
         pipeline: Canonical text of the passes applied so far.
         calibration: Returns inputs of `forward` by name, for batches of text; None where there is none.
         finished: What a pass that was interrupted had done, and where it keeps what it does now; None for nowhere.
+        target: What will run it (`torch`, `onnx`, `triton`), for passes that ask what is faster; None if nobody said.
     """
 
     entries: dict[str, fx.GraphModule]
@@ -234,6 +235,7 @@ class Program:
     calibration: Callable[[], Sequence[Mapping[str, torch.Tensor]]] | None = None
     finished: Any = None
     entry_outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    target: str | None = None
 
     def outputs_of(self, entry: str) -> tuple[str, ...]:
         """Names of what an entry returns before its states."""
@@ -256,7 +258,7 @@ class Program:
         return Program(
             entries, dict(self.constants), self.info, self.outputs, dict(self.packed), dict(self.states),
             list(self.history), self.pipeline, dict(self.retentions), dict(self.storages), self.calibration,
-            self.finished, dict(self.entry_outputs),
+            self.finished, dict(self.entry_outputs), self.target,
         )  # fmt: skip
 
     def used_constants(self) -> dict[str, Constant]:

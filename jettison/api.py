@@ -135,6 +135,7 @@ def optimize(
     if calibration is not None:
         source.calibration_sha256 = hashlib.sha256(Path(calibration).read_bytes()).hexdigest()
     program = source.program
+    program.target = target
     prepare(program)
     tokens = Calibration.of(source, calibration, calibration_size, seed)
     program.finished = None if resume is None else finished_layers(Path(resume), source, pipeline_text(chosen), tokens)

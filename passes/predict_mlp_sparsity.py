@@ -47,6 +47,7 @@ from jettison.ir.ops import quantized_sparse_mlp, sparse_mlp
 from jettison.ir.program import MissRecord, Program
 from jettison.ir.progress import track
 from jettison.passes.base import Pass, describe_node
+from jettison.passes.gather_costs import group_cost
 from jettison.passes.grammar import format_pipeline
 from jettison.passes.mlp_activity import MlpActivity, dense_weight, dropped, watch
 from jettison.passes.mlp_sites import (
@@ -62,11 +63,7 @@ from jettison.passes.residual_stream import ancestors, residual_before_attention
 aten = torch.ops.aten
 _TOKENS = 1 << 15
 # Most energy that may be lost where the share is given, and what `keep=auto` aims at.
-_MOST_ERROR, _AIM = 0.05, 0.01
-# How much longer a byte takes that is gathered, by whether it is quantised: the share of the time over the share of the
-# bytes, 20 and 40 % kept (`speed` in benchmarks/results/contextual_sparsity.json). Quantised it is 1.6 on ONNX and 3.2
-# on the torch target; a pass does not know which it will be.
-_GATHER_COST = {False: 2.2, True: 2.5}
+_MOST_ERROR, _AIM = 0.05, 0.001
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class PredictMlpSparsity(Pass):
     keep: float | Literal["auto"] = option("auto", doc="share of the groups that a token keeps", range="above 0, to 1")
     group: int = option(32, doc="neurons of a group; divides those of a layer", range="1 or more")
     error: float | None = option(
-        None, doc="most energy that a layer may lose; 0.05 unless given, and 0.01 for keep=auto", range="0 or more"
+        None, doc="most energy that a layer may lose; 0.05 unless given, and 0.001 for keep=auto", range="0 or more"
     )
     stand_in: bool = option(True, doc="add what groups contribute on average where they are left out")
     skip: str | None = option(None, doc="regular expression; layers whose weights it is found in stay as they are")
@@ -261,9 +258,10 @@ class PredictMlpSparsity(Pass):
         share = kept / groups
         extra = sum(_bytes_of(tensor, site) for tensor in predictor.values())
         read = share + extra / _stored_bytes(program, site)
-        if read * _GATHER_COST[site.is_packed] >= 1 and not self.force:
+        cost = group_cost(program, is_packed=site.is_packed)
+        if read * cost >= 1 and not self.force:
             reason = f"dense is faster: {kept} of {groups} groups and the predictor are {read:.0%} of its bytes, and"
-            return Miss(f"{reason} a gathered byte takes {_GATHER_COST[site.is_packed]} times as long", site.up)
+            return Miss(f"{reason} a gathered byte takes {cost} times as long", site.up)
         found = self.method.scores(held_out(samples.inputs), predictor, site.activation)
         figures = {
             "groups": groups, "kept": kept, "recall": recall(found, held_out(samples.scores), kept),

@@ -33,6 +33,7 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -48,6 +49,7 @@ from jettison.ir.progress import track
 from jettison.ir.text import target_text
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.expert_reads import chooses_experts
+from jettison.passes.gather_costs import row_cost
 from jettison.passes.input_errors import ErrorCurve, InputSite, error_curves
 from jettison.passes.options import option
 from jettison.passes.requirements import idle_patterns, require_pattern, require_single_tokens
@@ -56,9 +58,6 @@ from jettison.passes.residual_stream import LINEARS, PACKED_LINEARS
 aten = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _MOST = 0.05, 0.9
-# How much longer a row takes that is read by itself than one of a product with the whole weight: below 1 / this share
-# of kept channels sparse is faster. A guess until it is measured (benchmarks/contextual_sparsity.py).
-_ROW_COST = 1.3
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class SparsifyInputs(Pass):
         # A second run has nothing left to do.
         if saved < self.sparsity * total:
             with track(self.name, len(sites)) as advance:
-                for curve in error_curves(program, sites, self._numbers):
+                for curve in error_curves(program, sites, partial(self._numbers, row_cost(program))):
                     curves.append(curve)
                     advance(1)
         chosen = allocate(curves, self.sparsity * total - saved)
@@ -113,16 +112,16 @@ class SparsifyInputs(Pass):
                 self.rewrite((curve, level), edit)
                 rewrites += len(curve.site.linears)
             else:
-                misses.append(MissRecord(describe_node(curve.site.linears[0][0]), self._why_dense()))
+                misses.append(MissRecord(describe_node(curve.site.linears[0][0]), self._why_dense(row_cost(program))))
         if rewrites:
             edit.eliminate_dead_code()
         return rewrites, misses
 
-    def _why_dense(self) -> str:
+    def _why_dense(self, cost: float) -> str:
         reason = "leaving channels out of other inputs loses less"
         if self.force:
             return reason
-        return f"{reason}, and dense is faster than leaving out less than {1 - 1 / _ROW_COST:.0%} of them"
+        return f"{reason}, and dense is faster than leaving out less than {1 - 1 / cost:.0%} of them"
 
     def _read_sparsely(self, program: Program) -> tuple[int, int]:
         """Weights of the linears that a run of this pass rewrote before, and how many of them a token leaves out."""
@@ -134,11 +133,11 @@ class SparsifyInputs(Pass):
             total, saved = total + channels * outputs, saved + (channels - kept) * outputs
         return total, saved
 
-    def _numbers(self, channels: int) -> tuple[int, ...]:
+    def _numbers(self, cost: float, channels: int) -> tuple[int, ...]:
         """Numbers of channels that a token may keep, from all downwards."""
         steps = range(1, round(_MOST / _STEP) + 1)
         numbers = dict.fromkeys(max(1, channels - round(channels * _STEP * step)) for step in steps)
-        worth_it = [kept for kept in numbers if kept < channels and (self.force or kept * _ROW_COST < channels)]
+        worth_it = [kept for kept in numbers if kept < channels and (self.force or kept * cost < channels)]
         return (channels, *worth_it)
 
     def match(self, node: fx.Node, program: Program) -> tuple[fx.Node, str] | Miss | None:

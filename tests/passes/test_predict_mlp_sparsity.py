@@ -286,8 +286,8 @@ def test_auto_keeps_fewer_for_a_larger_error():
         assert record.rewrites == 1
         counts += kept(after)
     assert counts[0] < counts[1] < counts[2] <= 8
-    after, _ = run_pass(predict("auto"), captured())
-    assert counts[1] <= kept(after)[0] < counts[2], "aims at one percent"
+    after, _ = run_pass(predict("auto", force=True), captured())
+    assert counts[1] <= kept(after)[0] <= counts[2], "aims at a thousandth"
 
 
 # --- what it leaves alone ----------------------------------------------------------------------------------------
@@ -315,15 +315,15 @@ def test_declines_what_is_faster_dense():
     ((node, reason),) = reasons(predict(0.5), captured())
     assert node == UP
     assert reason == (
-        "dense is faster: 4 of 8 groups and the predictor are 54% of its bytes, and a gathered byte takes 2.2 times as "
+        "dense is faster: 4 of 8 groups and the predictor are 54% of its bytes, and a gathered byte takes 2.3 times as "
         "long"
     )
     # A wide predictor costs as much as the layer.
     assert "the predictor are 96% of its bytes" in reasons(predict(0.25, rank=72), captured())[0][1]
-    assert (
-        "2.5 times as long"
-        in reasons(predict(0.5, group=32), run_pass(QuantizeWeights(), captured(neurons=256))[0])[0][1]
-    )
+    packed, _ = run_pass(QuantizeWeights(), captured(neurons=256))
+    for target, cost in ((None, 3.2), ("torch", 3.2), ("onnx", 1.6)):
+        packed.target = target
+        assert f"{cost} times as long" in reasons(predict(0.75, group=32), packed)[0][1]
     assert run_pass(predict(0.5, force=True), captured())[1].rewrites == 1
 
 
