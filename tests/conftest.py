@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Its assertions are asserted for the tests: a failure must show both sides.
 pytest.register_assert_rewrite("tests.helpers")
+
+# In the background of a shell, Ctrl-C is ignored, also by children. Some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # pytest attaches a handler to every logger that does not propagate, and torch.export writes its trace as soon as this
 # one has a handler: hundreds of empty lines under every failure, and time in every capture.
