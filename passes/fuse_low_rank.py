@@ -16,11 +16,12 @@ and likewise the linears of queries, keys and values, their split into heads, th
         %cos, %sin, None, None, None, None, 4, 2, False, 0.35, True, 0, 0.0)
 
 Fires when: a linear, an activation (perhaps a gated one) and a linear meet, or linears, perhaps a rotation, and an
-    attention, at least one of the linears is factored, and nothing else reads what is between them. A linear that is not
-    factored is read whole, from what it reads. Not an attention over a cache: keys and values go there in full width, and
-    so `cache-kv` behind this pass takes attentions apart again. Feed-forward layers stay fused in both of its entries.
-Declines when: something else reads the neurons, or the queries, keys or values; a norm or anything else stands between a
-    linear and the attention; queries and keys have different angles; weights are quantised or computed.
+    attention, at least one of the linears is factored, and nothing else reads what is between them. A linear that is
+    not factored is read whole, from what it reads. Feed-forward layers stay fused in both entries of `cache-kv`, which
+    takes attentions apart again: a cache has keys and values in full width.
+Declines when: something else reads the neurons, or the queries, keys or values; a norm or anything else stands between
+    a linear and the attention; queries and keys have different angles; weights are quantised or computed; the attention
+    is over a cache.
 Numerics: exact up to the order of the sums inside the matrix products.
 Saves: a write and a read of [B, S, F] per linear of the first half and of its activation, and of [B, S, H * D] per
     projection; of what is alive at once, [B, S, F] less [512, F], which is most of the activations of an encoder.

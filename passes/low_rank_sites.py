@@ -6,9 +6,10 @@ A factored linear is a linear that reads a linear, `columns` `[r, K]` and then `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from jettison.ir.match import Miss, arguments, constant_name, is_call, only_user
 from jettison.ir.ops import attention, gated_activation, lut_linear, quantized_linear, rotary_embedding, write_slots
@@ -158,7 +159,7 @@ def _linear_of_heads(heads: fx.Node) -> fx.Node | None:
     if not is_call(heads, aten.transpose.int) or sorted(axis % 4 for axis in heads.args[1:]) != [1, 2]:
         return None
     view = heads.args[0]
-    if not is_call(view, aten.reshape.default) or not is_call(view.args[0], *_LINEARS):
+    if not is_call(view, aten.reshape.default, aten.unflatten.int) or not is_call(view.args[0], *_LINEARS):
         return None
     wide, split = view.args[0].meta["val"].shape, view.meta["val"].shape
     is_split = len(wide) == 3 and len(split) == 4 and wide[2] == split[2] * split[3] and str(wide[:2]) == str(split[:2])
@@ -166,15 +167,19 @@ def _linear_of_heads(heads: fx.Node) -> fx.Node | None:
 
 
 def _comes_from_factors(value: fx.Node) -> bool:
-    """Whether the nearest linear that a value comes from, past what keeps its size, is factored."""
-    node = value
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        if is_call(node, *_LINEARS):
-            return is_factored(node)
-        if not node.args:
-            return False
-        node = node.args[0]
-    return False
+    """Whether the linear that a value is made from, if there is one and nothing else, is factored."""
+    node: Any = value
+    while isinstance(node, fx.Node) and node.op == "call_function" and not is_call(node, *_LINEARS):
+        # Norms have weights, rotations angles, and views sizes.
+        made_from = [each for each in node.all_input_nodes if each.op == "call_function" and not _is_size(each)]
+        if is_call(node, rotary_embedding):
+            made_from = made_from[:1]
+        node = made_from[0] if len(made_from) == 1 else None
+    return is_call(node, *_LINEARS) and is_factored(node)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return not isinstance(node.meta["val"], (Tensor, tuple, list))
 
 
 def _unreadable(linears: list[fx.Node]) -> Miss | None:

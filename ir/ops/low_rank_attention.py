@@ -81,7 +81,7 @@ def _low_rank_attention(
     out = attention(
         queries, keys, values, query_positions, key_positions, key_valid, sinks, scale, causal, window, softcap
     )
-    return out.transpose(1, 2).contiguous()
+    return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _fake_low_rank_attention(

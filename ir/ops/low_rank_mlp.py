@@ -7,8 +7,8 @@ A factored linear is two: `columns` `[r, K]`, then `rows` `[N, r]`. Of the layer
 
 the operator is everything from the first `rows` on: it is given `linear(x, up_columns)`, `r` numbers per token, and no
 caller ever sees the F neurons. What is in front of it stays a linear, so that factors may be shared, and be stored and
-multiplied as any other. A linear that is not factored has its whole weight for `rows`, and x as it is in front; a second
-linear that is not factored has its whole weight for `columns`, and no `rows`.
+multiplied as any other. A linear that is not factored has its whole weight for `rows`, and x as it is in front; a
+second linear that is not factored has its whole weight for `columns`, and no `rows`.
 
 Source: FlashSVD (arXiv 2508.01506), whose kernel begins at the same place.
 """
