@@ -144,7 +144,8 @@ def find_attention(node: fx.Node) -> LowRankAttention | Miss | None:
             if value is not None and only_user(value) is None:
                 return Miss("something else reads its queries, keys or values too", value)
     cos, sin, interleaved = (None, None, False) if rotations[0] is None else rotations[0].args[1:4]
-    return _unreadable(found) or LowRankAttention(node, *found, cos, sin, bool(interleaved))
+    query, key, value = found
+    return _unreadable(found) or LowRankAttention(node, query, key, value, cos, sin, bool(interleaved))
 
 
 def linear_view(heads: fx.Node) -> fx.Node:

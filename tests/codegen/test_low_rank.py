@@ -14,8 +14,12 @@ from jettison.ir.interpret import run_entry
 from jettison.ir.program import Program
 from jettison.passes.fuse_low_rank import FuseLowRank
 from jettison.passes.pipeline import apply
+from jettison.runtime.artifact import Artifact
+from jettison.runtime.prepared import find_prepared
+from jettison.runtime.prepared import prepare as prepare_weights
 from tests.codegen.running import REASON, TOLERANCE, Emitted, emit
-from tests.models.tiny_low_rank import ATTENTIONS, MLPS, Attention, Mlp, encoder
+from tests.helpers import set_weights
+from tests.models.tiny_low_rank import ATTENTIONS, MLPS, Attention, Decoder, Mlp, encoder
 
 
 @pytest.fixture
@@ -65,10 +69,16 @@ def test_weights_are_stored_once(tmp_path: Path):
     assert size < 1.05 * emitted.program.weight_bytes() + 2**16
 
 
-def test_prompts_and_steps_share_one_graph_and_prepared_weights(tmp_path: Path):
-    from tests.helpers import set_weights
-    from tests.passes.test_fuse_low_rank import Decoder
-
+def test_prompts_and_steps_share_one_graph_whose_weights_can_be_prepared(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("JETTISON_CACHE", str(tmp_path / "cache"))
     made = jettison.optimize(set_weights(Decoder()), "fuse-low-rank,cache-kv", target="onnx", context=64)
+    ids = torch.arange(14).reshape(2, 7) % 61
+    expected = torch.as_tensor(made.generate(ids, max_new_tokens=12))
     made.save_pretrained(tmp_path / "artifact")
-    assert sorted(path.name for path in (tmp_path / "artifact").glob("*.onnx")) == ["model.onnx"]
+    assert [path.name for path in (tmp_path / "artifact").glob("*.onnx")] == ["model.onnx"]
+    artifact = Artifact.open(tmp_path / "artifact")
+    prepare_weights(artifact, ["model.onnx"])
+    loaded = jettison.load(tmp_path / "artifact")
+    assert find_prepared(artifact)
+    assert loaded.executor.is_prepared
+    assert torch.equal(torch.as_tensor(loaded.generate(ids, max_new_tokens=12)), expected)

@@ -115,6 +115,23 @@ class Layers(nn.Module):
         return x
 
 
+class Decoder(nn.Module):
+    """Causal attention over shared key heads and a feed-forward layer, twice, in front of a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(61, WIDTH)
+        options: dict[str, Any] = {"causal": True, "kv_heads": 2, "bias": False}
+        self.layers = nn.ModuleList([Attention(**options), Mlp("silu", gated=True), Attention(**options), Mlp()])
+        self.head = nn.Linear(WIDTH, 61, bias=False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) * (1 + position_ids[:, :, None])
+        for layer in self.layers:
+            x = layer(x, input_ids) if isinstance(layer, Attention) else layer(x)
+        return self.head(x)
+
+
 def encoder(*layers: nn.Module, dtype: torch.dtype = torch.float32) -> Program:
     """A prepared program of these layers."""
     program = export_tiny(Layers(*layers), kind="encoder", dtype=dtype)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import jettison
+from jettison.ir.capture import capture_module
 from jettison.ir.compare import assert_close, example_input_ids, run_program
 from jettison.ir.match import is_call
 from jettison.ir.ops import attention, low_rank_attention, low_rank_mlp
@@ -24,7 +25,7 @@ from tests.helpers import (
     run_pass,
     set_weights,
 )
-from tests.models.tiny_low_rank import ATTENTIONS, MLPS, WIDTH, Attention, Mlp, encoder, linear
+from tests.models.tiny_low_rank import ATTENTIONS, MLPS, WIDTH, Attention, Decoder, Layers, Mlp, encoder, linear
 
 FUSE = FuseLowRank()
 
@@ -99,9 +100,6 @@ def test_full_rank_is_dense():
 
 def encoder_as_it_is(*layers):
     """A prepared program of layers whose weights are theirs; the embedding is that of other programs."""
-    from jettison.ir.capture import capture_module
-    from tests.models.tiny_low_rank import Layers
-
     model = Layers(*layers)
     kept = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("layers")}
     set_weights(model)
@@ -244,23 +242,6 @@ def test_quantisation_behind_it_leaves_what_it_reads_and_says_so():
     ]  # fmt: skip
     _, record = run_pass(FUSE, encoder(Mlp()), QuantizeWeights(bits=8, skip=r"up|down"))
     assert record.misses == []
-
-
-class Decoder(nn.Module):
-    """Rotated causal attention and a gated feed-forward layer, twice, in front of a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(61, WIDTH)
-        options = {"causal": True, "kv_heads": 2, "bias": False}
-        self.layers = nn.ModuleList([Attention(**options), Mlp("silu", gated=True), Attention(**options), Mlp()])
-        self.head = nn.Linear(WIDTH, 61, bias=False)
-
-    def forward(self, input_ids, position_ids):
-        x = self.embed(input_ids) * (1 + position_ids[:, :, None])
-        for layer in self.layers:
-            x = layer(x, input_ids) if isinstance(layer, Attention) else layer(x)
-        return self.head(x)
 
 
 def decoder():
