@@ -9,8 +9,9 @@
 `activation_bytes` is the most that is alive at once in a first forward. On `torch` it is added up from what PyTorch's
 allocator reports (torch.profiler). On `onnx` it is RssAnon of the process over what it was after a forward of one short
 row, sampled every millisecond: ONNX Runtime's arena grows in steps, so these figures are coarse. Each is taken in a
-process of its own. `milliseconds` are medians of interleaved rounds in one process. Writes
-benchmarks/results/low_rank_memory.json.
+process of its own. Times are medians of interleaved rounds in one process, on one thread: `milliseconds` of the clock,
+and `cpu_milliseconds` of the processor, which do not count what other processes take on a busy machine; `cpu_ratio` is
+unfused over fused. Writes benchmarks/results/low_rank_memory.json.
 """
 
 from __future__ import annotations
@@ -187,22 +188,24 @@ def measure_time(name: str, layers: int, target: str, rounds: int) -> dict[str, 
                 calls.setdefault("step", {})[way] = forward(runs, 1, 1, "decode", past=512)
         figures: dict[str, Any] = {}
         for what, ways in calls.items():
-            times: dict[str, list[float]] = {way: [] for way in WAYS}
+            taken: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
             repeats = 1 if what != "step" else 10
             for turn in range(rounds + 1):
                 # Each is first in every second round.
                 for way in WAYS if turn % 2 else WAYS[::-1]:
-                    started = time.perf_counter()
+                    started = time.perf_counter(), time.process_time()
                     for _ in range(repeats):
                         ways[way]()
-                    times[way].append((time.perf_counter() - started) / repeats * 1e3)
-            medians = {way: statistics.median(each[1:]) for way, each in times.items()}
-            ratios = [u / f for u, f in zip(times["unfused"][1:], times["fused"][1:], strict=True)]
+                    ended = time.perf_counter(), time.process_time()
+                    wall, cpu = (1e3 * (end - start) / repeats for start, end in zip(started, ended, strict=True))
+                    taken[way].append((wall, cpu))
             figures[what] = {
-                **{f"{way}_milliseconds": round(value, 3) for way, value in medians.items()},
-                **{f"{way}_fastest_milliseconds": round(min(each[1:]), 3) for way, each in times.items()},
-                "median_ratio": round(statistics.median(ratios), 3),
+                f"{way}_{clock}": round(statistics.median(each[index] for each in taken[way][1:]), 3)
+                for index, clock in enumerate(("milliseconds", "cpu_milliseconds"))
+                for way in WAYS
             }
+            ratios = [u[1] / f[1] for u, f in zip(taken["unfused"][1:], taken["fused"][1:], strict=True)]
+            figures[what]["cpu_ratio"] = round(statistics.median(ratios), 3)
     return figures
 
 
@@ -224,12 +227,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         name, layers, target, what = arguments.measure
+        torch.set_num_threads(1)
         timed = what == "time"
         run = measure_time(name, int(layers), target, arguments.rounds) if timed else None
         print(json.dumps(run or measure_memory(name, int(layers), target, what)))
         return
     before = environment()
-    figures: dict[str, Any] = {"ratio": RATIO, "threads": torch.get_num_threads()}
+    figures: dict[str, Any] = {"ratio": RATIO, "threads": 1}
     for name, layers in (("encoder", arguments.layers), ("decoder", arguments.decoder_layers)):
         figures[name] = {"layers": layers, "rows": SHAPES[name][0], "tokens": SHAPES[name][1]}
         for target in TARGETS:

@@ -87,7 +87,7 @@ def find_mlp(hidden: fx.Node) -> LowRankMlp | Miss | None:
     is_gated = is_call(hidden, gated_activation)
     activation = hidden.args[2] if is_gated else activation_name(hidden)
     if not isinstance(activation, str):
-        return None
+        return _unnamed_activation(hidden)
     gate, up = hidden.args[:2] if is_gated else (None, hidden.args[0])
     columns = next((user for user in hidden.users if is_call(user, *_LINEARS) and user.args[0] is hidden), None)
     ups = [up] if gate is None else [gate, up]
@@ -105,6 +105,29 @@ def find_mlp(hidden: fx.Node) -> LowRankMlp | Miss | None:
         if only_user(value) is None:
             return Miss("something else reads its neurons too", value)
     return _unreadable(linears) or LowRankMlp(hidden, up, gate, columns, rows, activation)
+
+
+def _unnamed_activation(columns: fx.Node) -> Miss | None:
+    """A Miss for the second linear of a factored layer whose activation is written out in operations."""
+    rows = only_user(columns)
+    if not is_call(columns, *_LINEARS) or rows is None or not is_call(rows, *_LINEARS) or not is_factored(rows):
+        return None
+    hidden = columns.args[0]
+    first: set[fx.Node] = set()
+    pending, seen = [hidden], set()
+    while pending:
+        node = pending.pop()
+        if is_call(node, *_LINEARS):
+            first.add(node)
+        elif node not in seen:
+            seen.add(node)
+            # One operation after the other on every neuron, and nothing that is not made of them.
+            if node.op != "call_function" or str(node.meta["val"].shape) != str(hidden.meta["val"].shape):
+                return None
+            pending += node.all_input_nodes
+    if hidden in first or len(first) != 1 or activation_name(hidden) is not None or not is_factored(first.pop()):
+        return None
+    return Miss("between its linears stands something else than an activation that has a name", columns)
 
 
 def find_attention(node: fx.Node) -> LowRankAttention | Miss | None:

@@ -172,6 +172,11 @@ def turned_values(self, x):
     return attend(*(turned(heads(each(x)), 0.3) for each in (self.q, self.k, self.v)))
 
 
+def written_activation(self, x):
+    hidden = self.up(x)
+    return self.down(hidden * torch.tanh(hidden * 0.5 + hidden.pow(3)))
+
+
 def computed_weight(self, x):
     return F.linear(F.linear(F.relu(F.linear(self.up[0](x), self.up[1].weight * x.mean())), self.down[0].weight),
                     self.down[1].weight)  # fmt: skip
@@ -190,6 +195,7 @@ def computed_weight(self, x):
         ),
         (other_angles, "queries and keys are rotated by different angles"),
         (turned_values, "not queries and keys alone are rotated"),
+        (written_activation, "between its linears stands something else than an activation that has a name"),
         (computed_weight, "a weight is not a constant"),
     ],
 )
@@ -206,6 +212,9 @@ def test_is_not_interested_in_whole_linears(layer):
 
 def test_is_not_interested_in_a_linear_behind_a_linear_without_an_activation():
     assert_declines(FUSE, encoder(linear(WIDTH, WIDTH, 3, bias=True)), reason=None)
+    pairs = {name: linear(WIDTH, WIDTH, 3, bias=True) for name in ("first", "second")}
+    assert_declines(FUSE, encoder(Changed(lambda self, x: self.second(self.first(x)), **pairs)), reason=None)
+    assert_declines(FUSE, encoder(Changed(lambda self, x: self.second(x + self.first(x)), **pairs)), reason=None)
 
 
 def test_a_first_factor_with_a_bias_or_another_reader_stays_in_the_graph():
