@@ -82,8 +82,8 @@ def _fuse_attention(match: LowRankAttention, edit: Edit) -> None:
     factors = [part for _, rows, bias in read for part in (rows, bias)]
     masks = [given[name] for name in ("query_positions", "key_positions", "key_valid", "sinks")]
     heads, kv_heads = (int(given[name].meta["val"].shape[1]) for name in ("query", "key"))
-    rest = [given[name] for name in ("scale", "causal", "window", "softcap")]
-    operands = (*ranks, *factors, match.cos, match.sin, *masks, heads, kv_heads, match.interleaved, *rest)
+    rest = (match.interleaved, match.scale, given["causal"], given["window"], given["softcap"])
+    operands = (*ranks, *factors, match.cos, match.sin, *masks, heads, kv_heads, *rest)
     with edit.before(node):
         fused = edit.call(low_rank_attention, *operands)
     for user in list(node.users):

@@ -54,6 +54,7 @@ class LowRankAttention:
         cos: Angles of both rotations, or None.
         sin: Likewise.
         interleaved: Layout of the rotations.
+        scale: Factor on the scores, with those that queries and keys were multiplied with.
     """
 
     attention: fx.Node
@@ -63,6 +64,16 @@ class LowRankAttention:
     cos: fx.Node | None
     sin: fx.Node | None
     interleaved: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Queries, keys or values by head, and how they are made: a linear, perhaps a factor, a split, a transpose."""
+
+    linear: fx.Node
+    factor: float
+    chain: tuple[fx.Node, ...]
 
 
 def is_factored(linear: fx.Node) -> bool:
@@ -122,12 +133,17 @@ def _unnamed_activation(columns: fx.Node) -> Miss | None:
         elif node not in seen:
             seen.add(node)
             # One operation after the other on every neuron, and nothing that is not made of them.
-            if node.op != "call_function" or str(node.meta["val"].shape) != str(hidden.meta["val"].shape):
+            if node.op != "call_function" or _shape_text(node) != _shape_text(hidden):
                 return None
             pending += node.all_input_nodes
     if hidden in first or len(first) != 1 or activation_name(hidden) is not None or not is_factored(first.pop()):
         return None
     return Miss("between its linears stands something else than an activation that has a name", columns)
+
+
+def _shape_text(node: fx.Node) -> str | None:
+    value = node.meta["val"]
+    return str(value.shape) if isinstance(value, Tensor) else None
 
 
 def find_attention(node: fx.Node) -> LowRankAttention | Miss | None:
@@ -149,45 +165,51 @@ def find_attention(node: fx.Node) -> LowRankAttention | Miss | None:
         return Miss("its keys and values are written to a cache in full width", node) if is_low else None
     rotations = [each if is_call(each, rotary_embedding) else None for each in read]
     heads = [each if turn is None else turn.args[0] for each, turn in zip(read, rotations, strict=True)]
-    linears = [_linear_of_heads(each) for each in heads]
-    if any(linear is None for linear in linears):
-        between = next(each for each, linear in zip(heads, linears, strict=True) if linear is None)
+    made = [_heads(each) for each in heads]
+    found = [each for each in made if each is not None]
+    if len(found) < len(made):
         if not any(_comes_from_factors(each) for each in heads):
             return None
+        between = heads[made.index(None)]
         return Miss("between a linear and the attention stands more than a split into heads and a rotation", between)
-    found = [linear for linear in linears if linear is not None]
-    if not any(map(is_factored, found)):
+    query, key, value = found
+    linears = [each.linear for each in found]
+    if not any(map(is_factored, linears)):
         return None
+    if value.factor != 1:
+        return Miss("its values are multiplied", value.chain[-1])
     if rotations[2] is not None or (rotations[0] is None) != (rotations[1] is None):
         return Miss("not queries and keys alone are rotated", node)
     if rotations[0] is not None and rotations[1] is not None and rotations[0].args[1:] != rotations[1].args[1:]:
         return Miss("queries and keys are rotated by different angles", node)
-    for each, linear, turn in zip(heads, found, rotations, strict=True):
-        for value in (linear, linear_view(each), each, turn):
-            if value is not None and only_user(value) is None:
-                return Miss("something else reads its queries, keys or values too", value)
+    between = [step for each in found for step in each.chain] + [turn for turn in rotations if turn is not None]
+    for step in between:
+        if only_user(step) is None:
+            return Miss("something else reads its queries, keys or values too", step)
     cos, sin, interleaved = (None, None, False) if rotations[0] is None else rotations[0].args[1:4]
-    query, key, value = found
-    return _unreadable(found) or LowRankAttention(node, query, key, value, cos, sin, bool(interleaved))
+    scale = operands["scale"] * query.factor * key.factor
+    sources = (query.linear, key.linear, value.linear)
+    return _unreadable(linears) or LowRankAttention(node, *sources, cos, sin, bool(interleaved), scale)
 
 
-def linear_view(heads: fx.Node) -> fx.Node:
-    """The reshape under the transpose that makes heads."""
-    view = heads.args[0]
-    assert isinstance(view, fx.Node), "matched"
-    return view
-
-
-def _linear_of_heads(heads: fx.Node) -> fx.Node | None:
+def _heads(heads: fx.Node) -> _Heads | None:
     """The linear `[B, S, H * D]` whose heads `[B, H, S, D]` a node is; None where something else is done to them."""
     if not is_call(heads, aten.transpose.int) or sorted(axis % 4 for axis in heads.args[1:]) != [1, 2]:
         return None
     view = heads.args[0]
-    if not is_call(view, aten.reshape.default, aten.unflatten.int) or not is_call(view.args[0], *_LINEARS):
+    if not is_call(view, aten.reshape.default, aten.unflatten.int):
         return None
-    wide, split = view.args[0].meta["val"].shape, view.meta["val"].shape
-    is_split = len(wide) == 3 and len(split) == 4 and wide[2] == split[2] * split[3] and str(wide[:2]) == str(split[:2])
-    return view.args[0] if is_split else None
+    wide, factor = view.args[0], 1.0
+    scaled: tuple[fx.Node, ...] = ()
+    if is_call(wide, aten.mul.Tensor) and isinstance(wide.args[1], (int, float)):
+        wide, factor, scaled = wide.args[0], float(wide.args[1]), (wide,)
+    if not is_call(wide, *_LINEARS):
+        return None
+    whole, split = wide.meta["val"].shape, view.meta["val"].shape
+    is_split = (
+        len(whole) == 3 and len(split) == 4 and whole[2] == split[2] * split[3] and str(whole[:2]) == str(split[:2])
+    )
+    return _Heads(wide, factor, (wide, *scaled, view, heads)) if is_split else None
 
 
 def _comes_from_factors(value: fx.Node) -> bool:

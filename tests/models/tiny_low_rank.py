@@ -132,6 +132,23 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
+@torch.no_grad()
+def factored(model: nn.Module, rank: int) -> nn.Module:
+    """A model whose linears, but the head, are the best of their rank."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and name != "lm_head":
+                pair = linear(child.in_features, child.out_features, rank, bias=child.bias is not None)
+                left, values, right = torch.linalg.svd(child.weight.double(), full_matrices=False)
+                root = values[:rank].sqrt()
+                pair[0].weight.copy_(root[:, None] * right[:rank])  # type: ignore[index]
+                pair[1].weight.copy_(left[:, :rank] * root)  # type: ignore[index]
+                if child.bias is not None:
+                    pair[1].bias.copy_(child.bias)  # type: ignore[index]
+                setattr(parent, name, pair)
+    return model.eval()
+
+
 def encoder(*layers: nn.Module, dtype: torch.dtype = torch.float32) -> Program:
     """A prepared program of these layers."""
     program = export_tiny(Layers(*layers), kind="encoder", dtype=dtype)

@@ -8,13 +8,14 @@ from torch import nn
 import jettison
 from jettison.ir.capture import capture_module
 from jettison.ir.compare import assert_close, example_input_ids, run_program
-from jettison.ir.match import is_call
+from jettison.ir.match import arguments, is_call
 from jettison.ir.ops import attention, low_rank_attention, low_rank_mlp
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.formats import IntGroups
 from jettison.passes.fuse_low_rank import FuseLowRank
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.source import open_source
 from tests.helpers import (
     StoreIn,
     assert_declines,
@@ -25,7 +26,19 @@ from tests.helpers import (
     run_pass,
     set_weights,
 )
-from tests.models.tiny_low_rank import ATTENTIONS, MLPS, WIDTH, Attention, Decoder, Layers, Mlp, encoder, linear
+from tests.models.tiny_low_rank import (
+    ATTENTIONS,
+    MLPS,
+    WIDTH,
+    Attention,
+    Decoder,
+    Layers,
+    Mlp,
+    encoder,
+    factored,
+    linear,
+)
+from tests.models.tiny_models import tiny_model
 
 FUSE = FuseLowRank()
 
@@ -109,6 +122,31 @@ def encoder_as_it_is(*layers):
     return program
 
 
+@pytest.mark.parametrize(
+    ("family", "fused", "missed"),
+    [("bert", 4, 0), ("llama", 4, 0), ("opt", 4, 0), ("qwen3", 2, 2), ("gemma2", 4, 0)],
+)
+def test_models_of_transformers(family, fused, missed):
+    """Two layers each; queries and keys of Qwen3 are normalised."""
+    before = open_source(factored(tiny_model(family), 9)).program
+    prepare(before)
+    after, record = run_pass(FUSE, before)
+    assert (record.rewrites, len(record.misses)) == (fused, missed)
+    assert_same_numbers(before, after, ((1, 1), (2, 7)))
+
+
+def test_factors_of_queries_and_keys_are_those_of_scores():
+    def forward(self, x):
+        return attend(heads(self.q(x) * 0.5), heads(self.k(x) * 3), heads(self.v(x)))
+
+    before = encoder(Changed(forward, **{name: linear(WIDTH, WIDTH, 3, bias=True) for name in ("q", "k", "v")}))
+    after, record = run_pass(FUSE, before)
+    assert (record.rewrites, record.misses) == (1, [])
+    (fused,) = calls(after, low_rank_attention)
+    assert arguments(fused)["scale"] == 1.5
+    assert_same_numbers(before, after)
+
+
 def test_runs_twice_like_once():
     assert_idempotent(FUSE, encoder(Attention(), Mlp()))
 
@@ -168,6 +206,10 @@ def other_angles(self, x):
     return attend(turned(heads(self.q(x)), 0.3), turned(heads(self.k(x)), 0.2), heads(self.v(x)))
 
 
+def scaled_values(self, x):
+    return attend(heads(self.q(x) * 0.5), heads(self.k(x)), heads(self.v(x) * 0.5))
+
+
 def turned_values(self, x):
     return attend(*(turned(heads(each(x)), 0.3) for each in (self.q, self.k, self.v)))
 
@@ -194,6 +236,7 @@ def computed_weight(self, x):
             "between a linear and the attention stands more than a split into heads and a rotation",
         ),
         (other_angles, "queries and keys are rotated by different angles"),
+        (scaled_values, "its values are multiplied"),
         (turned_values, "not queries and keys alone are rotated"),
         (written_activation, "between its linears stands something else than an activation that has a name"),
         (computed_weight, "a weight is not a constant"),
