@@ -1,8 +1,8 @@
 """How many tokens a fused operator computes at a time.
 
 A chunk whose activations stay in the cache is read back from there. A chunk also reads every weight once, so too few
-tokens make a product wait for its weights: with 256 tokens at a time a feed-forward layer of 2048 by 8192 takes a tenth
-longer than with 512, with 64 nearly twice as long. So the cache chooses between `FEWEST` and `MOST`.
+tokens make a product wait for its weights (`benchmarks/results/low_rank_chunks.json`). So the cache chooses between
+`FEWEST` and `MOST`.
 """
 
 from __future__ import annotations

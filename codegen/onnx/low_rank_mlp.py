@@ -1,8 +1,9 @@
 """Factored feed-forward layers as ONNX: a `Loop` over chunks of tokens, in a function of the model.
 
 The weights are read from the graph around the loop, where ONNX Runtime packs them once, as it does outside of one. A
-decode step is one turn of the loop, which costs five microseconds; so there is no second form of the layer beside it,
-whose weights would be packed a second time. Chunks are as even as they can be, and joined by one copy of the results.
+decode step is one turn of the loop, which costs less than ten microseconds
+(`benchmarks/results/low_rank_chunks.json`); so there is no second form of the layer beside it, whose weights would be
+packed a second time. Chunks are as even as they can be, and joined by one copy of the results.
 """
 
 from __future__ import annotations
