@@ -189,8 +189,8 @@ def measure_time(name: str, layers: int, target: str, rounds: int) -> dict[str, 
         figures: dict[str, Any] = {}
         for what, ways in calls.items():
             taken: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-            repeats = 1 if what != "step" else 10
-            for turn in range(rounds + 1):
+            repeats, times = (1, 1) if what != "step" else (10, 8)
+            for turn in range(times * rounds + 1):
                 # Each is first in every second round.
                 for way in WAYS if turn % 2 else WAYS[::-1]:
                     started = time.perf_counter(), time.process_time()

@@ -24,7 +24,8 @@ Declines when: something else reads the neurons, or the queries, keys or values;
     is over a cache.
 Numerics: exact up to the order of the sums inside the matrix products.
 Saves: a write and a read of [B, S, F] per linear of the first half and of its activation, and of [B, S, H * D] per
-    projection; of what is alive at once, [B, S, F] less [512, F], which is most of the activations of an encoder.
+    projection; of what is alive at once, [B, S, F] less [512, F], and on ONNX the scores [B, H, S, S] less [H, S, S].
+    That is most of the activations of an encoder (`benchmarks/results/low_rank_memory.json`).
 Source: FlashSVD (arXiv 2508.01506).
 """
 
