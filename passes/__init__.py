@@ -9,6 +9,7 @@ from jettison.passes.cluster_neurons import ClusterNeurons
 from jettison.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from jettison.passes.eliminate_no_ops import EliminateNoOps
 from jettison.passes.fold_constants import FoldConstants
+from jettison.passes.fuse_low_rank import FuseLowRank
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
 from jettison.passes.quantize_weights import QuantizeWeights
@@ -31,6 +32,7 @@ PASSES: tuple[type[Pass], ...] = (
     EliminateCommonSubexpressions,
     EliminateNoOps,
     FoldConstants,
+    FuseLowRank,
     MergeQkvProjections,
     PredictMlpSparsity,
     QuantizeWeights,
@@ -49,6 +51,7 @@ USER_PASSES: tuple[type[Pass], ...] = (
     ApproximateLmHead,
     CacheKV,
     ClusterNeurons,
+    FuseLowRank,
     MergeQkvProjections,
     PredictMlpSparsity,
     QuantizeWeights,

@@ -44,6 +44,7 @@ from jettison.ir.program import (
 )
 from jettison.ir.projected_heads import KeyValueProjection
 from jettison.ir.rotary_table import angle_table, frequencies
+from jettison.passes.attention_forms import take_apart, with_whole_attention
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.decode_only import specialize_entries
 from jettison.passes.options import ByRange, option
@@ -92,6 +93,7 @@ class CacheKV(Pass):
             )
         if "forward" not in program.entries:
             raise OptionError("[cache-kv] the program already has a KV cache. Give cache-kv once in the pipeline.")
+        program = with_whole_attention(program, self.name)
         inputs = input_placeholders(program.entries["forward"])
         if "position_ids" not in inputs:
             raise UnsupportedError(
@@ -127,6 +129,8 @@ class CacheKV(Pass):
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Rewrite every attention, copy the graph for the second entry, and make those that drop tokens."""
+        # Whatever computes keys and values from few dimensions: a cache holds them in full width.
+        take_apart(program, self.name)
         edit = Edit(program, "forward", self.name)
         sites = [node for node in edit.graph.nodes if is_call(node, attention)]
         made = _Sites(program, self._policies)

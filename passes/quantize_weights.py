@@ -17,9 +17,9 @@ Fires when: `aten.linear` or `aten.embedding` reads a constant matrix: projectio
     embedding is encoded once and read by both. Biases stay. A second run with other options takes what the first one
     skipped (`quantize-weights{bits=8,skip='mlp'},quantize-weights{bits=4}`).
 Declines when: the weight is computed, has other than two axes outside of `jettison.experts`, or something else reads
-    its float form; where `skip` finds one stack of experts and not the other. Without a miss where `skip` finds its
-    name, and where the linear chooses experts: routers are few of the bytes, and rounding them sends tokens
-    to other experts.
+    its float form, as operators of `fuse-low-rank` do; where `skip` finds one stack of experts and not the other.
+    Without a miss where `skip` finds its name, and where the linear chooses experts: routers are few of the bytes, and
+    rounding them sends tokens to other experts.
 Numerics: changes precision. |w - w'| is at most half a step of its group (see formats/int_groups.py). Mean KL in nats
     over 8 windows of 1024 tokens of Treasure Island, group 32: 8 bits 4.0e-5 on tiny-llama and 3.4e-5 on tiny-opt, 4
     bits 0.0111 and 0.0100; with the tied table of tiny-llama at 8 bits and the rest at 4, 0.0043. Learned position
@@ -49,7 +49,7 @@ from jettison.ir.constants import Constant, Packed
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss, arguments, constant_name, is_call
-from jettison.ir.ops import experts, quantized_experts, sparse_linear, sparse_mlp
+from jettison.ir.ops import experts, low_rank_attention, low_rank_mlp, quantized_experts, sparse_linear, sparse_mlp
 from jettison.ir.program import CACHE, MissRecord, Program, constant_placeholders, constant_reads
 from jettison.ir.progress import track
 from jettison.ir.text import dtype_text, target_text
@@ -77,6 +77,7 @@ _PRODUCTS = (
     aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default, aten.baddbmm.default,
     aten.einsum.default,
 )  # fmt: skip
+_FUSED = "fuse-low-rank has joined its linears, and reads their factors as they are: leave fuse-low-rank out"
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,10 @@ class QuantizeWeights(Pass):
             if is_call(node, sparse_linear):
                 reason = "it is read by channels of its input, and groups of codes run along them"
             return None if name is None or self._is_skipped(name) else Miss(reason, node)
+        if is_call(node, low_rank_attention, low_rank_mlp):
+            names = [constant_name(arguments(node)[each]) for each in arguments(node) if each.endswith("rows")]
+            names = [name for name in names if name is not None and not self._is_skipped(name)]
+            return Miss(_FUSED, node) if names else None
         for operand in node.all_input_nodes:
             name = constant_name(operand)
             if name is None or not operand.meta["val"].is_floating_point() or self._is_skipped(name):

@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
 from jettison.ir.packed_parts import JointWeight, PackedParts, all_parts_read, parts_read, sparse_parts_read
+from jettison.runtime.low_rank_attention import run_low_rank_attention
+from jettison.runtime.low_rank_mlp import run_low_rank_mlp
 from jettison.runtime.packed_experts import ExpertParts, experts_read, run_experts
 from jettison.runtime.packed_linear import PackedWeight
 from jettison.runtime.sparse_linear import run_sparse_linear
@@ -34,6 +36,13 @@ _PARSED = {
     aten.rms_norm.default: torch.rms_norm,
     aten.sym_size.int: torch.Tensor.size,
     aten.transpose.int: torch.transpose,
+}
+# Operators whose faster form takes the same arguments.
+_SAME_ARGUMENTS: Mapping[Any, Callable[..., Tensor]] = {
+    ops.low_rank_attention: run_low_rank_attention,
+    ops.low_rank_mlp: run_low_rank_mlp,
+    ops.sparse_linear: run_sparse_linear,
+    ops.sparse_mlp: run_sparse_mlp,
 }
 
 
@@ -114,10 +123,8 @@ class _Lowering:
         slabs = sparse_parts_read(node)
         if slabs and all(each in self._packed for each in slabs.values()):
             return self._sparse_read(node, slabs)
-        if is_call(node, ops.sparse_mlp):
-            return self._call(run_sparse_mlp, *self._translated(arguments(node).values()))
-        if is_call(node, ops.sparse_linear):
-            return self._call(run_sparse_linear, *self._translated(arguments(node).values()))
+        if node.target in _SAME_ARGUMENTS and node.op == "call_function":
+            return self._call(_SAME_ARGUMENTS[node.target], *self._translated(arguments(node).values()))
         stacks = experts_read(node)
         if stacks is not None and stacks.name in self._experts:
             read = arguments(node)

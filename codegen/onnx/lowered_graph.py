@@ -126,6 +126,8 @@ class LoweredGraph(nn.Module):
         if is_call(node, aten.linear.default) and node.args[1] is operand:
             # Where rows are looked up as well, in this entry or another, there is one constant for both.
             return "plain" if len(operand.users) > 1 or constant_name(operand) in self._tables_of_rows else "transposed"
+        if is_call(node, ops.low_rank_attention, ops.low_rank_mlp) and len(operand.meta["val"].shape) == 2:
+            return "transposed"  # their matrices; biases have one axis
         if is_call(node, ops.experts, ops.quantized_experts):
             return stack_layout(node, operand)
         return "plain"

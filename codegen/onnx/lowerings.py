@@ -16,6 +16,8 @@ from torch.onnx.ops import rotary_embedding as onnx_rotary_embedding
 from torch.onnx.ops import symbolic
 
 from jettison.codegen.onnx.joint_attention import joint_attention, scored_joint_attention
+from jettison.codegen.onnx.low_rank_attention import low_rank_attention
+from jettison.codegen.onnx.low_rank_mlp import low_rank_mlp
 from jettison.codegen.onnx.lut_weights import lut_embedding, lut_linear
 from jettison.codegen.onnx.quantized_slots import dequantize_slots, quantize_slots
 from jettison.codegen.onnx.routed_experts import experts, quantized_experts
@@ -165,6 +167,8 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.gated_activation: gated_activation,
     ops.head_candidates: head_candidates_reference,
     ops.joint_attention: joint_attention,
+    ops.low_rank_attention: low_rank_attention,
+    ops.low_rank_mlp: low_rank_mlp,
     ops.lut_embedding: lut_embedding,
     ops.lut_linear: lut_linear,
     ops.next_slots: next_slots,

@@ -55,6 +55,8 @@ _ACTIVATION_OPS = {
 }  # fmt: skip
 _WITHOUT_KERNEL = {
     ops.head_candidates: "the search for the largest bounds has no kernel",
+    ops.low_rank_attention: "attention over heads that are made from few dimensions has no kernel",
+    ops.low_rank_mlp: "a factored feed-forward layer in one has no kernel",
     ops.selected_linear: "a product with rows that are looked up has no kernel",
 }
 

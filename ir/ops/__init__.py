@@ -7,6 +7,8 @@ from jettison.ir.ops.experts import experts
 from jettison.ir.ops.gated_activation import gated_activation
 from jettison.ir.ops.head_candidates import head_candidates
 from jettison.ir.ops.joint_attention import joint_attention
+from jettison.ir.ops.low_rank_attention import low_rank_attention
+from jettison.ir.ops.low_rank_mlp import low_rank_mlp
 from jettison.ir.ops.lut_embedding import lut_embedding
 from jettison.ir.ops.lut_linear import lut_linear
 from jettison.ir.ops.next_slots import next_slots
@@ -32,6 +34,8 @@ __all__ = [
     "gated_activation",
     "head_candidates",
     "joint_attention",
+    "low_rank_attention",
+    "low_rank_mlp",
     "lut_embedding",
     "lut_linear",
     "next_slots",

@@ -15,9 +15,9 @@ from jettison.passes.pipeline import CANONICALIZE, RAISE
 
 # Modules of the package that hold no pass.
 INFRASTRUCTURE = {
-    "base", "decode_only", "dense_forms", "expert_reads", "gather_costs", "grammar", "head_estimators", "head_forms",
-    "input_errors", "mlp_activity", "mlp_sites", "neuron_groups", "options", "pipeline", "requirements",
-    "residual_stream",
+    "attention_forms", "base", "decode_only", "dense_forms", "expert_reads", "gather_costs", "grammar",
+    "head_estimators", "head_forms", "input_errors", "low_rank_sites", "mlp_activity", "mlp_sites", "neuron_groups",
+    "options", "pipeline", "requirements", "residual_stream",
 }  # fmt: skip
 VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "fold", "fuse",
          "lower", "merge", "plan", "predict", "quantize", "raise", "select", "sparsify", "split", "strip")  # fmt: skip
