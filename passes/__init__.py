@@ -8,6 +8,7 @@ from jettison.passes.canonicalize_linear import CanonicalizeLinear
 from jettison.passes.cluster_neurons import ClusterNeurons
 from jettison.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from jettison.passes.eliminate_no_ops import EliminateNoOps
+from jettison.passes.factorize_linear import FactorizeLinear
 from jettison.passes.fold_constants import FoldConstants
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
@@ -30,6 +31,7 @@ PASSES: tuple[type[Pass], ...] = (
     ClusterNeurons,
     EliminateCommonSubexpressions,
     EliminateNoOps,
+    FactorizeLinear,
     FoldConstants,
     MergeQkvProjections,
     PredictMlpSparsity,
@@ -49,6 +51,7 @@ USER_PASSES: tuple[type[Pass], ...] = (
     ApproximateLmHead,
     CacheKV,
     ClusterNeurons,
+    FactorizeLinear,
     MergeQkvProjections,
     PredictMlpSparsity,
     QuantizeWeights,

@@ -19,7 +19,8 @@ from jettison.ir.program import input_placeholders
 from jettison.passes import sparsify_inputs
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.formats import IntGroups
-from jettison.passes.input_errors import ErrorCurve, InputSite
+from jettison.passes.input_errors import ErrorCurve
+from jettison.passes.linear_sites import InputSite
 from jettison.passes.options import describe
 from jettison.passes.pipeline import prepare
 from jettison.passes.quantize_weights import QuantizeWeights
