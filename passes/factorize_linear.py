@@ -55,7 +55,7 @@ from jettison.passes.factorizers import SVDLLM, Factorizer
 from jettison.passes.formats import IntGroups
 from jettison.passes.grammar import format_pipeline
 from jettison.passes.linear_sites import InputSite, by_input, find_linear
-from jettison.passes.low_rank import LowRank
+from jettison.passes.low_rank import LowRank, Remainder
 from jettison.passes.low_rank_forms import LowRankForm, is_remainder
 from jettison.passes.low_rank_run import LowRankRun
 from jettison.passes.low_rank_sizes import Ranks, Sizes, best_factors
@@ -194,7 +194,8 @@ class FactorizeLinear(Pass):
 
         def factors(site: InputSite, statistics: InputStatistics | None) -> list[LowRank]:
             whitening = Whitening(self.method.second_moment(site.channels, statistics))
-            return best_factors(program, site, ranks, whitening, self.remainder, self.seed)
+            remainder = None if self.remainder is None else Remainder.of(self.remainder, statistics)
+            return best_factors(program, site, ranks, whitening, remainder, self.seed)
 
         step = format_pipeline([to_spec(self, self.name)])
         with track(self.name, len(sites)) as advance:

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jettison.ir.constants import Constant, scratch_tensor
+from jettison.ir.ops.quantized_linear import row_chunks
 from jettison.passes.formats import IntGroups, format_from_text
+from jettison.passes.methods import GPTQ, InputStatistics
+from jettison.passes.methods.base import RowEncoder
 from jettison.passes.methods.finished_layers import Encoded
 from jettison.passes.whitening import RowReader, Spectrum, Whitening
 
@@ -94,8 +97,26 @@ def low_rank_bytes(shapes: Sequence[tuple[int, int]], rank: int, itemsize: int, 
     return factors + (0 if remainder is None else sum(remainder.bytes(shape) for shape in shapes))
 
 
+@dataclass(frozen=True)
+class Remainder:
+    """How what is added to the product of the factors is stored.
+
+    Attributes:
+        format: Few bits.
+        encode: Rounds rows of it; see `methods/base.py`.
+    """
+
+    format: IntGroups
+    encode: RowEncoder
+
+    @classmethod
+    def of(cls, weight_format: IntGroups, statistics: InputStatistics | None) -> Remainder:
+        """Rounded for the inputs seen, or to nearest where none were."""
+        return cls(weight_format, GPTQ().row_encoder(weight_format, statistics))
+
+
 def factorized(
-    weights: Sequence[Constant], rank: int, whitening: Whitening, remainder: IntGroups | None, seed: int
+    weights: Sequence[Constant], rank: int, whitening: Whitening, remainder: Remainder | None, seed: int
 ) -> LowRank:
     """The factors with which weights that read one input lose least.
 
@@ -106,7 +127,7 @@ def factorized(
         weights: Each `[N, K]`, stored in one dtype.
         rank: Of the product.
         whitening: Of the input.
-        remainder: Format of what is added to the product, or None.
+        remainder: What is added to the product, or None.
         seed: Of the randomised path.
     """
     scales = _scales(weights, whitening)
@@ -176,16 +197,16 @@ def _stacked(weights: Sequence[Constant | _Difference], scales: Sequence[float])
     return read
 
 
-def _rounded(weight: Constant, remainder: IntGroups, less: Tensor | None) -> Encoded:
+def _rounded(weight: Constant, remainder: Remainder, less: Tensor | None) -> Encoded:
     """A weight, less a product that will be added to it again, in few bits."""
-    shape = (weight.shape[0], weight.shape[1])
-    parts = {part: scratch_tensor(size, dtype) for part, (size, dtype) in remainder.part_specs(shape).items()}
-    for start, stop in weight.row_chunks():
-        rows = weight.rows(start, stop).to(torch.float32)
-        left = rows if less is None else rows - less[start:stop]
-        for part, values in remainder.encode_rows(left, weight.name, start).items():
-            parts[part][start:stop] = values
-    return Encoded(remainder, shape, parts)
+    shape, stored = (weight.shape[0], weight.shape[1]), remainder.format
+    parts = {part: scratch_tensor(size, dtype) for part, (size, dtype) in stored.part_specs(shape).items()}
+    for rows in row_chunks(*shape, at_most=GPTQ.weights_at_once):
+        values = weight.rows(rows.start, rows.stop).to(torch.float32)
+        left = values if less is None else values - less[rows]
+        for part, encoded in remainder.encode(left, weight.name, rows.start).items():
+            parts[part][rows] = encoded
+    return Encoded(stored, shape, parts)
 
 
 def _stored(

@@ -10,7 +10,7 @@ from jettison.ir.constants import Constant
 from jettison.ir.program import Program
 from jettison.passes.formats import IntGroups
 from jettison.passes.linear_sites import InputSite
-from jettison.passes.low_rank import LowRank, factorized, low_rank_bytes
+from jettison.passes.low_rank import LowRank, Remainder, factorized, low_rank_bytes
 from jettison.passes.whitening import Whitening
 
 
@@ -119,7 +119,7 @@ class Sizes:
 
 
 def best_factors(
-    program: Program, site: InputSite, ranks: Ranks, whitening: Whitening, remainder: IntGroups | None, seed: int
+    program: Program, site: InputSite, ranks: Ranks, whitening: Whitening, remainder: Remainder | None, seed: int
 ) -> list[LowRank]:
     """The factors of a site, shared where that was left open and loses less.
 
@@ -128,7 +128,7 @@ def best_factors(
         site: Of them.
         ranks: As chosen.
         whitening: Of the input.
-        remainder: Format of what is added to the product, or None.
+        remainder: What is added to the product, or None.
         seed: Of the randomised decomposition.
     """
     mine = {name for _, name in site.linears}

@@ -22,7 +22,7 @@ from jettison.ir.program import Program
 from jettison.passes.factorizers import Factorizer
 from jettison.passes.knapsack import cheapest, least_bytes
 from jettison.passes.linear_sites import InputSite
-from jettison.passes.low_rank import LowRank, factorized, spectrum_of
+from jettison.passes.low_rank import LowRank, Remainder, factorized, spectrum_of
 from jettison.passes.low_rank_run import require_finite
 from jettison.passes.low_rank_sizes import Ranks, Sizes
 from jettison.passes.methods.base import InputStatistics
@@ -83,25 +83,28 @@ def price(
         measured.advance(site.x)
         require_finite(statistics, site)
         whitening = Whitening(method.second_moment(site.channels, statistics))
+        remainder = None if sizes.remainder is None else Remainder.of(sizes.remainder, statistics)
         joint = sizes.joint(site)
         for names in [joint] if joint is not None else [(name,) for _, name in site.linears]:
-            curve = _curve(names, sizes, whitening, seed)
+            curve = _curve(names, sizes, whitening, remainder, seed)
             middle = curve[len(curve) // 2]
             factors = [
-                factorized(sizes.weights(each), rank, whitening, sizes.remainder, seed)
+                factorized(sizes.weights(each), rank, whitening, remainder, seed)
                 for each, rank in middle.ranks.items()
             ]
             gain = _measured(measured, factors, probe) / middle.loss if middle.loss > 0 else 0.0
             dense = sum(weight.stored_bytes for weight in sizes.weights(names))
             choices = [RankChoice(each.ranks, each.bytes, each.loss * gain) for each in curve if each.bytes < dense]
             priced[names] = [RankChoice({}, dense, 0.0), *choices]
-        del statistics, whitening
+        del statistics, whitening, remainder
         give_back()
         advance(1)
     return priced
 
 
-def _curve(names: tuple[str, ...], sizes: Sizes, whitening: Whitening, seed: int) -> list[RankChoice]:
+def _curve(
+    names: tuple[str, ...], sizes: Sizes, whitening: Whitening, remainder: Remainder | None, seed: int
+) -> list[RankChoice]:
     """Choices by level, with the share of their results that weights lose on average."""
     alone = [(name,) for name in names]
     partitions = [alone] if len(names) == 1 else [[names]] if sizes.share is True else [alone, [names]]
@@ -110,13 +113,13 @@ def _curve(names: tuple[str, ...], sizes: Sizes, whitening: Whitening, seed: int
         unit: spectrum_of(sizes.weights(unit), whitening)
         for units in partitions
         for unit in units
-        if sizes.remainder is None
+        if remainder is None
     }
 
     def lost(unit: tuple[str, ...], rank: int) -> float:
-        if sizes.remainder is None:
+        if remainder is None:
             return spectra[unit].lost(rank)
-        return factorized(sizes.weights(unit), rank, whitening, sizes.remainder, seed).loss
+        return factorized(sizes.weights(unit), rank, whitening, remainder, seed).loss
 
     curve = []
     for level in levels:
