@@ -6,11 +6,12 @@
 pieces of FILE, of 64 tokens each, to those of the whole model, by method and share of the parameters; the mean and the
 lowest tenth.
 
-`llama`: the bundled tiny-llama, its linears alone (the token table, which is the head, stays): KL from dense on text it was not
-trained on, and bytes of these linears, of plain low ranks, of 8 bits and of 3, and of 3 bits with a low rank beside them.
+`llama`: the bundled tiny-llama, its linears alone (the token table, which is the head, stays): KL from dense on text
+it was not trained on, and bytes of these linears, of plain low ranks, of 8 bits and of 3, and of 3 bits with a low rank
+beside them.
 
-`cost`: `optimize` in a process of its own on the shape of Llama-3.2-1B with random weights and the calibration that it has
-by default: seconds, and the peak of anonymous memory against the folder.
+`cost`: `optimize` in a process of its own on the shape of Llama-3.2-1B with random weights and the calibration that it
+has by default: seconds, and the peak of anonymous memory against the folder.
 
 Writes benchmarks/results/low_rank.json (sections that are not asked for stay).
 """
@@ -43,7 +44,7 @@ SECTIONS = ("minilm", "llama", "cost")
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 METHODS = ("svd", "asvd", "svd-llm")
 PIECES, PIECE = 128, 64
-LINEARS = "skip='embed'"
+FACTORS_IN_INT8 = "quantize-weights{bits=8,group=32,only='columns|rows'}"
 LLAMA = {
     "int8, groups of 128": "quantize-weights{bits=8,group=128,skip='embed'}",
     "int3, groups of 128": "quantize-weights{bits=3,group=128,skip='embed'}",
@@ -55,13 +56,13 @@ LLAMA = {
     "int3 and rank 8": "factorize-linear{rank=8,residual=int3}",
     "int3 and rank 16": "factorize-linear{rank=16,residual=int3}",
     "int3 to nearest and rank 8, by svd": "factorize-linear{rank=8,residual=int3,method=svd}",
-    "int3 and rank 16 in int8": "factorize-linear{rank=16,residual=int3},quantize-weights{bits=8,group=32,only='columns|rows'}",
+    "int3 and rank 16 in int8": f"factorize-linear{{rank=16,residual=int3}},{FACTORS_IN_INT8}",
     **{f"low rank, {each}": f"factorize-linear{{ratio={each}}}" for each in (0.5, 0.7, 0.9)},
     "low rank, 0.7, nothing shared": "factorize-linear{ratio=0.7,share=false}",
     "low rank, 0.7, svd": "factorize-linear{ratio=0.7,method=svd}",
     "low rank, 0.7, asvd": "factorize-linear{ratio=0.7,method=asvd}",
     "low rank, auto, bytes of 0.7": "factorize-linear{rank=auto,budget=BYTES}",
-    "low rank, 0.7, in int8": "factorize-linear{ratio=0.7},quantize-weights{bits=8,group=32,only='columns|rows'}",
+    "low rank, 0.7, in int8": f"factorize-linear{{ratio=0.7}},{FACTORS_IN_INT8}",
 }
 SECONDS_LIMIT, PEAK_SHARE = 25 * 60.0, 0.8
 
@@ -137,7 +138,7 @@ def cost(calibration: Path, layers: int) -> dict[str, Any]:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(ROOT / "examples" / "models" / "tiny-llama" / name, model)
         folder_bytes = sum(each.stat().st_size for each in model.iterdir())
-        figures = run(model, out, pipeline, "--target", "torch", "--dtype", "bfloat16", "--calibration", str(calibration))
+        figures = run(model, out, pipeline, "--calibration", str(calibration))
     share = round(int(str(figures["peak_anon_bytes"])) / folder_bytes, 3)
     return {
         "layers": layers, "pipeline": pipeline, "folder_bytes": folder_bytes, **figures,

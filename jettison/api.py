@@ -22,13 +22,13 @@ from jettison.optimized_model import OptimizedModel
 from jettison.passes import USER_PASSES
 from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.factorizers import FACTORIZERS, Factorizer
 from jettison.passes.formats import FORMATS, WeightFormat
 from jettison.passes.grammar import format_pipeline, parse_pipeline
 from jettison.passes.methods import METHODS, Method
 from jettison.passes.options import build, lookup, to_spec
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.policies import POLICIES, Policy
-from jettison.passes.factorizers import FACTORIZERS, Factorizer
 from jettison.passes.predictors import PREDICTORS, Predictor
 from jettison.report import Report
 from jettison.runtime.onnx_executor import multiplies_int8

@@ -68,6 +68,7 @@ from jettison.passes.whitening import Whitening
 aten = torch.ops.aten
 _RATIO, _GROUP = 0.5, 128
 _INT8 = IntGroups(8, 128)
+_BITS: dict[str, Literal[4, 3, 2]] = {"int4": 4, "int3": 3, "int2": 2}
 _PACKED = "it is quantised already, and factors are made of whole weights: put factorize-linear before quantize-weights"
 
 
@@ -79,7 +80,9 @@ class FactorizeLinear(Pass):
     is_exact: ClassVar[bool] = False
     method: Factorizer = option(SVDLLM(), doc="for which inputs the factors are best", flat=True)
     ratio: float | None = option(
-        None, doc="share of the parameters of a weight that is kept; 0.5 unless there is a rank", range="above 0, below 1"
+        None,
+        doc="share of the parameters of a weight that is kept; 0.5 unless there is a rank",
+        range="above 0, below 1",
     )
     rank: int | Literal["auto"] | None = option(
         None, doc="of every weight, or auto; those that share columns get what the same bytes allow", range="1 or more"
@@ -123,7 +126,7 @@ class FactorizeLinear(Pass):
         """Format of the residual."""
         if self.residual is None or self.group is None:
             return None
-        return IntGroups({"int4": 4, "int3": 3, "int2": 2}[self.residual], self.group)
+        return IntGroups(_BITS[self.residual], self.group)
 
     @property
     def needs_calibration(self) -> bool:
@@ -164,7 +167,9 @@ class FactorizeLinear(Pass):
         if self.rank == "auto" and sites:
             ranks = self._allocated(program, sites, sizes)
         elif sites:
-            ranks = sizes.ranks(sites, self.ratio if self.rank is None else int(self.rank))
+            wanted = self.rank if isinstance(self.rank, int) else self.ratio
+            assert wanted is not None, "filled in"
+            ranks = sizes.ranks(sites, wanted)
         misses += [MissRecord(name, reason) for name, reason in ranks.declined.items()]
         sites = [site for site in sites if any(name not in ranks.declined for _, name in site.linears)]
         made = self._made(program, sites, ranks)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from jettison.ir.allocator import give_back
 from jettison.ir.chunked_run import ChunkedRun

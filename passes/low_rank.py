@@ -43,7 +43,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """Of the product."""
         return len(self.columns)
 
     def product(self, index: int) -> Callable[[Tensor], Tensor]:

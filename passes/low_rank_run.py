@@ -94,7 +94,9 @@ class LowRankRun:
         """Keep the factors of a site, in case that the run is interrupted."""
         if self._program.finished is None:
             return
-        tensors = {f"{index}.{name}": values for index, each in enumerate(made) for name, values in each.tensors().items()}
+        tensors = {
+            f"{index}.{name}": values for index, each in enumerate(made) for name, values in each.tensors().items()
+        }
         told = {"factors": [each.described() for each in made]}
         self._program.finished.store_tensors(self._step, [name for _, name in site.linears], tensors, told)
 
@@ -118,7 +120,7 @@ def require_finite(statistics: InputStatistics, site: InputSite) -> None:
     """
     if not bool(statistics.products.isfinite().all()):
         raise UnsupportedError(
-            f"[factorize-linear] {site.linears[0][1]}: what its linear reads ({describe_node(site.x)}) is not finite on "
-            "the calibration tokens, so nothing can be learned from it. Give another text, or leave the weight out of "
-            "the pass (skip='...')."
+            f"[factorize-linear] {site.linears[0][1]}: what its linear reads ({describe_node(site.x)}) is not finite "
+            "on the calibration tokens, so nothing can be learned from it. Give another text, or leave the weight out "
+            "of the pass (skip='...')."
         )

@@ -54,7 +54,8 @@ class Sizes:
 
     def units(self, site: InputSite) -> list[tuple[str, ...]]:
         """Which weights may share columns: each alone, all of them, or both."""
-        alone, joint = [(name,) for _, name in site.linears], self.joint(site)
+        alone: list[tuple[str, ...]] = [(name,) for _, name in site.linears]
+        joint = self.joint(site)
         if joint is None:
             return alone
         return [joint] if self.share is True else [*alone, joint]

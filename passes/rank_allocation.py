@@ -89,8 +89,7 @@ def price(
             curve = _curve(names, sizes, whitening, remainder, seed)
             middle = curve[len(curve) // 2]
             factors = [
-                factorized(sizes.weights(each), rank, whitening, remainder, seed)
-                for each, rank in middle.ranks.items()
+                factorized(sizes.weights(each), rank, whitening, remainder, seed) for each, rank in middle.ranks.items()
             ]
             gain = _measured(measured, factors, probe) / middle.loss if middle.loss > 0 else 0.0
             dense = sum(weight.stored_bytes for weight in sizes.weights(names))
@@ -106,14 +105,11 @@ def _curve(
     names: tuple[str, ...], sizes: Sizes, whitening: Whitening, remainder: Remainder | None, seed: int
 ) -> list[RankChoice]:
     """Choices by level, with the share of their results that weights lose on average."""
-    alone = [(name,) for name in names]
+    alone: list[tuple[str, ...]] = [(name,) for name in names]
     partitions = [alone] if len(names) == 1 else [[names]] if sizes.share is True else [alone, [names]]
     levels = _LEVELS if sizes.remainder is None else _REMAINDER_LEVELS
     spectra = {
-        unit: spectrum_of(sizes.weights(unit), whitening)
-        for units in partitions
-        for unit in units
-        if remainder is None
+        unit: spectrum_of(sizes.weights(unit), whitening) for units in partitions for unit in units if remainder is None
     }
 
     def lost(unit: tuple[str, ...], rank: int) -> float:

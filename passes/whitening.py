@@ -2,14 +2,15 @@
 
 For `W [N, K]` and inputs whose second moment is `G = sum x x^T = S S^T`, the matrix of rank r that loses least,
 `sum |W x - A B x|^2`, is `U U^T W`: U are the first r left singular vectors of `W S`, and what is lost is exactly the
-sum of the squares of the other singular values. Half of a singular value goes to each factor: `A = U s`, `B = U^T W / s`
-with `s = sqrt(sigma)`, so that neither has columns that stand out when it is rounded.
+sum of the squares of the other singular values. Half of a singular value goes to each factor: `A = U s` and
+`B = U^T W / s` with `s = sqrt(sigma)`, so that neither has columns that stand out when it is rounded.
 
 - Written as a projection of W, nothing is ever divided by S: a singular moment (dead channels, fewer tokens than
-  channels) gives no infinity, and the full rank gives W back, also in directions that no token has. Channels that are
-  always zero get columns of zeros, since nothing is known of them.
+  channels) gives no infinity, and the full rank gives W back, also in directions that no token has. But channels
+  that are always zero get columns of zeros, since nothing is known of them.
 - The smaller side is factorised. `N <= K`: U are the eigenvectors of `W G W^T`, and S is not needed. `N > K`: with the
-  eigenvectors Z of `S^T (W^T W) S`, `U = W S Z / sigma`, so W is read a few rows at a time and may be mapped from a file.
+  eigenvectors Z of `S^T (W^T W) S`, `U = W S Z / sigma`, so that W is read a few rows at a time and may be mapped from
+  a file.
 - S is the Cholesky factor of G. Where G is singular, or nearly: its eigenvectors, with eigenvalues clamped from below.
 - A rank far below the size takes a subspace iteration (oversampled, with power iterations) instead of all eigenvectors.
 
@@ -182,14 +183,12 @@ class Spectrum:
 
 
 def _leading(matrix: Tensor, most: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of a symmetric matrix `[n, n]` from the largest on, and their vectors `[n, R]`; all, or about `most`."""
+    """Eigenvalues of a symmetric matrix `[n, n]` from the largest on, all or about `most`; their vectors `[n, R]`."""
     size = len(matrix)
     if most is None or size < _LARGE or (most + _OVERSAMPLED) * _SMALL_SHARE > size:
         values, vectors = torch.linalg.eigh(matrix)
         return values.flip(0), vectors.flip(1)
-    drawn = torch.randn(
-        size, most + _OVERSAMPLED, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    drawn = torch.randn(size, most + _OVERSAMPLED, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     basis = torch.linalg.qr(matrix @ drawn).Q
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(matrix @ basis).Q

@@ -3,10 +3,10 @@
     z = A @ (B @ x) + up_bias   (rank r: A [F, r], B [r, E])
     score[g] = sum over the neurons of g of (activation(z) * norm of its row of the second matrix) ^ 2
 
-A and B are the truncation of the matrix that is best for the inputs seen (passes/whitening.py). With a gate there are two estimates, and their product. Nothing is trained. It
-reads `r * (E + F)` weights, where a network of the same rank (`dejavu`) reads `r * (E + G)`: better recall for more
-bytes. With `estimator=int4` the smaller copy is the matrix in 4 bits, groups of 32: a quarter of the bytes of a bf16
-matrix, and none saved where the matrix has 4 bits itself.
+A and B are the truncation of the matrix that is best for the inputs seen (passes/whitening.py). With a gate there are
+two estimates, and their product. Nothing is trained. It reads `r * (E + F)` weights, where a network of the same rank
+(`dejavu`) reads `r * (E + G)`: better recall for more bytes. With `estimator=int4` the smaller copy is the matrix in 4
+bits, groups of 32: a quarter of the bytes of a bf16 matrix, and none saved where the matrix has 4 bits itself.
 
 Source: HiRE (arXiv 2402.09360), which trains its factors and keeps more candidates than it uses; the exact values that
 would tell them apart are those of the group, and once they are read it is used.
@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -13,6 +13,7 @@ from jettison.api import parse_passes, pipeline_text
 from jettison.ir.errors import OptionError
 from jettison.passes.allocate_bits import AllocateBits, names_pattern
 from jettison.passes.formats import IntGroups
+from jettison.passes.knapsack import cheapest
 from jettison.passes.methods import GPTQ
 from jettison.passes.methods.sensitivity import Choice, Probe
 from jettison.passes.quantize_weights import QuantizeWeights
