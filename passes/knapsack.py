@@ -1,6 +1,7 @@
 """Which of several forms each weight takes, so that all fit a budget and lose least, exactly.
 
-A multiple-choice knapsack, written as a mixed-integer linear program: one variable per weight and form, one of each weight chosen.
+A multiple-choice knapsack, written as a mixed-integer linear program: one variable per weight and form, of which one of
+each weight is chosen.
 
 Source: HAWQ-V3 (arXiv 2011.10680).
 """

@@ -21,7 +21,8 @@ INFRASTRUCTURE = {
     "whitening",
 }  # fmt: skip
 VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "factorize", "fold",
-         "fuse", "lower", "merge", "plan", "predict", "quantize", "raise", "select", "sparsify", "split", "strip")  # fmt: skip
+         "fuse", "lower", "merge", "plan", "predict", "quantize", "raise", "select", "sparsify", "split",
+         "strip")  # fmt: skip
 
 
 def pass_modules():
