@@ -116,8 +116,9 @@ class Remainder:
 
 
 def factorized(
-    weights: Sequence[Constant], rank: int, whitening: Whitening, remainder: Remainder | None, seed: int
-) -> LowRank:
+    weights: Sequence[Constant], rank: int, whitening: Whitening, remainder: Remainder | None, seed: int,
+    spectrum: Spectrum | None = None,
+) -> LowRank:  # fmt: skip
     """The factors with which weights that read one input lose least.
 
     Weights that share columns count equally, whatever their sizes: what is lost is the mean of the shares that each
@@ -129,14 +130,15 @@ def factorized(
         whitening: Of the input.
         remainder: What is added to the product, or None.
         seed: Of the randomised path.
+        spectrum: What `spectrum_of` returned, if it was asked before.
     """
     scales = _scales(weights, whitening)
     shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
     rank = min(rank, *shape)
     if remainder is None:
-        spectrum = Spectrum(_stacked(weights, scales), shape, whitening, most=rank, seed=seed)
+        spectrum = spectrum or Spectrum(_stacked(weights, scales), shape, whitening, most=rank, seed=seed)
         return _stored(weights, scales, spectrum.factors(rank), (), spectrum.lost(rank))
-    total = Spectrum(_stacked(weights, scales), shape, whitening, most=1, seed=seed).total
+    total = sum(whitening.energy(weight) * scale**2 for weight, scale in zip(weights, scales, strict=True))
     best: LowRank | None = None
     product: list[Tensor | None] = [None] * len(weights)
     for _ in range(_TURNS):
@@ -151,10 +153,10 @@ def factorized(
     return best
 
 
-def spectrum_of(weights: Sequence[Constant], whitening: Whitening) -> Spectrum:
-    """What weights that share columns lose at every rank; see `factorized`."""
+def spectrum_of(weights: Sequence[Constant], whitening: Whitening, most: int | None = None, seed: int = 0) -> Spectrum:
+    """What weights that share columns lose at every rank, or at those up to `most`; see `factorized`."""
     shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-    return Spectrum(_stacked(weights, _scales(weights, whitening)), shape, whitening)
+    return Spectrum(_stacked(weights, _scales(weights, whitening)), shape, whitening, most, seed)
 
 
 class _Difference:
@@ -172,14 +174,8 @@ def _scales(weights: Sequence[Constant], whitening: Whitening) -> list[float]:
     """What weights are multiplied with so that the energies of their results are one; 1 for a single one."""
     if len(weights) == 1:
         return [1.0]
-    scales = []
-    for weight in weights:
-        energy = 0.0
-        for start, stop in weight.row_chunks():
-            rows = weight.rows(start, stop).to(torch.float64)
-            energy += float((whitening.between(rows) * rows).sum())
-        scales.append(energy**-0.5 if energy > 0 else 1.0)
-    return scales
+    energies = [whitening.energy(weight) for weight in weights]
+    return [energy**-0.5 if energy > 0 else 1.0 for energy in energies]
 
 
 def _stacked(weights: Sequence[Constant | _Difference], scales: Sequence[float]) -> RowReader:

@@ -10,8 +10,8 @@ from jettison.ir.constants import Constant
 from jettison.ir.program import Program
 from jettison.passes.formats import IntGroups
 from jettison.passes.linear_sites import InputSite
-from jettison.passes.low_rank import LowRank, Remainder, factorized, low_rank_bytes
-from jettison.passes.whitening import Whitening
+from jettison.passes.low_rank import LowRank, Remainder, factorized, low_rank_bytes, spectrum_of
+from jettison.passes.whitening import Spectrum, Whitening
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,25 @@ def best_factors(
         seed: Of the randomised decomposition.
     """
     mine = {name for _, name in site.linears}
-    made = {
-        names: factorized([program.constants[name] for name in names], rank, whitening, remainder, seed)
-        for names, rank in ranks.chosen.items()
-        if mine.issuperset(names)
-    }
-    alone = [each for names, each in made.items() if len(names) == 1]
-    shared = [each for names, each in made.items() if len(names) > 1]
-    if not shared or not alone:
-        return shared or alone
-    return shared if shared[0].loss < sum(each.loss for each in alone) / len(alone) else alone
+    chosen = {names: rank for names, rank in ranks.chosen.items() if mine.issuperset(names)}
+    weights = {names: [program.constants[name] for name in names] for names in chosen}
+    alone = [names for names in chosen if len(names) == 1]
+    shared = [names for names in chosen if len(names) > 1]
+    spectra: dict[tuple[str, ...], Spectrum] = {}
+    made: dict[tuple[str, ...], LowRank] = {}
+    if alone and shared:
+        if remainder is None:  # values alone, without factors, are fast
+            spectra = {names: spectrum_of(weights[names], whitening, rank, seed) for names, rank in chosen.items()}
+            losses = {names: spectra[names].lost(rank) for names, rank in chosen.items()}
+        else:
+            made = {
+                names: factorized(weights[names], rank, whitening, remainder, seed) for names, rank in chosen.items()
+            }
+            losses = {names: each.loss for names, each in made.items()}
+        is_shared = losses[shared[0]] < sum(losses[names] for names in alone) / len(alone)
+        alone, shared = ([], shared) if is_shared else (alone, [])
+    return [
+        made.get(names)
+        or factorized(weights[names], chosen[names], whitening, remainder, seed, spectra.pop(names, None))
+        for names in (*shared, *alone)
+    ]

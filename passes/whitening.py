@@ -26,6 +26,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from jettison.ir.constants import Constant
+
 RowReader: TypeAlias = Callable[[int, int], Tensor]
 
 # Of the largest eigenvalue: what smaller ones count as, and the smallest square of a pivot that Cholesky is trusted
@@ -53,6 +55,7 @@ class Whitening:
 
     def __init__(self, moment: Tensor) -> None:
         self.moment = moment
+        self._energies: dict[int, float] = {}
         self.dead = (moment.diagonal() if moment.dim() == 2 else moment) <= 0
 
     @cached_property
@@ -67,6 +70,21 @@ class Whitening:
             return found
         values, vectors = torch.linalg.eigh(moment)
         return vectors * values.clamp_min(_FLOOR * float(values[-1])).sqrt()
+
+    def energy(self, weight: Constant) -> float:
+        """`sum |W x|^2`, to f32.
+
+        Args:
+            weight: W, `[N, K]`.
+        """
+        if weight.serial not in self._energies:
+            total, moment = 0.0, self.moment.to(torch.float32)
+            for start, stop in weight.row_chunks():
+                rows = weight.rows(start, stop).to(torch.float32)
+                met = rows * moment if moment.dim() == 1 else rows @ moment
+                total += float((met * rows).sum(dtype=torch.float64))
+            self._energies[weight.serial] = max(total, 0.0)
+        return self._energies[weight.serial]
 
     def between(self, weight: Tensor) -> Tensor:
         """`weight @ moment` in f64.
@@ -84,7 +102,6 @@ class Spectrum:
 
     Attributes:
         shape: `(N, K)` of W.
-        energies: `[R] f64`, squares of the singular values from the largest on; only some of them where `most` is few.
         total: Sum of all squares: `sum |W x|^2`.
 
     Args:
@@ -112,10 +129,32 @@ class Spectrum:
             root = whitening.root
             left = root[:, None] * self._square if root.dim() == 1 else root.T @ self._square
             between = left * root if root.dim() == 1 else left @ root
-        between = (between + between.T) / 2
+        self._between = (between + between.T) / 2
         self.total = max(float(between.trace()), 0.0)
-        values, vectors = _leading(between, most, seed)
-        self.energies, self._vectors = values.clamp_min(0), vectors
+        size = len(between)
+        is_few = most is not None and size >= _LARGE and (most + _OVERSAMPLED) * _SMALL_SHARE <= size
+        self._drawn = most + _OVERSAMPLED if most is not None and is_few else None
+        self._seed = seed
+
+    @cached_property
+    def _solved(self) -> tuple[Tensor, Tensor]:
+        """Squares of the singular values and their vectors, from the largest on."""
+        values, vectors = _leading(self._between, self._drawn, self._seed)
+        return values.clamp_min(0), vectors
+
+    @cached_property
+    def energies(self) -> Tensor:
+        """`[R] f64`, squares of the singular values from the largest on; only some of them where `most` is few.
+
+        Without the vectors, which take four times as long, until somebody has asked for those.
+        """
+        if self._drawn is not None or "_solved" in self.__dict__:
+            return self._solved[0]
+        return torch.linalg.eigvalsh(self._between).flip(0).clamp_min(0)
+
+    @property
+    def _vectors(self) -> Tensor:
+        return self._solved[1]
 
     @property
     def _is_wide(self) -> bool:
@@ -182,15 +221,15 @@ class Spectrum:
         return self._projection
 
 
-def _leading(matrix: Tensor, most: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of a symmetric matrix `[n, n]` from the largest on, all or about `most`; their vectors `[n, R]`."""
-    size = len(matrix)
-    if most is None or size < _LARGE or (most + _OVERSAMPLED) * _SMALL_SHARE > size:
+def _leading(matrix: Tensor, drawn: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a symmetric matrix `[n, n]` from the largest on, all or some; their vectors `[n, R]`."""
+    if drawn is None:
         values, vectors = torch.linalg.eigh(matrix)
         return values.flip(0), vectors.flip(1)
-    drawn = torch.randn(size, most + _OVERSAMPLED, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    basis = torch.linalg.qr(matrix @ drawn).Q
+    generator = torch.Generator().manual_seed(seed)
+    basis = matrix @ torch.randn(len(matrix), drawn, generator=generator, dtype=torch.float64)
     for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ basis).Q
+        basis = matrix @ torch.linalg.qr(basis).Q
+    basis = torch.linalg.qr(basis).Q
     values, turned = torch.linalg.eigh(basis.T @ matrix @ basis)
     return values.flip(0), basis @ turned.flip(1)

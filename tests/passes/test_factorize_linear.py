@@ -17,7 +17,7 @@ from jettison.ir.huggingface import source_from_model
 from jettison.ir.match import arguments, is_call
 from jettison.ir.ops import experts, quantized_linear
 from jettison.ir.program import input_placeholders
-from jettison.passes import low_rank_sizes
+from jettison.passes import factorize_linear
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.factorize_linear import FactorizeLinear
 from jettison.passes.factorizers import ASVD, SVD, SVDLLM
@@ -557,7 +557,7 @@ def test_inputs_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("pass_", [FactorizeLinear(rank=4), FactorizeLinear(rank=3, residual="int4", group=32)])
 def test_an_interrupted_run_goes_on(pass_, tmp_path, monkeypatch):
     whole, _ = run_pass(pass_, gated(2))
-    calls, made = [], low_rank_sizes.factorized
+    calls, made = [], factorize_linear.best_factors
 
     def interrupted(*given):
         calls.append(given)
@@ -565,16 +565,16 @@ def test_an_interrupted_run_goes_on(pass_, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return made(*given)
 
-    monkeypatch.setattr(low_rank_sizes, "factorized", interrupted)
+    monkeypatch.setattr(factorize_linear, "best_factors", interrupted)
     program = gated(2).copy()
     program.finished = FinishedLayers(tmp_path / "unfinished", "this")
-    stop = 6
+    stop = 3
     with pytest.raises(KeyboardInterrupt):
         pass_.run(program.copy())
     assert len(list((tmp_path / "unfinished").glob("*.safetensors"))) == 2
     calls.clear()
     stop = 0
-    for expected in (4, 0):
+    for expected in (2, 0):
         resumed, _ = run_pass(pass_, program)
         assert str(resumed) == str(whole)
         assert len(calls) == expected
