@@ -87,14 +87,14 @@ class Whitening:
         return self._energies[weight.serial]
 
     def between(self, weight: Tensor) -> Tensor:
-        """`weight @ moment` in f64.
+        """`weight @ moment` in f64, to the digits that the moment has.
 
         Args:
             weight: `[n, K] f64`.
         """
         if self.moment.dim() == 1:
             return weight * self.moment.to(torch.float64)
-        return torch.cat([weight @ part.to(torch.float64) for part in self.moment.split(1024, 1)], 1)
+        return (weight.to(self.moment.dtype) @ self.moment).to(torch.float64)
 
 
 class Spectrum:
