@@ -17,6 +17,8 @@ from jettison.ir.errors import ArtifactError
 
 # Rows of a large constant are converted this many bytes at a time.
 CHUNK_BYTES = 16 << 20
+# Results of a pass that are smaller are ordinary tensors.
+SMALLEST_SCRATCH = 1 << 20
 _serials = itertools.count()
 
 
@@ -150,7 +152,7 @@ def scratch_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         A writable tensor of that shape.
     """
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < 1 << 20:
+    if nbytes < SMALLEST_SCRATCH:
         return torch.zeros(tuple(shape), dtype=dtype)
     handle, path = tempfile.mkstemp(prefix="jettison-", suffix=".scratch")
     try:

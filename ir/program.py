@@ -176,6 +176,7 @@ class PassRecord:
         predicted_kl: Of the plan.
         measured_kl: Of the plan.
         layers: Figures of layers that were treated differently, by name.
+        notes: What else a user should know.
     """
 
     name: str
@@ -192,6 +193,7 @@ class PassRecord:
     predicted_kl: float | None = None
     measured_kl: float | None = None
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON-ready values."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jettison.passes.approximate_lm_head import ApproximateLmHead
     from jettison.passes.cache_kv import CacheKV
     from jettison.passes.cluster_neurons import ClusterNeurons
+    from jettison.passes.factorize_linear import FactorizeLinear
     from jettison.passes.merge_qkv_projections import MergeQkvProjections
     from jettison.passes.policies import Full, Window
     from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
@@ -37,6 +38,7 @@ __all__ = [
     "ApproximateLmHead",
     "CacheKV",
     "ClusterNeurons",
+    "FactorizeLinear",
     "Full",
     "MergeQkvProjections",
     "OptimizedModel",
@@ -53,6 +55,7 @@ _HOMES = {
     "ApproximateLmHead": "jettison.passes.approximate_lm_head",
     "CacheKV": "jettison.passes.cache_kv",
     "ClusterNeurons": "jettison.passes.cluster_neurons",
+    "FactorizeLinear": "jettison.passes.factorize_linear",
     "Full": "jettison.passes.policies",
     "MergeQkvProjections": "jettison.passes.merge_qkv_projections",
     "OptimizedModel": "jettison.optimized_model",

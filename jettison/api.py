@@ -22,6 +22,7 @@ from jettison.optimized_model import OptimizedModel
 from jettison.passes import USER_PASSES
 from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.factorizers import FACTORIZERS, Factorizer
 from jettison.passes.formats import FORMATS, WeightFormat
 from jettison.passes.grammar import format_pipeline, parse_pipeline
 from jettison.passes.methods import METHODS, Method
@@ -56,6 +57,7 @@ def parse_passes(text: str) -> list[Pass]:
     registry = {pass_.name: pass_ for pass_ in USER_PASSES}
     registries: dict[type, Mapping[str, type]] = {
         Policy: POLICIES, WeightFormat: FORMATS, Method: METHODS, Predictor: PREDICTORS,
+        Factorizer: FACTORIZERS,
     }  # fmt: skip
     return [
         build(lookup(spec.name, registry, "pass", text, spec.column), spec, where=text, registries=registries)

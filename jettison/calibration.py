@@ -20,7 +20,7 @@ from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.runtime.artifact import library_versions
 from jettison.runtime.tokenizer import Tokenizer, load_tokenizer
 from jettison.runtime.torch_executor import TorchExecutor
-from jettison.sample_text import cut_windows, load_text, named_start_token, sample_windows, text_tokens
+from jettison.sample_text import cut_windows, framed_tokens, load_text, named_start_token, sample_windows
 from jettison.source import ModelSource
 
 WINDOWS, LENGTH = 64, 512
@@ -97,9 +97,15 @@ class Calibration:
     def _from_text(self, path: Path) -> list[list[int]]:
         if self.source.folder is None:
             raise OptionError("[calibration] a module has no tokenizer for the text. Give a model folder.")
-        tokens = text_tokens(load_tokenizer(self.source.folder), load_text(path))
-        length = min(self.length, self.source.program.info.context, max(2, len(tokens)))
-        windows = cut_windows(tokens, length, where=str(path))
+        front, tokens, behind = framed_tokens(load_tokenizer(self.source.folder), load_text(path))
+        info = self.source.program.info
+        length = min(self.length, info.context)
+        # An encoder knows texts with their first and last token, a decoder any piece of one.
+        framed = len(front) + len(behind)
+        if info.kind != "encoder" or length < framed + 2:
+            front, behind, framed = [], [], 0
+        windows = cut_windows(tokens, min(length - framed, max(2, len(tokens))), where=str(path))
+        windows = [[*front, *window, *behind] for window in windows]
         # Spread over the text, whose parts may differ.
         step = max(1, len(windows) // self.windows)
         return windows[::step][: self.windows]

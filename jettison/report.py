@@ -126,6 +126,8 @@ class Report:
             for layer, figures in record.layers.items():
                 told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in figures.items())
                 console.print(f"{record.name}: {layer}: {told}", markup=False, highlight=False)
+            for note in record.notes:
+                console.print(f"{record.name}: {note}", markup=False, highlight=False)
             for miss in record.misses:
                 console.print(
                     f"{record.name} did not fire at {miss.node}: {miss.reason}", markup=False, highlight=False

@@ -74,14 +74,24 @@ def text_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
         tokenizer: The model's.
         text: Any text.
     """
+    return framed_tokens(tokenizer, text)[1]
+
+
+def framed_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of a text, and in front of them and behind them those that the tokenizer adds around every text.
+
+    Args:
+        tokenizer: The model's.
+        text: Any text.
+    """
     tokens = tokenizer.encode(text)
     added = tokenizer.encode("")
     # What is added to the empty text is added in front of any text, behind it, or some on either side.
     for front in range(len(added), -1, -1):
-        behind = len(added) - front
-        if tokens[:front] == added[:front] and tokens[len(tokens) - behind :] == added[front:]:
-            return tokens[front : len(tokens) - behind]
-    return tokens
+        behind = len(tokens) - (len(added) - front)
+        if tokens[:front] == added[:front] and tokens[behind:] == added[front:]:
+            return added[:front], tokens[front:behind], added[front:]
+    return [], tokens, []
 
 
 def cut_windows(tokens: Sequence[int], length: int, *, where: str = "text") -> list[list[int]]:

@@ -8,6 +8,7 @@ from jettison.passes.canonicalize_linear import CanonicalizeLinear
 from jettison.passes.cluster_neurons import ClusterNeurons
 from jettison.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from jettison.passes.eliminate_no_ops import EliminateNoOps
+from jettison.passes.factorize_linear import FactorizeLinear
 from jettison.passes.fold_constants import FoldConstants
 from jettison.passes.fuse_low_rank import FuseLowRank
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
@@ -31,6 +32,7 @@ PASSES: tuple[type[Pass], ...] = (
     ClusterNeurons,
     EliminateCommonSubexpressions,
     EliminateNoOps,
+    FactorizeLinear,
     FoldConstants,
     FuseLowRank,
     MergeQkvProjections,
@@ -51,6 +53,7 @@ USER_PASSES: tuple[type[Pass], ...] = (
     ApproximateLmHead,
     CacheKV,
     ClusterNeurons,
+    FactorizeLinear,
     FuseLowRank,
     MergeQkvProjections,
     PredictMlpSparsity,

@@ -30,7 +30,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 
 from jettison.ir.errors import OptionError
@@ -40,6 +39,7 @@ from jettison.ir.progress import track
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.formats import IntGroups, WeightFormat
 from jettison.passes.grammar import format_pipeline
+from jettison.passes.knapsack import cheapest, least_bytes
 from jettison.passes.methods import RTN, Method
 from jettison.passes.methods.sensitivity import Choice, Meter, Probe
 from jettison.passes.options import option, to_spec
@@ -135,7 +135,14 @@ class AllocateBits(Pass):
         fixed = sum(constant.stored_bytes for name, constant in used.items() if name not in choices)
         shapes = [(shape[0], shape[1]) for shape in (program.constants[name].shape for name in choices)]
         uniform = fixed + sum(IntGroups(4, 128).bytes(shape) for shape in shapes)
-        taken = cheapest(choices, (self.budget or uniform) - fixed, fixed)
+        budget = self.budget or uniform
+        taken = cheapest(choices, budget - fixed)
+        if taken is None:
+            least = fixed + least_bytes(choices)
+            raise OptionError(
+                f"[allocate-bits] budget={budget:,} bytes: the smallest formats of the menu take {least:,}, of which "
+                f"{fixed:,} are not quantised. Allow that, or add a format with fewer bits."
+            )
         chosen = {name: choices[name][index] for name, index in taken.items()}
         return self._steps_of(chosen), sum(choice.loss for choice in chosen.values())
 
@@ -174,56 +181,6 @@ class _Planned(Pass):
                 reason = "routed experts are not priced; quantize-weights{only='...'} before this pass takes them"
                 misses.append(MissRecord(describe_node(read.node), reason))
         return sum(step.transform(program)[0] for step in self.steps), misses
-
-
-def cheapest(choices: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 0) -> dict[str, int]:
-    """The choices with the least sum of losses within a budget: a multiple-choice knapsack, solved exactly.
-
-    Args:
-        choices: Of each weight.
-        budget: Most bytes of all.
-        fixed: Bytes of what is not chosen, for the message.
-
-    Returns:
-        Index of the choice, by name.
-
-    Raises:
-        OptionError: The smallest choices are larger than the budget.
-    """
-    least = sum(min(choice.bytes for choice in each) for each in choices.values())
-    if least > budget:
-        raise OptionError(
-            f"[allocate-bits] budget={budget + fixed:,} bytes: the smallest formats of the menu take "
-            f"{least + fixed:,}, of which {fixed:,} are not quantised. Allow that, or add a format with fewer bits."
-        )
-    # The solver may miss a constraint by a hair: then the next try has that much less.
-    taken, limit = _solve(choices, budget), budget
-    while (excess := sum(choices[name][index].bytes for name, index in taken.items()) - budget) > 0:
-        limit -= excess
-        taken = _solve(choices, limit)
-    return taken
-
-
-def _solve(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, int]:
-    # Not with the module: machines that only run kernels need no SciPy.
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    flat = [(name, index, choice) for name, each in choices.items() for index, choice in enumerate(each)]
-    losses = np.array([max(choice.loss, 0.0) for _, _, choice in flat])
-    sizes = np.array([choice.bytes for _, _, choice in flat], dtype=float)
-    places = {name: row for row, name in enumerate(choices)}
-    once = np.zeros((len(choices), len(flat)))
-    once[[places[name] for name, _, _ in flat], range(len(flat))] = 1
-    result = milp(
-        # Near one: the solver's tolerances are absolute.
-        losses / max(losses.max(initial=0.0), 1e-30),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(sizes[None], ub=budget)],
-        options={"mip_rel_gap": 0.0},
-    )
-    assert result.success, f"a choice fits the budget, but the solver says: {result.message}"
-    return {name: index for (name, index, _), value in zip(flat, result.x, strict=True) if value > 0.5}
 
 
 def names_pattern(names: Sequence[str]) -> str:

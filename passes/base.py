@@ -72,6 +72,10 @@ class Pass:
     def ensures(self, program: Program) -> str | None:
         """What is wrong with the result, or None."""
 
+    def notes(self, record: PassRecord) -> list[str]:
+        """What a user should know about the result beside figures and misses, in whole sentences."""
+        return []
+
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Rewrite every match in every entry, in place.
 
@@ -138,6 +142,7 @@ class Pass:
                 f"[{self.name}] strict mode: {len(record.misses)} place(s) could not be rewritten:\n{listed}\n"
                 "Exclude them (an option such as skip=), change the options, or drop --strict."
             )
+        record.notes = self.notes(record)
         program.history.append(record)
         return record
 

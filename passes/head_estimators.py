@@ -22,6 +22,7 @@ from jettison.ir.ops import quantized_linear
 from jettison.ir.ops.quantized_linear import dequantize_rows, row_chunks
 from jettison.ir.program import Program
 from jettison.passes.formats import Grid, IntGroups, WeightFormat
+from jettison.passes.whitening import Spectrum, Whitening
 
 aten = torch.ops.aten
 ESTIMATE = "estimate"
@@ -171,10 +172,8 @@ def int4_errors(program: Program, head: Head) -> Constant:
 def add_low_rank(edit: Edit, head: Head, rank: int, products: Tensor) -> fx.Node:
     """Write the estimate of a head by the product of two matrices in 8 bits, in front of it.
 
-    The product `A B` is the one with the least sum of `|Z x - A B x|^2` over the tokens that `products` was summed
-    over: with `S` the root of `products`, `B = V^T S^-1` and `A = Z S V`, where the columns of `V` are the leading
-    eigenvectors of `S Z^T Z S`. (The truncated singular values of `Z S`, as in SVD-LLM, arXiv 2403.07378, without
-    factorising a matrix of V rows.)
+    The product is the one with the least sum of `|Z x - A B x|^2` over the tokens that `products` was summed over; see
+    `passes/whitening.py`.
 
     Args:
         edit: Of the entry.
@@ -186,36 +185,19 @@ def add_low_rank(edit: Edit, head: Head, rank: int, products: Tensor) -> fx.Node
         `[..., V]`.
     """
     rows, columns = head.shape
-    down, projected = _factors(head, rank, products)
+    spectrum = Spectrum(head.rows, head.shape, Whitening(products), most=rank)
+    down = spectrum.columns(rank)
     down_format, up_format = _int8(columns), _int8(rank)
     name = f"{head.name}.{ESTIMATE}"
     down_parts = down_format.encode(down, name)
     specs = up_format.part_specs((rows, rank))
     up_parts = {part: scratch_tensor(dims, dtype) for part, (dims, dtype) in specs.items()}
     for each in head.chunks():
-        up = head.rows(each.start, each.stop) @ projected
+        up = spectrum.rows(rank, each.start, each.stop)
         for part, made in up_format.encode_rows(up, name, each.start).items():
             up_parts[part][each] = made
     narrow = _read(edit, head, head.node.args[0], f"{name}.down", down_format, (rank, columns), down_parts, None)
     return _read(edit, head, narrow, f"{name}.up", up_format, (rows, rank), up_parts, arguments(head.node)["bias"])
-
-
-def _factors(head: Head, rank: int, products: Tensor) -> tuple[Tensor, Tensor]:
-    """B `[rank, K]` f32, and what the head is multiplied with to give A `[V, rank]`: `[K, rank]` f32."""
-    values, vectors = torch.linalg.eigh(products.to(torch.float64))
-    # What no token reads has no variance; a little keeps the root invertible.
-    roots = values.clamp_min(float(values[-1]) * 1e-9).sqrt()
-    root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
-    gram = torch.zeros_like(root)
-    for each in head.chunks():
-        weight = head.rows(each.start, each.stop)
-        gram += weight.T @ weight
-    strengths, leading = torch.linalg.eigh(root @ gram @ root)
-    strengths, leading = strengths[-rank:].flip(0), leading[:, -rank:].flip(1)
-    # Half of a singular value (a root of a root of these) to each factor: no column stands out of its group in 8 bits.
-    halves = strengths.clamp_min(float(strengths[0]) * 1e-12).pow(0.25)
-    down, projected = halves[:, None] * (leading.T @ inverse), root @ leading / halves
-    return down.to(torch.float32), projected.to(torch.float32)
 
 
 def _read(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from jettison.ir.allocator import give_back
 from jettison.ir.chunked_run import ChunkedRun
@@ -19,33 +19,11 @@ from jettison.ir.constants import Constant
 from jettison.ir.errors import UnsupportedError
 from jettison.ir.program import Program
 from jettison.passes.base import describe_node
+from jettison.passes.linear_sites import InputSite
 from jettison.passes.residual_stream import residual_after
 
 aten = torch.ops.aten
 _TOKENS = 512
-
-
-@dataclass(frozen=True)
-class InputSite:
-    """What several linears read.
-
-    Attributes:
-        x: Their input, `[B, S, K]`.
-        linears: All of them that can be rewritten, with the names of their weights, in the order of the graph.
-    """
-
-    x: fx.Node
-    linears: tuple[tuple[fx.Node, str], ...]
-
-    @property
-    def channels(self) -> int:
-        """K."""
-        return int(self.x.meta["val"].shape[-1])
-
-    @property
-    def row_weights(self) -> int:
-        """Weights that one channel meets."""
-        return sum(int(linear.meta["val"].shape[-1]) for linear, _ in self.linears)
 
 
 @dataclass(frozen=True)

@@ -42,21 +42,18 @@ from torch import fx
 from jettison.ir.constants import transposed_constant
 from jettison.ir.edit import Edit
 from jettison.ir.errors import OptionError
-from jettison.ir.match import Miss, arguments, constant_name, is_call
+from jettison.ir.match import Miss, arguments
 from jettison.ir.ops import sparse_linear
-from jettison.ir.program import MissRecord, Program, constant_reads, input_placeholders
+from jettison.ir.program import MissRecord, Program, input_placeholders
 from jettison.ir.progress import track
-from jettison.ir.text import target_text
 from jettison.passes.base import Pass, describe_node
-from jettison.passes.expert_reads import chooses_experts
 from jettison.passes.gather_costs import row_cost
-from jettison.passes.input_errors import ErrorCurve, InputSite, error_curves
+from jettison.passes.input_errors import ErrorCurve, error_curves
+from jettison.passes.linear_sites import by_input, find_linear
 from jettison.passes.options import option
 from jettison.passes.requirements import idle_patterns, require_pattern, require_single_tokens
-from jettison.passes.residual_stream import LINEARS, PACKED_LINEARS
 
 aten = torch.ops.aten
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _MOST = 0.05, 0.9
 
 
@@ -91,10 +88,7 @@ class SparsifyInputs(Pass):
         """Look at every input, share out what is left out, then rewrite."""
         linears, misses = self.find(program)
         misses += idle_patterns(program, skip=self.skip)
-        readers: dict[fx.Node, list[tuple[fx.Node, str]]] = {}
-        for linear, weight in linears:
-            readers.setdefault(arguments(linear)["input"], []).append((linear, weight))
-        sites = [InputSite(x, tuple(reading)) for x, reading in readers.items()]
+        sites = by_input(linears)
         total, saved = self._read_sparsely(program)
         total += sum(site.channels * site.row_weights for site in sites)
         curves = []
@@ -142,31 +136,19 @@ class SparsifyInputs(Pass):
 
     def match(self, node: fx.Node, program: Program) -> tuple[fx.Node, str] | Miss | None:
         """A linear that can be read by channels, and the name of its weight."""
-        if (
-            not is_call(node, aten.linear.default, *PACKED_LINEARS)
-            or not _leads_to_a_linear(node)
-            or chooses_experts(node)
-        ):
-            return None
-        if self.skip is not None and re.search(self.skip, describe_node(node)):
-            return None
-        if is_call(node, *PACKED_LINEARS):
-            return Miss("it is quantised, and groups of codes run along the inputs", node)
-        read = arguments(node)
-        x, weight = read["input"].meta["val"], read["weight"].meta["val"]
-        name = constant_name(read["weight"])
-        if name is None:
-            return Miss("the weight is not a constant", node)
-        if weight.dtype not in _DTYPES or weight.dim() != 2:
-            return Miss(f"the weight is {list(weight.shape)}, not a matrix of f32, bf16 or f16", node)
-        others = [user for user, _ in constant_reads(program, name) if user is not node]
-        if others:
-            return Miss(f"{target_text(others[0].target)} reads {name} too", node)
+        packed = "it is quantised, and groups of codes run along the inputs"
+        found = find_linear(node, program, self._is_skipped, packed)
+        if not isinstance(found, tuple):
+            return found
+        x = arguments(node)["input"].meta["val"]
         ids = input_placeholders(program.entries["forward"])["input_ids"].meta["val"]
         # Comparing symbolic sizes compares the sizes they were traced with; their texts say what they stand for.
         if str([*x.shape[:-1]]) not in (str([*ids.shape]), str([ids.shape[0] * ids.shape[1]])):
             return Miss("its inputs are not one row for each token", node)
-        return node, name
+        return found
+
+    def _is_skipped(self, name: str) -> bool:
+        return self.skip is not None and re.search(self.skip, name) is not None
 
     def rewrite(self, match: tuple[ErrorCurve, int], edit: Edit) -> None:
         """Choose channels behind the input, and put the operator in the place of each linear."""
@@ -185,19 +167,6 @@ class SparsifyInputs(Pass):
             error = float(curve.errors[level, number])
             new.meta["figures"] = {"channels": site.channels, "kept": kept, "error": round(error, 4)}
             edit.replace(linear, new)
-
-
-def _leads_to_a_linear(node: fx.Node) -> bool:
-    """Whether a linear comes behind a node: nothing but the head has none."""
-    waiting, seen = [node], {node}
-    while waiting:
-        for user in waiting.pop().users:
-            if is_call(user, *LINEARS):
-                return True
-            if user not in seen:
-                seen.add(user)
-                waiting.append(user)
-    return False
 
 
 def allocate(curves: Sequence[ErrorCurve], wanted: float) -> list[int]:

@@ -171,7 +171,8 @@ def assert_golden(snapshot: SnapshotAssertion, pass_: Pass, program: Program, na
         f"\n==== after ====\n{after_text}"
     )
     # What comes out of a decomposition or of long sums, or is learned, is the same on no two machines.
-    computed = r"(constant @(?:past_key_values\.\S+|\S+\.predictor\.\S+|\S+\.(?:absent|errors):) \S+) #[0-9a-f]{8}"
+    learned = r"past_key_values\.\S+|\S+\.predictor\.\S+|\S+\.(?:absent|errors|columns|rows|residual\.\w+):"
+    computed = rf"(constant @(?:{learned}) \S+) #[0-9a-f]{{8}}"
     assert re.sub(computed, r"\1", text) == snapshot(name=name)
     return after, record
 

@@ -160,6 +160,9 @@ def print_passes(report: dict[str, Any], terminal: Terminal) -> None:
     if misses:
         terminal.table(["did not fire", "at", "because"], misses)
         terminal.line()
+    for record in records:
+        for note in record.get("notes", ()):
+            terminal.line(f"{record['name']}: {note}")
     if report["not_recognised"]:
         terminal.table(
             ["not recognised", "because"], [(miss["node"], miss["reason"]) for miss in report["not_recognised"]]

@@ -19,6 +19,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Carry the subcommand out; returns the exit code."""
     import_torch()
     from jettison.passes import USER_PASSES
+    from jettison.passes.factorizers import FACTORIZERS
     from jettison.passes.formats import FORMATS
     from jettison.passes.methods import METHODS
     from jettison.passes.policies import POLICIES
@@ -30,12 +31,13 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         "formats": [_describe(cls) for cls in FORMATS.values()],
         "methods": [_describe(cls) for cls in METHODS.values()],
         "predictors": [_describe(cls) for cls in PREDICTORS.values()],
+        "factorizers": [_describe(cls) for cls in FACTORIZERS.values()],
     }
     if args.name is not None:
         from jettison.passes.options import lookup
 
         named = {entry["name"]: entry for entries in kinds.values() for entry in entries}
-        found = lookup(args.name, named, "pass, policy, format, method or predictor", "")
+        found = lookup(args.name, named, "pass, policy, format, method, predictor or factorizer", "")
         kinds = {kind: [entry for entry in entries if entry is found] for kind, entries in kinds.items()}
     if terminal.is_json:
         terminal.document(kinds)
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         return 0
     titles = (
         "Passes", "\nPolicies of cache-kv", "\nFormats of quantize-weights", "\nMethods of quantize-weights",
-        "\nMethods of predict-mlp-sparsity",
+        "\nMethods of predict-mlp-sparsity", "\nMethods of factorize-linear",
     )  # fmt: skip
     for title, entries in zip(titles, kinds.values(), strict=True):
         terminal.line(title, style="bold")

@@ -59,7 +59,7 @@ class Probe:
     """A few batches, and what the program as it stands makes of them.
 
     Args:
-        program: With `forward`, a decoder.
+        program: With `forward`.
         batches: Inputs by name; as many of the first ones are taken as are needed.
     """
 
@@ -73,16 +73,24 @@ class Probe:
                 break
             taken.append({name: value[: max(1, rows)] for name, value in batch.items()})
         self.batches = taken
+        self._has_logits = program.info.kind == "decoder"
         self._expected = list(ChunkedRun(program, "forward", taken).outputs())
 
     def loss(self, run: ChunkedRun) -> float:
-        """KL(program || run) in nats per token of a run over these batches, which may stand anywhere."""
-        total, tokens = 0.0, 0
+        """KL(program || run) in nats per token of a run over these batches, which may stand anywhere.
+
+        Of an encoder, the relative squared error of its first output.
+        """
+        total, tokens = 0.0, 0.0
         for expected, found in zip(self._expected, run.outputs(), strict=True):
+            if not self._has_logits:
+                total += float((found - expected).square().sum(dtype=torch.float64))
+                tokens += float(expected.square().sum(dtype=torch.float64))
+                continue
             drift = logits_drift(expected, found)
             assert drift.kl is not None, "of logits"
             total, tokens = total + drift.kl * drift.tokens, tokens + drift.tokens
-        return total / tokens
+        return total / tokens if tokens else 0.0
 
     def loss_of(self, program: Program) -> float:
         """KL(program then || program now)."""

@@ -3,11 +3,10 @@
     z = A @ (B @ x) + up_bias   (rank r: A [F, r], B [r, E])
     score[g] = sum over the neurons of g of (activation(z) * norm of its row of the second matrix) ^ 2
 
-A and B are the truncation of the matrix that is best for the inputs seen: SVD of `up @ L` with `L @ L.T` their second
-moment, so that B = V.T @ inverse(L). With a gate there are two estimates, and their product. Nothing is trained. It
-reads `r * (E + F)` weights, where a network of the same rank (`dejavu`) reads `r * (E + G)`: better recall for more
-bytes. With `estimator=int4` the smaller copy is the matrix in 4 bits, groups of 32: a quarter of the bytes of a bf16
-matrix, and none saved where the matrix has 4 bits itself.
+A and B are the truncation of the matrix that is best for the inputs seen (passes/whitening.py). With a gate there are
+two estimates, and their product. Nothing is trained. It reads `r * (E + F)` weights, where a network of the same rank
+(`dejavu`) reads `r * (E + G)`: better recall for more bytes. With `estimator=int4` the smaller copy is the matrix in 4
+bits, groups of 32: a quarter of the bytes of a bf16 matrix, and none saved where the matrix has 4 bits itself.
 
 Source: HiRE (arXiv 2402.09360), which trains its factors and keeps more candidates than it uses; the exact values that
 would tell them apart are those of the group, and once they are read it is used. It also computes neurons that nearly
@@ -21,7 +20,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,8 +29,9 @@ from jettison.ir.ops.gated_activation import ACTIVATIONS
 from jettison.passes.formats import IntGroups
 from jettison.passes.options import option
 from jettison.passes.predictors.base import Predictor, Samples
+from jettison.passes.whitening import Spectrum, Whitening
 
-# Of the mean of the second moment's diagonal, added to it: directions that no input has need a finite inverse.
+# Of the mean of the second moment's diagonal, added to it: what no input of the sample has still counts a little.
 _DAMPING = 1e-4
 _COPY = IntGroups(4, 32)
 
@@ -54,12 +53,12 @@ class HiRE(Predictor):
     def fit(self, samples: Samples, kept: int, seed: int) -> dict[str, Tensor]:
         """Factorise; see `Predictor.fit`."""
         rank = min(self.rank or max(1, samples.inputs.shape[1] // 8), *samples.up.shape)
-        root = _root(samples.inputs) if self.estimator == "lowrank" else None
+        whitening = second_moment(samples.inputs) if self.estimator == "lowrank" else None
         # The norms by group: the graph learns from their shape how many groups there are.
         made = {"norms": samples.norms.reshape(samples.scores.shape[1], -1)}
         for name, matrix in (("up", samples.up), ("gate", samples.gate)):
-            if matrix is not None and root is not None:
-                made[f"{name}_rows"], made[f"{name}_columns"] = truncated(matrix, root, rank)
+            if matrix is not None and whitening is not None:
+                made[f"{name}_rows"], made[f"{name}_columns"] = truncated(matrix, whitening, rank)
             elif matrix is not None:
                 made |= {f"{name}_{part}": values for part, values in _COPY.encode(matrix, name).items()}
         if samples.up_bias is not None:
@@ -83,25 +82,23 @@ class HiRE(Predictor):
         return worth.square().sum(-1)
 
 
-def _root(inputs: Tensor) -> Tensor:
-    """`[E, E]`, lower triangular: its product with its transpose is the second moment of the inputs."""
+def second_moment(inputs: Tensor) -> Whitening:
+    """Of inputs `[T, E]`, slightly damped."""
     moment = inputs.T @ inputs / len(inputs)
     moment.diagonal().add_(_DAMPING * moment.diagonal().mean().clamp_min(1e-30))
-    return torch.linalg.cholesky(moment)
+    return Whitening(moment)
 
 
-def truncated(matrix: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of a matrix that keep most of its products with inputs of a second moment.
+def truncated(matrix: Tensor, whitening: Whitening, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of a matrix that keep most of its products with the inputs seen.
 
     Args:
         matrix: `[N, E]`.
-        root: `[E, E]`, lower triangular; see `_root`.
+        whitening: Of the inputs.
         rank: Of the factors.
 
     Returns:
         `[N, rank]` and `[rank, E]`.
     """
-    left, values, right = torch.linalg.svd(matrix @ root, full_matrices=False)
-    rows = (left[:, :rank] * values[:rank]).contiguous()
-    columns = torch.linalg.solve_triangular(root, right[:rank], upper=False, left=False)
-    return rows, columns.contiguous()
+    shape = (matrix.shape[0], matrix.shape[1])
+    return Spectrum(lambda start, stop: matrix[start:stop], shape, whitening, most=rank).factors(rank)

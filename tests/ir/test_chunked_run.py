@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from jettison.ir import chunked_run, constants
 from jettison.ir.chunked_run import ChunkedRun
 from jettison.ir.compare import usual_inputs
 from jettison.ir.interpret import run_entry
@@ -84,3 +85,21 @@ def test_a_fork_leaves_the_run_where_it_was():
     expected = [run_entry(program(), "forward", batch)[0] for batch in batches()]
     assert all(torch.equal(found, wanted) for found, wanted in zip(same, expected, strict=True))
     assert not any(torch.equal(found, wanted) for found, wanted in zip(changed, expected, strict=True))
+
+
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_products_take_the_place_of_weights(is_on_disk, monkeypatch):
+    """Twice the product, with the bias behind it; and values in files are the same values."""
+    for module in (chunked_run, constants):
+        monkeypatch.setattr(module, "SMALLEST_SCRATCH", 1)
+    run = ChunkedRun(program(), "forward", batches(), is_on_disk=is_on_disk)
+    run.advance(node_reading("down.weight").args[0])
+    weight = program().constants["down.weight"].value()
+    run.products["down.weight"] = lambda x: 2 * F.linear(x, weight)
+    other = ChunkedRun(program(), "forward", batches())
+    other.weights["down.weight"] = lambda: 2 * weight
+    for found, wanted in zip(run.fork().outputs(), other.outputs(), strict=True):
+        torch.testing.assert_close(found, wanted)
+    held = [value for values in run._held for value in values.values()]
+    assert held
+    assert all(value.untyped_storage().filename is not None for value in held) or not is_on_disk

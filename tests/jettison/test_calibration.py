@@ -8,10 +8,12 @@ import torch
 import jettison
 from jettison.calibration import Calibration
 from jettison.ir.errors import ArtifactError, OptionError
+from jettison.ir.program import input_placeholders
 from jettison.passes.methods import AWQ, GPTQ
 from jettison.passes.methods.finished_layers import FinishedLayers
 from jettison.passes.pipeline import prepare
 from jettison.source import open_source
+from tests.models.tiny_models import tiny_model
 
 SIZE = (3, 24)
 GPTQ_TEXT = "quantize-weights{bits=4,group=32,method=gptq}"
@@ -67,6 +69,46 @@ def test_a_text_shorter_than_a_window_is_one_window(source, tmp_path):
     assert calibration.as_dict() == {
         "text": str(path), "windows": 1, "length": length, "sha256": calibration.sha256,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A small BERT with a tokenizer that puts a token in front of every text and one behind it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("encoder")
+    tiny_model("bert").save_pretrained(folder)
+    words = ["[UNK]", "[CLS]", "[SEP]", "the", "captain", "looked", "out", "over", "sea", "and", "back", ",", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def test_an_encoder_reads_texts_with_their_first_and_last_token(encoder, text):
+    opened = open_source(encoder)
+    prepare(opened.program)
+    calibration = Calibration(opened, text, *SIZE)
+    tokens = calibration.tokens()
+    assert tuple(tokens.shape) == SIZE
+    assert (set(tokens[:, 0].tolist()), set(tokens[:, -1].tolist())) == ({1}, {2})
+    assert not bool(((tokens[:, 1:-1] == 1) | (tokens[:, 1:-1] == 2)).any())
+    assert set(calibration()[0]) == set(input_placeholders(opened.program.entries["forward"]))
+    short = Calibration(opened, text, 2, 3).tokens()
+    assert short.shape == (2, 3)
+    assert not bool(((short == 1) | (short == 2)).any())
+
+
+def test_an_encoder_is_factored_for_its_text(encoder, text):
+    model = optimize(encoder, "factorize-linear{rank=4}", calibration=text)
+    (record,) = [each for each in model.report.passes if each.name == "factorize-linear"]
+    assert record.rewrites >= 12
+    assert record.bytes_after < record.bytes_before
+    assert model.report.calibration["windows"] == 3
 
 
 def test_a_model_writes_its_own(source):

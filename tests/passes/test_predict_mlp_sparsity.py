@@ -23,7 +23,7 @@ from jettison.passes.policies import POLICIES
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
 from jettison.passes.predictors import DejaVu, HiRE
 from jettison.passes.predictors.base import Samples, recall
-from jettison.passes.predictors.hire import _root, truncated
+from jettison.passes.predictors.hire import second_moment, truncated
 from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.passes.residual_stream import ancestors
 from tests.helpers import (
@@ -440,7 +440,7 @@ def test_factors_keep_what_inputs_need():
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(24, 16, generator=generator)
     inputs = torch.randn(200, 4, generator=generator) @ torch.randn(4, 16, generator=generator)
-    rows, columns = truncated(matrix, _root(inputs), 4)
+    rows, columns = truncated(matrix, second_moment(inputs), 4)
     assert (rows.shape, columns.shape) == ((24, 4), (4, 16))
     expected = inputs @ matrix.T
     left, values, right = torch.linalg.svd(matrix)

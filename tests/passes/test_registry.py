@@ -16,11 +16,13 @@ from jettison.passes.pipeline import CANONICALIZE, RAISE
 # Modules of the package that hold no pass.
 INFRASTRUCTURE = {
     "attention_forms", "base", "decode_only", "dense_forms", "expert_reads", "gather_costs", "grammar",
-    "head_estimators", "head_forms", "input_errors", "low_rank_sites", "mlp_activity", "mlp_sites", "neuron_groups",
-    "options", "pipeline", "requirements", "residual_stream",
+    "head_estimators", "head_forms", "input_errors", "knapsack", "linear_sites", "low_rank", "low_rank_forms",
+    "low_rank_run", "low_rank_sites", "low_rank_sizes", "mlp_activity", "mlp_sites", "neuron_groups", "options",
+    "pipeline", "rank_allocation", "requirements", "residual_stream", "whitening",
 }  # fmt: skip
-VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "fold", "fuse",
-         "lower", "merge", "plan", "predict", "quantize", "raise", "select", "sparsify", "split", "strip")  # fmt: skip
+VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "factorize", "fold",
+         "fuse", "lower", "merge", "plan", "predict", "quantize", "raise", "select", "sparsify", "split",
+         "strip")  # fmt: skip
 
 
 def pass_modules():
