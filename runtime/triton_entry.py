@@ -19,6 +19,7 @@ from jettison.codegen.triton.steps import (
     JointAttentionStep,
     LinearStep,
     LookupStep,
+    LowRankMlpStep,
     NormStep,
     SparseMlpStep,
     Step,
@@ -29,6 +30,7 @@ from jettison.ir.match import arguments, is_call
 from jettison.ir.ops.write_slots import write_slots_
 from jettison.ir.program import Program, output_node, placeholders
 from jettison.runtime.device_weights import DeviceWeights
+from jettison.runtime.low_rank_steps import RunLowRankMlp
 from jettison.runtime.state_operators import attend_slots, slot_range
 
 
@@ -317,6 +319,8 @@ class _Builder:
             return RunLookup(step, self._weights, self._launchers)
         if isinstance(step, SparseMlpStep):
             return RunSparseMlp(step, self._weights, self._counters, self._launchers)
+        if isinstance(step, LowRankMlpStep):
+            return RunLowRankMlp(step, self._weights, self._launchers)
         if isinstance(step, CacheStep):
             return RunCache(step, self._launchers)
         if isinstance(step, JointAttentionStep):

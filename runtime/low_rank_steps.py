@@ -1,0 +1,86 @@
+"""Runs what `codegen/triton/low_rank_step.py` plans."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from jettison.codegen.triton.kernels.gemm import DECODE_ROWS
+from jettison.codegen.triton.launch import Launchers
+from jettison.codegen.triton.steps import LowRankMlpStep, Product
+from jettison.runtime.device_weights import DeviceWeights
+
+
+class RunProduct:
+    """Runs a `Product`."""
+
+    def __init__(self, product: Product, weights: DeviceWeights, launchers: Launchers) -> None:
+        self.rows, self.weight = product.rows, weights.stacked(product.weights, product.dtype)
+        self.bias = weights.joined(product.biases, product.dtype)
+        self.gemv, self.few_rows = launchers(product.gemv), launchers(product.few_rows)
+        self._gemm, self._launchers = product.gemm, launchers
+
+    def __call__(self, x: Tensor, *others: Tensor, out: Tensor | None = None) -> Tensor:
+        """`[M, N]` of `[M, K]`, contiguous both; others are what the epilogue reads beside the bias."""
+        out = x.new_empty(len(x), self.rows) if out is None else out
+        given = (x, *self.weight, *self.bias, *others, out)
+        if len(x) == 1:
+            self.gemv(*given, sizes={})
+        else:
+            launcher = self.few_rows if len(x) <= DECODE_ROWS else self._launchers(self._gemm)
+            launcher(*given, sizes={"M": len(x)})
+        return out
+
+
+class RunLowRankMlp:
+    """Runs a `LowRankMlpStep`: a chain of products for few tokens, and for many a kernel and at most one product.
+
+    Of many tokens nothing as wide as the neurons is made.
+    """
+
+    __name__ = "run_step"
+
+    def __init__(self, step: LowRankMlpStep, weights: DeviceWeights, launchers: Launchers) -> None:
+        assert step.kernel is not None, "made with one"
+        assert step.sums is not None, "made with one"
+        self.width, self.inputs = step.kernel.width, len(step.rows)
+        self.neurons = [RunProduct(each, weights, launchers) for each in step.neurons]
+        self.sums = RunProduct(step.sums, weights, launchers)
+        self.last = None if step.last is None else RunProduct(step.last, weights, launchers)
+        self.kernel = launchers(step.kernel)
+        self.rows, self.biases = _rows(step, weights), [weights.constant(name) for name in step.biases]
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """`[..., E]` of what gate and up are made of, and of the residual if there is one."""
+        read, rest = given[: self.inputs], given[self.inputs :]
+        flat = [each.reshape(-1, each.shape[-1]).contiguous() for each in read]
+        end = self.last or self.sums
+        residual = [each.contiguous() for each in rest]
+        out = read[-1].new_empty(*read[-1].shape[:-1], end.rows)
+        if len(flat[-1]) <= DECODE_ROWS:
+            hidden = self.neurons[0](flat[-1])
+            for gate in self.neurons[1:]:
+                hidden = gate(flat[0], hidden)
+            if self.last is None:
+                self.sums(hidden, *residual, out=out)
+            else:
+                self.last(self.sums(hidden), *residual, out=out)
+        elif self.last is None:
+            self._prompt(flat, residual, out)
+        else:
+            summed = flat[-1].new_empty(len(flat[-1]), self.width)
+            self._prompt(flat, [], summed)
+            self.last(summed, *residual, out=out)
+        return (out,)
+
+    def _prompt(self, flat: list[Tensor], residual: list[Tensor], out: Tensor) -> None:
+        read = [each for pair in zip(flat, self.rows, strict=True) for each in pair]
+        after = [*self.biases, *self.sums.weight, *self.sums.bias, *residual, out]
+        self.kernel(*read, *after, sizes={"M": len(flat[-1])})
+
+
+def _rows(step: LowRankMlpStep, weights: DeviceWeights) -> list[Tensor]:
+    """The weights that make neurons, one by one; views where few tokens read both as one, so that each is held once."""
+    if len(step.rows) == 1 or len(step.neurons) > 1:
+        return [weights.constant(name) for name in step.rows]
+    (both,) = weights.stacked(step.rows, step.neurons[0].dtype)
+    return list(both.chunk(2))
