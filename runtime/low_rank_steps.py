@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from jettison.codegen.triton.kernels.gemm import DECODE_ROWS
 from jettison.codegen.triton.launch import Launchers
-from jettison.codegen.triton.steps import LowRankMlpStep, Product
+from jettison.codegen.triton.steps import LowRankAttentionStep, LowRankMlpStep, Product
 from jettison.runtime.device_weights import DeviceWeights
 
 
@@ -84,3 +85,40 @@ def _rows(step: LowRankMlpStep, weights: DeviceWeights) -> list[Tensor]:
         return [weights.constant(name) for name in step.rows]
     (both,) = weights.stacked(step.rows, step.neurons[0].dtype)
     return list(both.chunk(2))
+
+
+class RunLowRankAttention:
+    """Runs a `LowRankAttentionStep`."""
+
+    __name__ = "run_step"
+
+    def __init__(self, step: LowRankAttentionStep, weights: DeviceWeights, launchers: Launchers) -> None:
+        assert step.kernel is not None, "made with one"
+        self.kernel, self.launcher = step.kernel, launchers(step.kernel)
+        self.weights = [weights.constant(name) for name in (*step.rows, *step.biases)]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """`[B, S, H, Dv]`."""
+        kernel, masks, rest = self.kernel, self.kernel.masks, list(others)
+        batch, steps = query.shape[:2]
+        sizes = {"B": batch, "S": steps, "T": key.shape[1]}
+        given = [each.contiguous() for each in (query, key, value)] + self.weights
+        if kernel.rotated:
+            given += self._of_rows(sizes, "ANGLES", rest, 2)
+        if masks.has_query_positions:
+            given += self._of_rows(sizes, "ASKED", rest, 1)
+        if masks.has_key_positions:
+            given += self._of_rows(sizes, "PLACES", rest, 1)
+        if masks.has_valid:
+            given.append((rest.pop(0) != 0).expand(batch, -1).contiguous().view(torch.uint8))
+        if kernel.has_sinks:
+            given.append(rest.pop(0).float().contiguous())
+        out = query.new_empty(batch, steps, kernel.heads, kernel.value_dim)
+        self.launcher(*given, out, sizes=sizes)
+        return (out,)
+
+    def _of_rows(self, sizes: dict[str, int], name: str, rest: list[Tensor], count: int) -> list[Tensor]:
+        """The next operands, and how far apart they are for two rows of the batch: not at all where all share them."""
+        taken = [rest.pop(0).contiguous() for _ in range(count)]
+        sizes[name] = 0 if len(taken[0]) == 1 else taken[0].stride(0)
+        return taken

@@ -19,6 +19,7 @@ from jettison.codegen.triton.steps import (
     JointAttentionStep,
     LinearStep,
     LookupStep,
+    LowRankAttentionStep,
     LowRankMlpStep,
     NormStep,
     SparseMlpStep,
@@ -30,7 +31,7 @@ from jettison.ir.match import arguments, is_call
 from jettison.ir.ops.write_slots import write_slots_
 from jettison.ir.program import Program, output_node, placeholders
 from jettison.runtime.device_weights import DeviceWeights
-from jettison.runtime.low_rank_steps import RunLowRankMlp
+from jettison.runtime.low_rank_steps import RunLowRankAttention, RunLowRankMlp
 from jettison.runtime.state_operators import attend_slots, slot_range
 
 
@@ -321,6 +322,8 @@ class _Builder:
             return RunSparseMlp(step, self._weights, self._counters, self._launchers)
         if isinstance(step, LowRankMlpStep):
             return RunLowRankMlp(step, self._weights, self._launchers)
+        if isinstance(step, LowRankAttentionStep):
+            return RunLowRankAttention(step, self._weights, self._launchers)
         if isinstance(step, CacheStep):
             return RunCache(step, self._launchers)
         if isinstance(step, JointAttentionStep):

@@ -1,7 +1,7 @@
 """What `fuse-low-rank` made one operator, as steps.
 
 A feed-forward layer is a chain of products for the few tokens of a decode step, which read each weight once and whose
-neurons are few. Of a prompt the neurons are many, and one kernel keeps them on chip.
+neurons are few. Of a prompt the neurons are many, and one kernel keeps them on chip. An attention is one kernel.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ from torch import fx
 
 from jettison.codegen.triton.kernels.base import COMPUTED
 from jettison.codegen.triton.kernels.epilogue import Epilogue
+from jettison.codegen.triton.kernels.low_rank_attention import LowRankAttention, Masks
 from jettison.codegen.triton.kernels.low_rank_mlp import LowRankMlp
-from jettison.codegen.triton.steps import LowRankMlpStep, Product
+from jettison.codegen.triton.steps import LowRankAttentionStep, LowRankMlpStep, Product
 from jettison.ir.match import arguments, constant_name
 
 _WEIGHTS = ("gate_rows", "gate_bias", "up_rows", "up_bias", "columns", "rows", "bias")
+_THREE = ("query", "key", "value")
+# What an attention may be given, in the order in which the kernel takes it.
+_GIVEN = ("cos", "sin", "query_positions", "key_positions", "key_valid", "sinks")
+# A tile of queries, of keys and of values, of so many channels each, fits a multiprocessor.
+_MOST_CHANNELS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
 def low_rank_mlp_step(node: fx.Node, added: tuple[fx.Node, fx.Node] | None) -> LowRankMlpStep | str:
@@ -28,13 +34,9 @@ def low_rank_mlp_step(node: fx.Node, added: tuple[fx.Node, fx.Node] | None) -> L
     read, value = arguments(node), node.meta["val"]
     if value.dtype not in COMPUTED:
         return f"kernels do not compute in {str(value.dtype).removeprefix('torch.')}"
-    given = [name for name in _WEIGHTS if read[name] is not None]
-    names = {name: found for name in given if (found := constant_name(read[name])) is not None}
-    biases = [read[name] for name in ("gate_bias", "up_bias", "bias") if read[name] is not None]
-    if len(names) < len(given):
-        return "a factor or a bias is computed"
-    if any(bias.meta["val"].dtype != value.dtype for bias in biases):
-        return "a bias has another dtype than the weights"
+    names = _constants(node, _WEIGHTS)
+    if isinstance(names, str):
+        return names
     sizes = {name: [int(size) for size in read[name].meta["val"].shape] for name in names}
     last, sums = _summing(names, sizes, value.dtype, has_residual=added is not None)
     gate_rank = sizes["gate_rows"][1] if "gate_rows" in names else 0
@@ -49,6 +51,56 @@ def low_rank_mlp_step(node: fx.Node, added: tuple[fx.Node, fx.Node] | None) -> L
         nodes, inputs, [nodes[-1]], _why(kernel), _making(node, names, sizes), sums, last, kernel,
         tuple(names[name] for name in ("gate_rows", "up_rows") if name in names),
         tuple(names[name] for name in ("gate_bias", "up_bias") if name in names),
+    )  # fmt: skip
+
+
+def _constants(node: fx.Node, wanted: tuple[str, ...]) -> dict[str, str] | str:
+    """Names of the weights and biases that are given, or why no kernel reads them."""
+    read, dtype = arguments(node), node.meta["val"].dtype
+    given = [name for name in wanted if read[name] is not None]
+    names = {name: found for name in given if (found := constant_name(read[name])) is not None}
+    if len(names) < len(given):
+        return "a factor or a bias is computed"
+    if any(read[name].meta["val"].dtype != dtype for name in given):
+        return "a bias has another dtype than the weights"
+    return names
+
+
+def low_rank_attention_step(node: fx.Node) -> LowRankAttentionStep | str:
+    """The step of an attention, or why there is none.
+
+    Args:
+        node: A call of `jettison::low_rank_attention`.
+    """
+    read, value = arguments(node), node.meta["val"]
+    if value.dtype not in COMPUTED:
+        return f"kernels do not compute in {str(value.dtype).removeprefix('torch.')}"
+    names = _constants(node, tuple(f"{name}_{part}" for name in _THREE for part in ("rows", "bias")))
+    if isinstance(names, str):
+        return names
+    of = {name: None if read[name] is None else read[name].meta["val"] for name in _GIVEN}
+    if of["cos"] is not None and (of["cos"].dtype not in COMPUTED or of["cos"].dtype != of["sin"].dtype):
+        return "cosines and sines are not in one dtype that kernels compute in"
+    if any(of[name] is not None and of[name].dtype != torch.int64 for name in ("query_positions", "key_positions")):
+        return "positions are not int64"
+    rows = [read[f"{name}_rows"].meta["val"].shape for name in _THREE]
+    heads, kv_heads = read["heads"], read["kv_heads"]
+    dim, value_dim = int(rows[0][0]) // heads, int(rows[2][0]) // kv_heads
+    most = _MOST_CHANNELS[value.dtype]
+    if max(dim, value_dim) > most:
+        return f"heads of {max(dim, value_dim)} channels do not fit a tile: at most {most}"
+    masks = Masks(read["causal"], read["window"], *(of[name] is not None for name in _GIVEN[2:5]))
+    kernel = LowRankAttention(
+        heads, kv_heads, dim, value_dim, tuple(int(each[1]) for each in rows),
+        tuple(f"{name}_bias" in names for name in _THREE), 0 if of["cos"] is None else 2 * int(of["cos"].shape[-1]),
+        read["interleaved"], read["scale"], read["softcap"], of["sinks"] is not None, masks, value.dtype,
+        torch.float32 if of["cos"] is None else of["cos"].dtype,
+    )  # fmt: skip
+    inputs = [*(read[name] for name in _THREE), *(read[name] for name in _GIVEN if read[name] is not None)]
+    why = f"heads are made on chip; keys and values anew for each head of queries and {kernel.tunings()[0]['BLOCK_M']} tokens"
+    return LowRankAttentionStep(
+        [node], inputs, [node], why, kernel, tuple(names[f"{name}_rows"] for name in _THREE),
+        tuple(names[f"{name}_bias"] for name in _THREE if f"{name}_bias" in names),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention
 from jettison.codegen.triton.kernels.layer_norm import LayerNorm
+from jettison.codegen.triton.kernels.low_rank_attention import LowRankAttention
 from jettison.codegen.triton.kernels.low_rank_mlp import LowRankMlp
 from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
@@ -255,6 +256,24 @@ class LowRankMlpStep(Step):
             yield self.kernel
         if self.last is not None:
             yield self.last.gemm
+
+
+@dataclass
+class LowRankAttentionStep(KernelStep):
+    """Attention over heads that are made on chip.
+
+    `inputs` are what queries, keys and values are made of, and what there is of cosines, sines, positions of queries and
+    of keys, which keys are tokens, and sinks.
+
+    Attributes:
+        kernel: What computes it.
+        rows: Names of the three weights.
+        biases: Of those that have one.
+    """
+
+    kernel: LowRankAttention | None = None
+    rows: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
 
 
 @dataclass

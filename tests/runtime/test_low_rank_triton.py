@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jettison.codegen.triton.emit import emit
-from jettison.codegen.triton.steps import LinearStep, LowRankMlpStep, TorchStep
+from jettison.codegen.triton.steps import LinearStep, LowRankAttentionStep, LowRankMlpStep, TorchStep
 from jettison.ir.compare import assert_close, example_input_ids
 from jettison.ir.interpret import run_entry
 from jettison.passes.cache_kv import CacheKV
@@ -16,7 +16,7 @@ from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
 from tests.helpers import run_pass
-from tests.models.tiny_low_rank import MLPS, Mlp, encoder
+from tests.models.tiny_low_rank import ATTENTIONS, MLPS, Attention, Mlp, encoder
 
 # One token, several of them, and more than count as few.
 SIZES = ((1, 1), (1, 13), (3, 7))
@@ -47,3 +47,8 @@ def test_feed_forward_layers(name):
     assert (step.last is None) == (given.get("down", 3) is None)
     end = step.last or step.sums
     assert end.epilogue.has_residual == (not given.get("is_flat"))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attentions(name):
+    check(Attention(**ATTENTIONS[name]), LowRankAttentionStep)

@@ -122,9 +122,8 @@ class LowRankMlp(Kernel):
         elif most == _MOST_TOKENS:
             wanted = [(128, 64, 32, 8, 2), (64, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 64, 8, 2)]
         else:  # more neurons than tokens: warps share out the wide sums, not the few tokens
-            less = max(LEAST_TILE, most // 2)
-            wanted = [(most, 2 * max(most, 32), 64 if most < 64 else 32, 8, 2), (most, 128, 32, 8, 2),
-                      (less, 64, 64, 8, 2), (less, 64, 32, 8, 3)]  # fmt: skip
+            less = max(LEAST_TILE, min(most, 32))  # on older GPUs, 64 tokens spill
+            wanted = [(less, 64, 64, 8, 2), (less, 128, 32, 8, 2), (most, 128, 32, 8, 2), (less, 64, 32, 8, 3)]
         found = [
             Tuning.of(warps, stages, BLOCK_M=m, BLOCK_F=neurons, BLOCK_K=ranks)
             for m, neurons, ranks, warps, stages in wanted
@@ -180,8 +179,9 @@ class LowRankMlp(Kernel):
             f"hidden = y.to({kind})",
             *(
                 [
-                    f"columns = tl.load(columns_ptr + column{index}[:, None] * F + neuron[None, :], "
-                    f"mask=(column{index} < N)[:, None] & (neuron < F)[None, :], other=0)",
+                    f"in_columns = (column{index} < N)[:, None] & (neuron < F)[None, :]",
+                    f"of_columns = column{index}[:, None] * F + neuron[None, :]",
+                    "columns = tl.load(columns_ptr + of_columns, mask=in_columns, other=0)",
                     f"sums{index} = tl.dot(hidden, tl.trans(columns), sums{index}, input_precision='ieee')",
                 ]
                 for index, _ in enumerate(self.pieces)
@@ -190,16 +190,17 @@ class LowRankMlp(Kernel):
 
     def _half(self, name: str, rank: int, has_bias: bool) -> list[str]:
         """The gate or up of some neurons, by that name, in fp32."""
-        inside = f"(at < {rank})"
         return lines(
             f"{name} = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)",
             f"for first in range(0, {rank}, BLOCK_K):",
             deeper(lines(
                 "at = first + tl.arange(0, BLOCK_K)",
-                f"x = tl.load({name}_ptr + m[:, None] * {rank} + at[None, :], "
-                f"mask=(m < M)[:, None] & {inside}[None, :], other=0)",
-                f"rows = tl.load({name}_rows_ptr + neuron[:, None] * {rank} + at[None, :], "
-                f"mask=(neuron < F)[:, None] & {inside}[None, :], other=0)",
+                f"in_rank = at < {rank}",
+                f"of_x = m[:, None] * {rank} + at[None, :]",
+                f"x = tl.load({name}_ptr + of_x, mask=(m < M)[:, None] & in_rank[None, :], other=0)",
+                f"of_rows = neuron[:, None] * {rank} + at[None, :]",
+                "in_rows = (neuron < F)[:, None] & in_rank[None, :]",
+                f"rows = tl.load({name}_rows_ptr + of_rows, mask=in_rows, other=0)",
                 f"{name} = tl.dot(x, tl.trans(rows), {name}, input_precision='ieee')",
             )),
             f"{name} += tl.load({name}_bias_ptr + neuron, mask=neuron < F, other=0).to(tl.float32)[None, :]"
