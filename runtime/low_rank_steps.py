@@ -48,7 +48,7 @@ class RunLowRankMlp:
         self.sums = RunProduct(step.sums, weights, launchers)
         self.last = None if step.last is None else RunProduct(step.last, weights, launchers)
         self.kernel = launchers(step.kernel)
-        self.rows, self.biases = _rows(step, weights), [weights.constant(name) for name in step.biases]
+        self.rows, self.biases = _apart(step, weights)
 
     def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
         """`[..., E]` of what gate and up are made of, and of the residual if there is one."""
@@ -79,12 +79,16 @@ class RunLowRankMlp:
         self.kernel(*read, *after, sizes={"M": len(flat[-1])})
 
 
-def _rows(step: LowRankMlpStep, weights: DeviceWeights) -> list[Tensor]:
-    """The weights that make neurons, one by one; views where few tokens read both as one, so that each is held once."""
-    if len(step.rows) == 1 or len(step.neurons) > 1:
-        return [weights.constant(name) for name in step.rows]
-    (both,) = weights.stacked(step.rows, step.neurons[0].dtype)
-    return list(both.chunk(2))
+def _apart(step: LowRankMlpStep, weights: DeviceWeights) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights and biases that make neurons, one by one.
+
+    They are views where few tokens read those of gate and up as one, so that each is held once.
+    """
+    (first, *others) = step.neurons
+    if others or len(step.rows) == 1:
+        return [weights.constant(name) for name in step.rows], [weights.constant(name) for name in step.biases]
+    (rows,) = weights.stacked(first.weights, first.dtype)
+    return list(rows.chunk(2)), [half for both in weights.joined(first.biases, first.dtype) for half in both.chunk(2)]
 
 
 class RunLowRankAttention:

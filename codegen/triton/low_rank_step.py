@@ -97,7 +97,7 @@ def low_rank_attention_step(node: fx.Node) -> LowRankAttentionStep | str:
         torch.float32 if of["cos"] is None else of["cos"].dtype,
     )  # fmt: skip
     inputs = [*(read[name] for name in _THREE), *(read[name] for name in _GIVEN if read[name] is not None)]
-    why = f"heads are made on chip; keys and values anew for each head of queries and {kernel.tunings()[0]['BLOCK_M']} tokens"
+    why = "heads are made on chip, those of keys and values anew for each tile and head of queries"
     return LowRankAttentionStep(
         [node], inputs, [node], why, kernel, tuple(names[f"{name}_rows"] for name in _THREE),
         tuple(names[f"{name}_bias"] for name in _THREE if f"{name}_bias" in names),

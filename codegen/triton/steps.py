@@ -262,8 +262,8 @@ class LowRankMlpStep(Step):
 class LowRankAttentionStep(KernelStep):
     """Attention over heads that are made on chip.
 
-    `inputs` are what queries, keys and values are made of, and what there is of cosines, sines, positions of queries and
-    of keys, which keys are tokens, and sinks.
+    `inputs` are what queries, keys and values are made of, and what there is of cosines, sines, positions of queries
+    and of keys, which keys are tokens, and sinks.
 
     Attributes:
         kernel: What computes it.

@@ -64,10 +64,11 @@ class Masks:
 
     @property
     def name(self) -> str:
-        """For names of kernels."""
-        given = {"causal_": self.causal, f"window{self.window}_": self.window, "asked_": self.has_query_positions,
-                 "placed_": self.has_key_positions, "valid_": self.has_valid}  # fmt: skip
-        return "".join(name for name, is_there in given.items() if is_there)
+        """For names of kernels; of the last three, the first letter of whom they are about."""
+        given = {"q": self.has_query_positions, "k": self.has_key_positions, "v": self.has_valid}
+        letters = "".join(letter for letter, is_there in given.items() if is_there)
+        window = f"window{self.window}_" if self.window else ""
+        return "causal_" * self.causal + window + (f"given_{letters}_" if letters else "")
 
     @property
     def follows_places(self) -> bool:
@@ -122,7 +123,8 @@ class LowRankAttention(Kernel):
         ranks = "x".join(f"{rank}{'b' * bias}" for rank, bias in zip(self.ranks, self.has_bias, strict=True))
         turned = f"turn{self.rotated}{'i' * self.interleaved}_" if self.rotated else ""
         extra = f"softcap{name_of(self.softcap)}_" * bool(self.softcap) + "sinks_" * self.has_sinks
-        of = f"h{self.heads}x{self.kv_heads}_d{self.dim}x{self.value_dim}_scale{name_of(self.scale)}"
+        dims = "x".join(dict.fromkeys(map(str, (self.dim, self.value_dim))))
+        of = f"h{self.heads}x{self.kv_heads}_d{dims}_scale{name_of(self.scale)}"
         given = (self.dtype, self.angles) if self.rotated else (self.dtype,)
         kinds = "_".join(dict.fromkeys(ELEMENTS[each] for each in given))
         return f"low_rank_attention_{ranks}_{turned}{self.masks.name}{extra}{of}_{kinds}"
@@ -174,9 +176,9 @@ class LowRankAttention(Kernel):
         elif wide > 128:
             wanted = [(64, 16, 32, 8, 2), (64, 32, 32, 8, 2), (32, 32, 32, 4, 2)]
         elif wide > 64:
-            wanted = [(128, 32, 32, 8, 2), (64, 32, 32, 4, 2), (64, 64, 32, 8, 2)]
+            wanted = [(64, 32, 32, 8, 2), (64, 32, 64, 8, 2), (128, 32, 32, 8, 2)]
         else:
-            wanted = [(128, 64, 32, 8, 2), (64, 32, 32, 4, 2), (64, 32, 64, 8, 2)]
+            wanted = [(128, 32, 32, 8, 2), (64, 32, 64, 8, 2), (128, 64, 32, 8, 2)]
         return [
             Tuning.of(warps, stages, BLOCK_M=queries, BLOCK_T=keys, BLOCK_K=ranks)
             for queries, keys, ranks, warps, stages in wanted

@@ -1,10 +1,10 @@
-"""A factored feed-forward layer on a prompt: each program makes some neurons of its tokens, sums them up, and forgets them.
+"""A factored feed-forward layer on a prompt: programs make some neurons of their tokens, sum them up, and forget them.
 
 A program owns a tile of tokens and walks over all neurons, some at a time: it computes them from the few dimensions of
 the first factors, with tensor cores, and multiplies them by the first factor of the second linear at once. What it sums
 is as wide as that factor and stays in registers, in pieces whose widths are powers of two, so that a rank that is none
-wastes little. The wider the sums, the fewer tokens a tile has. A rank that is too wide even for the smallest tile is cut
-over programs, each of which makes all neurons again: `copies` says how often.
+wastes little. The wider the sums, the fewer tokens a tile has, and the more often weights are read. A rank that is too
+wide even for the smallest tile is cut over programs, each of which makes all neurons again: `copies` says how often.
 
 Source: FlashSVD (arXiv 2508.01506), which cuts the rank into tiles whatever its width.
 """
