@@ -20,8 +20,8 @@ _WEIGHTS = ("gate_rows", "gate_bias", "up_rows", "up_bias", "columns", "rows", "
 _THREE = ("query", "key", "value")
 # What an attention may be given, in the order in which the kernel takes it.
 _GIVEN = ("cos", "sin", "query_positions", "key_positions", "key_valid", "sinks")
-# A tile of queries, of keys and of values, of so many channels each, fits a multiprocessor.
-_MOST_CHANNELS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+# What a program holds of queries, keys and values of 256 channels spills, whatever the tiles.
+_MOST_CHANNELS = 128
 
 
 def low_rank_mlp_step(node: fx.Node, added: tuple[fx.Node, fx.Node] | None) -> LowRankMlpStep | str:
@@ -78,23 +78,24 @@ def low_rank_attention_step(node: fx.Node) -> LowRankAttentionStep | str:
     names = _constants(node, tuple(f"{name}_{part}" for name in _THREE for part in ("rows", "bias")))
     if isinstance(names, str):
         return names
-    of = {name: None if read[name] is None else read[name].meta["val"] for name in _GIVEN}
-    if of["cos"] is not None and (of["cos"].dtype not in COMPUTED or of["cos"].dtype != of["sin"].dtype):
+    of = {name: read[name].meta["val"] for name in _GIVEN if read[name] is not None}
+    angles = {of[name].dtype for name in ("cos", "sin") if name in of} or {torch.float32}
+    if len(angles) > 1 or not angles <= set(COMPUTED):
         return "cosines and sines are not in one dtype that kernels compute in"
-    if any(of[name] is not None and of[name].dtype != torch.int64 for name in ("query_positions", "key_positions")):
+    if any(of[name].dtype != torch.int64 for name in ("query_positions", "key_positions") if name in of):
         return "positions are not int64"
     rows = [read[f"{name}_rows"].meta["val"].shape for name in _THREE]
     heads, kv_heads = read["heads"], read["kv_heads"]
     dim, value_dim = int(rows[0][0]) // heads, int(rows[2][0]) // kv_heads
-    most = _MOST_CHANNELS[value.dtype]
-    if max(dim, value_dim) > most:
-        return f"heads of {max(dim, value_dim)} channels do not fit a tile: at most {most}"
-    masks = Masks(read["causal"], read["window"], *(of[name] is not None for name in _GIVEN[2:5]))
+    if max(dim, value_dim) > _MOST_CHANNELS:
+        return f"heads of {max(dim, value_dim)} channels do not fit a tile: at most {_MOST_CHANNELS}"
+    masks = Masks(read["causal"], read["window"], *(name in of for name in _GIVEN[2:5]))
+    query_rank, key_rank, value_rank = (int(each[1]) for each in rows)
+    query_bias, key_bias, value_bias = (f"{name}_bias" in names for name in _THREE)
     kernel = LowRankAttention(
-        heads, kv_heads, dim, value_dim, tuple(int(each[1]) for each in rows),
-        tuple(f"{name}_bias" in names for name in _THREE), 0 if of["cos"] is None else 2 * int(of["cos"].shape[-1]),
-        read["interleaved"], read["scale"], read["softcap"], of["sinks"] is not None, masks, value.dtype,
-        torch.float32 if of["cos"] is None else of["cos"].dtype,
+        heads, kv_heads, dim, value_dim, (query_rank, key_rank, value_rank), (query_bias, key_bias, value_bias),
+        2 * int(of["cos"].shape[-1]) if "cos" in of else 0, read["interleaved"], read["scale"], read["softcap"],
+        "sinks" in of, masks, value.dtype, angles.pop(),
     )  # fmt: skip
     inputs = [*(read[name] for name in _THREE), *(read[name] for name in _GIVEN if read[name] is not None)]
     why = "heads are made on chip, those of keys and values anew for each tile and head of queries"

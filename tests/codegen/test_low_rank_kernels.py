@@ -171,6 +171,13 @@ class AttentionCase:
     batch: int = 2
 
 
+def attention_kernel(case: AttentionCase) -> LowRankAttention:
+    return LowRankAttention(
+        *case.heads, *case.dims, case.ranks, (case.has_bias,) * 3, case.rotated, case.interleaved, case.dims[0] ** -0.5,
+        case.softcap, case.has_sinks, case.masks, case.dtype,
+    )  # fmt: skip
+
+
 def check_attention(case: AttentionCase, tuning: Tuning | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(case.queries + 100 * case.keys)
 
@@ -198,10 +205,7 @@ def check_attention(case: AttentionCase, tuning: Tuning | None = None) -> Tensor
     factors = [part for pair in zip(rows, biases, strict=True) for part in pair]
     rest = (heads, kv_heads, case.interleaved, scale, masks.causal, masks.window, case.softcap)
     expected = ops.low_rank_attention(*map(wide, (*read, *factors, *given)), *rest)
-    kernel = LowRankAttention(
-        heads, kv_heads, dim, value_dim, case.ranks, (case.has_bias,) * 3, case.rotated, case.interleaved, scale,
-        case.softcap, case.has_sinks, masks, case.dtype,
-    )  # fmt: skip
+    kernel = attention_kernel(case)
     given[4] = None if given[4] is None else given[4].view(torch.uint8)
     tensors = [each.to(DEVICE) for each in (*read, *rows, *biases, *given) if each is not None]
     out = torch.full(expected.shape, torch.nan, dtype=case.dtype, device=DEVICE)

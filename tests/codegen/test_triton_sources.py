@@ -39,6 +39,9 @@ BERT = LowRankAttention(
 LLAMA = LowRankAttention(
     32, 8, 64, 64, (512, 204, 204), (False,) * 3, 64, False, 0.125, 0.0, False, Masks(causal=True), BF16
 )  # fmt: skip
+LLAMA_8B = LowRankAttention(
+    32, 8, 128, 128, (1024, 409, 409), (True,) * 3, 128, False, 128**-0.5, 0.0, False, Masks(True, has_valid=True), BF16
+)  # fmt: skip
 WIDE = LowRankAttention(
     8, 4, 128, 128, (320, 320, 320), (False,) * 3, 96, True, 0.0625, 50.0, True, Masks(True, 4096, True, True, True),
     HALF, BF16,
@@ -83,6 +86,7 @@ KERNELS: dict[str, Kernel] = {
     "low_rank_mlp_fp32": LowRankMlp(307, 307, 3072, 307, torch.float32, "sigmoid"),
     "low_rank_attention": BERT,
     "low_rank_attention_rotary": LLAMA,
+    "low_rank_attention_wide": LLAMA_8B,
     "low_rank_attention_masks": WIDE,
     "low_rank_attention_fp32": BERT_FP32,
     "top_1": TopK(1, 128256, BF16),

@@ -88,7 +88,7 @@ class LowRankAttention(Kernel):
     Attributes:
         heads: H.
         kv_heads: Hkv.
-        dim: D, of queries and keys.
+        dim: D, of queries and keys; of more than 128 and of as many values, tiles spill.
         value_dim: Dv.
         ranks: Rq, Rk and Rv.
         has_bias: Of the three.
@@ -173,10 +173,10 @@ class LowRankAttention(Kernel):
         wide = _power(max(self.dim, self.value_dim))
         if self.dtype == torch.float32:
             wanted = [(16, 16, 16, 8, 1), (16, 32, 16, 8, 1), (32, 16, 16, 8, 1)]
-        elif wide > 128:
-            wanted = [(64, 16, 32, 8, 2), (64, 32, 32, 8, 2), (32, 32, 32, 4, 2)]
         elif wide > 64:
-            wanted = [(64, 32, 32, 8, 2), (64, 32, 64, 8, 2), (128, 32, 32, 8, 2)]
+            # Channels that pass through are a third tile of queries, and of keys.
+            keys = 16 if len(self.parts) > 2 else 32
+            wanted = [(64, keys, 32, 8, 2), (64, 32, 16, 8, 2), (64, 32, 64, 8, 2), (128, 32, 32, 8, 2)]
         else:
             wanted = [(128, 32, 32, 8, 2), (64, 32, 64, 8, 2), (128, 64, 32, 8, 2)]
         return [
@@ -269,7 +269,7 @@ class LowRankAttention(Kernel):
         if not self.masks.compares:
             return []
         if self.masks.has_query_positions:
-            return ["asked = tl.load(asked_ptr + batch * ASKED + m, mask=in_m, other=0)"]
+            return ["asked = tl.load(asked_ptr + batch * ASKED + m, mask=in_m, other=0).to(tl.int32)"]
         return ["asked = m"]
 
     def _empty_lines(self) -> list[str]:
@@ -330,7 +330,7 @@ class LowRankAttention(Kernel):
             keys.append("(valid != 0)")
         if masks.has_key_positions:
             place = "place"
-            given.append("place = tl.load(places_ptr + batch * PLACES + token, mask=in_keys, other=-1)")
+            given.append("place = tl.load(places_ptr + batch * PLACES + token, mask=in_keys, other=-1).to(tl.int32)")
             keys.append("(place >= 0)")
         given.append(f"seen = ({' & '.join(keys)})[None, :]")
         if masks.causal:

@@ -123,7 +123,7 @@ class LowRankMlp(Kernel):
             wanted = [(128, 64, 32, 8, 2), (64, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 64, 8, 2)]
         else:  # more neurons than tokens: warps share out the wide sums, not the few tokens
             less = max(LEAST_TILE, min(most, 32))  # on older GPUs, 64 tokens spill
-            wanted = [(less, 64, 64, 8, 2), (less, 128, 32, 8, 2), (most, 128, 32, 8, 2), (less, 64, 32, 8, 3)]
+            wanted = [(less, 2 * less, 64, 8, 2), (less, 64, 64, 8, 2), (less, 128, 32, 8, 2), (most, 128, 32, 8, 2)]
         found = [
             Tuning.of(warps, stages, BLOCK_M=m, BLOCK_F=neurons, BLOCK_K=ranks)
             for m, neurons, ranks, warps, stages in wanted
