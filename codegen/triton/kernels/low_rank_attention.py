@@ -174,9 +174,7 @@ class LowRankAttention(Kernel):
         if self.dtype == torch.float32:
             wanted = [(16, 16, 16, 8, 1), (16, 32, 16, 8, 1), (32, 16, 16, 8, 1)]
         elif wide > 64:
-            # Channels that pass through are a third tile of queries, and of keys.
-            keys = 16 if len(self.parts) > 2 else 32
-            wanted = [(64, keys, 32, 8, 2), (64, 32, 16, 8, 2), (64, 32, 64, 8, 2), (128, 32, 32, 8, 2)]
+            wanted = [(64, 32, 16, 8, 2), (64, 32, 32, 8, 2), (64, 32, 64, 8, 2), (128, 32, 32, 8, 2)]
         else:
             wanted = [(128, 32, 32, 8, 2), (64, 32, 64, 8, 2), (128, 64, 32, 8, 2)]
         return [

@@ -27,6 +27,11 @@ _NARROWEST_PIECE, _WIDEST_PIECE = 64, 128
 _MOST_TOKENS = 128
 
 
+def _sum_of(*terms: str | int) -> str:
+    """Those that are not nothing, each with a plus behind it."""
+    return "".join(f"{term} + " for term in terms if term)
+
+
 @dataclass(frozen=True)
 class LowRankMlp(Kernel):
     """`y = epilogue(activation(up @ up_rows.T + up_bias) @ columns.T)`, or with a gate, which is activated instead.
@@ -144,16 +149,16 @@ class LowRankMlp(Kernel):
         """See `Kernel`."""
         names = [f"sums{index}" for index, _ in enumerate(self.pieces)]
         wide = ".to(tl.int64)" if max(self.width, self.up_rank, self.gate_rank) * self.neurons >= 2**31 else ""
-        first = f"tl.program_id(1){wide} * {sum(self.pieces)}" if self.copies > 1 else "0"
+        before = "first_column" if self.copies > 1 else ""
         starts = [sum(self.pieces[:index]) for index, _ in enumerate(self.pieces)]
         return block(
             f"F: tl.constexpr = {self.neurons}",
             f"N: tl.constexpr = {self.width}",
             # Wide: tokens times their dimensions may pass 2**31.
             "m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)",
-            f"first_column = {first}" if self.copies > 1 else "",
+            f"first_column = tl.program_id(1){wide} * {sum(self.pieces)}" if before else "",
             [
-                f"column{index} = {'first_column + ' * (self.copies > 1)}{start} + tl.arange(0, {piece})"
+                f"column{index} = {_sum_of(before, start)}tl.arange(0, {piece})"
                 for index, (start, piece) in enumerate(zip(starts, self.pieces, strict=True))
             ],
             [
