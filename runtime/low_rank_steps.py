@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jettison.codegen.triton.kernels import low_rank_mlp
 from jettison.codegen.triton.kernels.gemm import DECODE_ROWS
 from jettison.codegen.triton.launch import Launchers
 from jettison.codegen.triton.steps import LowRankAttentionStep, LowRankMlpStep, Product
@@ -17,8 +18,9 @@ class RunProduct:
     def __init__(self, product: Product, weights: DeviceWeights, launchers: Launchers) -> None:
         self.rows, self.weight = product.rows, weights.stacked(product.weights, product.dtype)
         self.bias = weights.joined(product.biases, product.dtype)
-        self.gemv, self.few_rows = launchers(product.gemv), launchers(product.few_rows)
-        self._gemm, self._launchers = product.gemm, launchers
+        self.gemv, self.few_rows, self.gemm = (
+            launchers(each) for each in (product.gemv, product.few_rows, product.gemm)
+        )
 
     def __call__(self, x: Tensor, *others: Tensor, out: Tensor | None = None) -> Tensor:
         """`[M, N]` of `[M, K]`, contiguous both; others are what the epilogue reads beside the bias."""
@@ -27,7 +29,7 @@ class RunProduct:
         if len(x) == 1:
             self.gemv(*given, sizes={})
         else:
-            launcher = self.few_rows if len(x) <= DECODE_ROWS else self._launchers(self._gemm)
+            launcher = self.few_rows if len(x) <= DECODE_ROWS else self.gemm
             launcher(*given, sizes={"M": len(x)})
         return out
 
@@ -35,7 +37,7 @@ class RunProduct:
 class RunLowRankMlp:
     """Runs a `LowRankMlpStep`: a chain of products for few tokens, and for many a kernel and at most one product.
 
-    Of many tokens nothing as wide as the neurons is made.
+    So the neurons of at most `FEW_TOKENS` tokens are ever written, however many there are.
     """
 
     __name__ = "run_step"
@@ -57,7 +59,7 @@ class RunLowRankMlp:
         end = self.last or self.sums
         residual = [each.contiguous() for each in rest]
         out = read[-1].new_empty(*read[-1].shape[:-1], end.rows)
-        if len(flat[-1]) <= DECODE_ROWS:
+        if len(flat[-1]) <= low_rank_mlp.FEW_TOKENS:
             hidden = self.neurons[0](flat[-1])
             for gate in self.neurons[1:]:
                 hidden = gate(flat[0], hidden)

@@ -1,7 +1,7 @@
 """What `fuse-low-rank` made one operator, as steps.
 
-A feed-forward layer is a chain of products for the few tokens of a decode step, which read each weight once and whose
-neurons are few. Of a prompt the neurons are many, and one kernel keeps them on chip. An attention is one kernel.
+A feed-forward layer is a chain of products for the tokens of a decode step or of a short prompt, whose neurons are few.
+Of a long prompt the neurons are many, and one kernel keeps them on chip. An attention is one kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import fx
 from jettison.codegen.triton.kernels.base import COMPUTED
 from jettison.codegen.triton.kernels.epilogue import Epilogue
 from jettison.codegen.triton.kernels.low_rank_attention import LowRankAttention, Masks
-from jettison.codegen.triton.kernels.low_rank_mlp import LowRankMlp
+from jettison.codegen.triton.kernels.low_rank_mlp import FEW_TOKENS, LowRankMlp
 from jettison.codegen.triton.steps import LowRankAttentionStep, LowRankMlpStep, Product
 from jettison.ir.match import arguments, constant_name
 
@@ -106,7 +106,7 @@ def low_rank_attention_step(node: fx.Node) -> LowRankAttentionStep | str:
 
 
 def _why(kernel: LowRankMlp) -> str:
-    why = "few tokens are a chain of products; the neurons of a prompt stay on chip"
+    why = f"up to {FEW_TOKENS} tokens are a chain of products; the neurons of more stay on chip"
     if kernel.copies > 1:
         why += f"; {kernel.width} sums of a token are cut in {kernel.copies}, and its neurons are made for each"
     return why

@@ -235,7 +235,7 @@ class LowRankMlpStep(Step):
         neurons: Products that make the neurons of few tokens: one, or up and then the gate that multiplies it.
         sums: The product that reads them.
         last: Second factor of the second linear, or None.
-        kernel: Neurons and `sums` of a prompt.
+        kernel: Neurons and `sums` of a long prompt.
         rows: Names of the weights that the kernel reads in front of `sums`: of the gate, if there is one, and of up.
         biases: Of those of them that have one.
     """
@@ -251,11 +251,9 @@ class LowRankMlpStep(Step):
         """See `Step`."""
         products = [each for each in (*self.neurons, self.sums, self.last) if each is not None]
         for product in products:
-            yield from (product.gemv, product.few_rows)
+            yield from (product.gemv, product.few_rows, product.gemm)
         if self.kernel is not None:
             yield self.kernel
-        if self.last is not None:
-            yield self.last.gemm
 
 
 @dataclass

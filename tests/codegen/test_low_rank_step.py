@@ -158,4 +158,4 @@ def test_what_has_kernels_says_what_they_cost():
     assert not [each for each in fallbacks(emitted, "forward") if "low_rank" in str(each["operator"])]
     text = plan_text(program, emitted)
     assert "# heads are made on chip, those of keys and values anew for each tile and head of queries" in text
-    assert "# few tokens are a chain of products; the neurons of a prompt stay on chip" in text
+    assert "# up to 512 tokens are a chain of products; the neurons of more stay on chip" in text

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from jettison.codegen.triton.emit import emit, fallbacks
+from jettison.codegen.triton.kernels import low_rank_mlp
+from jettison.codegen.triton.kernels.gemm import DECODE_ROWS
 from jettison.codegen.triton.launch import Launchers
 from jettison.codegen.triton.low_rank_step import low_rank_attention_step
 from jettison.codegen.triton.steps import LinearStep, LowRankAttentionStep, LowRankMlpStep, TorchStep
@@ -46,8 +48,17 @@ def check(layer, kind):
     return step
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """More than 16 tokens are many."""
+    monkeypatch.setattr(low_rank_mlp, "FEW_TOKENS", DECODE_ROWS)
+
+
+@pytest.mark.parametrize("many", ["chain", "kernel"])
 @pytest.mark.parametrize("name", MLPS)
-def test_feed_forward_layers(name):
+def test_feed_forward_layers(name, many, request):
+    if many == "kernel":
+        request.getfixturevalue("few")
     step = check(Mlp(**MLPS[name]), LowRankMlpStep)
     given = MLPS[name]
     # One launch makes the neurons, unless gate and up come from different dimensions.
@@ -63,6 +74,7 @@ def test_attentions(name):
     check(Attention(**ATTENTIONS[name]), LowRankAttentionStep)
 
 
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(dtype):
     layers = [Attention(**ATTENTIONS["causal_gqa_rotated"]), Mlp("silu", gated=True)]
@@ -99,6 +111,7 @@ def compare(program: Program, prompts: list[list[int]]) -> None:
     assert_close(found, expected)
 
 
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("prompts", [[list(range(3, 23))], [list(range(3, 23)), [7, 8]]], ids=["one row", "two rows"])
 @pytest.mark.parametrize("passes", [[], [FuseLowRank()]], ids=["factors", "fused"])
 def test_decoders(passes, prompts):
@@ -145,7 +158,8 @@ def fused(layer: nn.Module) -> TritonExecutor:
 def test_nothing_as_large_as_the_neurons_of_all_tokens_is_made(name):
     layer = Mlp(**MLPS[name])
     executor, unfused = fused(layer), TritonExecutor(encoder(layer))
-    batch, length = 8, 64
+    batch, length = 9, 64
+    assert batch * length > low_rank_mlp.FEW_TOKENS
     inputs = {"input_ids": torch.arange(batch * length).reshape(batch, length) % 61}
     with Allocations() as seen:
         executor.run("forward", inputs, {})
@@ -153,6 +167,17 @@ def test_nothing_as_large_as_the_neurons_of_all_tokens_is_made(name):
         unfused.run("forward", inputs, {})
     neurons = batch * length * NEURONS * 4
     assert seen.largest < neurons / 2 < plain.largest
+
+
+def test_the_kernel_runs_from_so_many_tokens_on():
+    """Of fewer, the neurons are written, which are few."""
+    executor = fused(Mlp())
+    largest = []
+    for tokens in (low_rank_mlp.FEW_TOKENS, low_rank_mlp.FEW_TOKENS + 64):
+        with Allocations() as seen:
+            executor.run("forward", {"input_ids": torch.arange(tokens).reshape(-1, 64) % 61}, {})
+        largest.append(seen.largest)
+    assert largest[0] == low_rank_mlp.FEW_TOKENS * NEURONS * 4 > largest[1]
 
 
 def test_heads_of_all_tokens_are_not_made():

@@ -23,6 +23,8 @@ from jettison.codegen.triton.kernels.gemm import LEAST_TILE
 # Sums of a program, tokens times width: 64 registers for each thread of 8 warps, since twice as many spill; in fp32,
 # whose products keep their operands in registers too, half of that.
 _SUMS, _SUMS_FP32 = 1 << 14, 1 << 13
+# Tokens up to which tiles are too few to fill a GPU, and the neurons few enough to be written.
+FEW_TOKENS = 512
 _NARROWEST_PIECE, _WIDEST_PIECE = 64, 128
 _MOST_TOKENS = 128
 
