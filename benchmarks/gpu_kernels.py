@@ -29,6 +29,8 @@ from jettison.codegen.triton.kernels.gather_up import GatherUp
 from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention, Ranges
+from jettison.codegen.triton.kernels.low_rank_attention import LowRankAttention, Masks
+from jettison.codegen.triton.kernels.low_rank_mlp import LowRankMlp
 from jettison.codegen.triton.kernels.weight_form import WeightForm
 from jettison.codegen.triton.launch import Launcher
 from jettison.ir import ops
@@ -41,6 +43,13 @@ SHAPES = {
     "up": (4096, 14336),
     "gate and up": (4096, 28672),
     "down": (14336, 4096),
+}
+# Feed-forward layers with half of their weights: dimensions, neurons, rank, and whether there is a gate.
+FACTORED = {"BERT-base": (768, 3072, 307, False), "1.2 B": (2048, 8192, 819, True)}
+# Attentions: heads, key heads, channels, ranks, rotated channels, and whether later tokens are hidden.
+LOW_RANK_ATTENTIONS = {
+    "BERT-base": (12, 12, 64, (192, 192, 192), 0, False),
+    "1.2 B": (32, 8, 64, (512, 204, 204), 64, True),
 }
 ROTATED_BYTES = 256 << 20
 LAUNCHES = 20
@@ -339,6 +348,91 @@ def joint(bits: int, tokens: int, rounds: int, copy: float) -> dict[str, Any]:
     return beside_sdpa(kernel, tuning, tokens, sum(part.nbytes for part in stored), times, copy)
 
 
+def roofline(
+    kernel: Kernel, tuning: Tuning, moved: int, operations: int, best: float, peers: dict[str, float]
+) -> dict[str, Any]:
+    """Figures of a kernel that is bound by products or by memory."""
+    return {
+        "kernel": kernel.name, "tuning": str(tuning), "bytes": moved, "operations": operations, "microseconds": best,
+        "tera_operations_per_s": operations / best / 1e6, "gb_per_s": moved / best / 1e3,
+        **{f"{name}_microseconds": time for name, time in peers.items()},
+        **{f"over_{name}": time / best for name, time in peers.items()},
+    }  # fmt: skip
+
+
+def low_rank_mlp(name: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """A factored feed-forward layer of a prompt from rank space to rank space, beside its products one by one."""
+    _, neurons, rank, is_gated = FACTORED[name]
+    activation = "silu" if is_gated else "gelu"
+    kernel = LowRankMlp(rank, rank * is_gated, neurons, rank, BF16, activation)
+    read = [torch.randn(tokens, rank, device="cuda").to(BF16) for _ in range(1 + is_gated)]
+    rows = [torch.randn(neurons, rank, device="cuda").to(BF16) / rank**0.5 for _ in read]
+    columns = torch.randn(rank, neurons, device="cuda").to(BF16) / neurons**0.5
+    out = torch.empty(tokens, rank, device="cuda", dtype=BF16)
+    given = [each for pair in zip(read, rows, strict=True) for each in pair]
+
+    def launches(tuning: Tuning) -> list[Callable[[], object]]:
+        launcher = Launcher(kernel, tuning)
+        return [lambda: launcher(*given, columns, out, sizes={"M": tokens})]
+
+    def one_by_one() -> Tensor:
+        made = [F.linear(x, weight) for x, weight in zip(read, rows, strict=True)]
+        hidden = F.silu(made[0]) * made[1] if is_gated else F.gelu(made[0])
+        return F.linear(hidden, columns)
+
+    tuning, own = fastest(kernel, launches)
+    times = interleaved({"ours": graph_of(own), "cublas": graph_of([one_by_one])}, rounds)
+    moved = sum(each.nbytes for each in (*given, columns, out))
+    # What one program makes again of what another has made is no part of it.
+    operations = 2 * tokens * neurons * rank * (len(read) + 1)
+    figures = roofline(kernel, tuning, moved, operations, times["ours"], {"cublas": times["cublas"]})
+    return {"layer": name, "tokens": tokens, "spared_bytes": 2 * len(read) * tokens * neurons * 2, **figures}
+
+
+def low_rank_attention(name: str, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Attention from rank space, beside the products of its heads, their rotation and PyTorch's attention."""
+    heads, kv_heads, dim, ranks, rotated, causal = LOW_RANK_ATTENTIONS[name]
+    scale, masks = dim**-0.5, Masks(causal)
+    kernel = LowRankAttention(
+        heads, kv_heads, dim, dim, ranks, (False,) * 3, rotated, False, scale, 0.0, False, masks, BF16
+    )
+    counts = (heads, kv_heads, kv_heads)
+    read = [torch.randn(batch, tokens, rank, device="cuda").to(BF16) for rank in ranks]
+    rows = [
+        torch.randn(count * dim, rank, device="cuda").to(BF16) / rank**0.5
+        for count, rank in zip(counts, ranks, strict=True)
+    ]
+    angles = [torch.randn(1, tokens, rotated // 2, device="cuda") for _ in range(2)] if rotated else []
+    out = torch.empty(batch, tokens, heads, dim, device="cuda", dtype=BF16)
+
+    def launches(tuning: Tuning) -> list[Callable[[], object]]:
+        launcher, sizes = Launcher(kernel, tuning), {"B": batch, "S": tokens, "T": tokens, "ANGLES": 0}
+        return [lambda: launcher(*read, *rows, *angles, out, sizes=sizes)]
+
+    def one_by_one() -> Tensor:
+        made = [F.linear(x, weight) for x, weight in zip(read, rows, strict=True)]
+        query, key, value = (each.unflatten(-1, (-1, dim)).transpose(1, 2) for each in made)
+        if angles:
+            query, key = (ops.rotary_embedding(each, *angles, False) for each in (query, key))
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=scale, enable_gqa=heads != kv_heads
+        )
+
+    tuning, own = fastest(kernel, launches)
+    times = interleaved({"ours": graph_of(own), "sdpa": graph_of([one_by_one])}, rounds)
+    moved = sum(each.nbytes for each in (*read, *rows, *angles, out))
+    made = 2 * batch * tokens * dim * sum(count * rank for count, rank in zip(counts, ranks, strict=True))
+    operations = made + 4 * batch * tokens * tokens * heads * dim // (1 + causal)
+    figures = roofline(kernel, tuning, moved, operations, times["ours"], {"sdpa": times["sdpa"]})
+    return {
+        "layer": name,
+        "batch": batch,
+        "tokens": tokens,
+        "spared_bytes": 2 * batch * tokens * dim * sum(counts),
+        **figures,
+    }
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -366,6 +460,15 @@ def main() -> None:
         for bits in (8, 4, 2):
             figures["attention"].append(joint(bits, tokens, rounds, copy))
             print(figures["attention"][-1], flush=True)
+    figures |= {"low_rank_mlp": [], "low_rank_attention": []}
+    for name in FACTORED:
+        for tokens in (64, 512, 4096, 16384):
+            figures["low_rank_mlp"].append(low_rank_mlp(name, tokens, rounds))
+            print(figures["low_rank_mlp"][-1], flush=True)
+    for name in LOW_RANK_ATTENTIONS:
+        for batch, tokens in ((1, 512), (8, 512), (1, 4096)):
+            figures["low_rank_attention"].append(low_rank_attention(name, batch, tokens, rounds))
+            print(figures["low_rank_attention"][-1], flush=True)
     print(write(file_name(), figures, before))
 
 

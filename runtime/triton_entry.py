@@ -19,6 +19,8 @@ from jettison.codegen.triton.steps import (
     JointAttentionStep,
     LinearStep,
     LookupStep,
+    LowRankAttentionStep,
+    LowRankMlpStep,
     NormStep,
     SparseMlpStep,
     Step,
@@ -29,7 +31,13 @@ from jettison.ir.match import arguments, is_call
 from jettison.ir.ops.write_slots import write_slots_
 from jettison.ir.program import Program, output_node, placeholders
 from jettison.runtime.device_weights import DeviceWeights
+from jettison.runtime.low_rank_attention import run_low_rank_attention
+from jettison.runtime.low_rank_mlp import run_low_rank_mlp
+from jettison.runtime.low_rank_steps import RunLowRankAttention, RunLowRankMlp
 from jettison.runtime.state_operators import attend_slots, slot_range
+
+# What PyTorch runs some tokens at a time.
+_CHUNKED = {ops.low_rank_attention: run_low_rank_attention, ops.low_rank_mlp: run_low_rank_mlp}
 
 
 class _Runner:
@@ -317,6 +325,10 @@ class _Builder:
             return RunLookup(step, self._weights, self._launchers)
         if isinstance(step, SparseMlpStep):
             return RunSparseMlp(step, self._weights, self._counters, self._launchers)
+        if isinstance(step, LowRankMlpStep):
+            return RunLowRankMlp(step, self._weights, self._launchers)
+        if isinstance(step, LowRankAttentionStep):
+            return RunLowRankAttention(step, self._weights, self._launchers)
         if isinstance(step, CacheStep):
             return RunCache(step, self._launchers)
         if isinstance(step, JointAttentionStep):
@@ -338,6 +350,7 @@ class _Builder:
             self._new[node] = self.graph.call_function(write_slots_, tuple(self._translated(node.args)))
         else:
             copied = self.graph.node_copy(node, self.value)
+            copied.target = _CHUNKED.get(node.target, node.target)
             if "device" in copied.kwargs:
                 copied.kwargs = {**copied.kwargs, "device": self._weights.device}
             self._new[node] = copied

@@ -6,6 +6,7 @@
 | cache     | rotary embedding of queries and keys, and both writes to the cache                         |
 | attention | attention of one token per row, and the reshape behind it                                  |
 | sparse    | a feed-forward layer of which a token names slabs, and residual: two launches              |
+| low rank  | a fused factored feed-forward layer and residual, or attention                            |
 | norm      | an RMS norm whose result is read by more than one group                                    |
 | lookup    | an embedding from a quantised table                                                        |
 
@@ -32,6 +33,7 @@ from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
 from jettison.codegen.triton.kernels.top_k import MOST
 from jettison.codegen.triton.kernels.weight_form import WeightForm
+from jettison.codegen.triton.low_rank_step import low_rank_attention_step, low_rank_mlp_step
 from jettison.codegen.triton.sparse_step import sparse_step
 from jettison.codegen.triton.steps import (
     AttentionStep,
@@ -55,8 +57,6 @@ _ACTIVATION_OPS = {
 }  # fmt: skip
 _WITHOUT_KERNEL = {
     ops.head_candidates: "the search for the largest bounds has no kernel",
-    ops.low_rank_attention: "attention over heads that are made from few dimensions has no kernel",
-    ops.low_rank_mlp: "a factored feed-forward layer in one has no kernel",
     ops.selected_linear: "a product with rows that are looked up has no kernel",
 }
 
@@ -74,7 +74,7 @@ def fuse(program: Program, entry_name: str) -> list[Step]:
     entry = program.entries[entry_name]
     fusion = _Fusion(program, is_decode=entry_name == "decode")
     nodes = [node for node in entry.graph.nodes if node.op == "call_function"]
-    for find in (fusion.attention, fusion.sparse_mlp, fusion.linears, fusion.norm, fusion.lookup):
+    for find in (fusion.attention, fusion.sparse_mlp, fusion.low_rank, fusion.linears, fusion.norm, fusion.lookup):
         for node in nodes:
             if node not in fusion.step_of:
                 find(node)
@@ -222,6 +222,21 @@ class _Fusion:
             self.misses[node] = "PyTorch's own kernels multiply prompts"
             return
         step = sparse_step(node, self._residual(node))
+        if isinstance(step, str):
+            self.misses[node] = step
+        else:
+            self.add(step)
+
+    # What reads factors.
+
+    def low_rank(self, node: fx.Node) -> None:
+        """An attention whose heads are made on chip, or a factored feed-forward layer and the residual behind it."""
+        if is_call(node, ops.low_rank_attention):
+            step: Step | str = low_rank_attention_step(node)
+        elif is_call(node, ops.low_rank_mlp):
+            step = low_rank_mlp_step(node, self._residual(node))
+        else:
+            return
         if isinstance(step, str):
             self.misses[node] = step
         else:

@@ -19,6 +19,8 @@ from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention
 from jettison.codegen.triton.kernels.layer_norm import LayerNorm
+from jettison.codegen.triton.kernels.low_rank_attention import LowRankAttention
+from jettison.codegen.triton.kernels.low_rank_mlp import LowRankMlp
 from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
 from jettison.codegen.triton.kernels.weight_form import WeightForm
@@ -187,6 +189,89 @@ class SparseMlpStep(Step):
     def kernels(self) -> Iterator[Kernel]:
         """See `Step`."""
         yield from (kernel for kernel in (self.first, self.second) if kernel is not None)
+
+
+@dataclass
+class Product:
+    """A linear of several: the weights it reads, one below the other, and its kernels for few tokens and for many.
+
+    Attributes:
+        weights: Names of constants.
+        biases: Likewise, as many as weights or none.
+        columns: K.
+        rows: N of the result.
+        dtype: Of everything.
+        epilogue: What follows.
+    """
+
+    weights: tuple[str, ...]
+    biases: tuple[str, ...]
+    columns: int
+    rows: int
+    dtype: torch.dtype
+    epilogue: Epilogue = field(default_factory=Epilogue)
+
+    @property
+    def gemv(self) -> Gemv:
+        """For one row of x."""
+        return Gemv(WeightForm(self.dtype), self.columns, self.rows, self.dtype, None, self.epilogue)
+
+    @property
+    def few_rows(self) -> Gemm:
+        """For a batch that decodes."""
+        return Gemm(WeightForm(self.dtype), self.columns, self.rows, self.dtype, True, self.epilogue)
+
+    @property
+    def gemm(self) -> Gemm:
+        """For prompts."""
+        return replace(self.few_rows, is_decode=False)
+
+
+@dataclass
+class LowRankMlpStep(Step):
+    """A factored feed-forward layer; `inputs` are what the gate is made of, if there is one, up's, and the residual.
+
+    Attributes:
+        neurons: Products that make the neurons of few tokens: one, or up and then the gate that multiplies it.
+        sums: The product that reads them.
+        last: Second factor of the second linear, or None.
+        kernel: Neurons and `sums` of a long prompt.
+        rows: Names of the weights that the kernel reads in front of `sums`: of the gate, if there is one, and of up.
+        biases: Of those of them that have one.
+    """
+
+    neurons: tuple[Product, ...] = ()
+    sums: Product | None = None
+    last: Product | None = None
+    kernel: LowRankMlp | None = None
+    rows: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+
+    def kernels(self) -> Iterator[Kernel]:
+        """See `Step`."""
+        products = [each for each in (*self.neurons, self.sums, self.last) if each is not None]
+        for product in products:
+            yield from (product.gemv, product.few_rows, product.gemm)
+        if self.kernel is not None:
+            yield self.kernel
+
+
+@dataclass
+class LowRankAttentionStep(KernelStep):
+    """Attention over heads that are made on chip.
+
+    `inputs` are what queries, keys and values are made of, and what there is of cosines, sines, positions of queries
+    and of keys, which keys are tokens, and sinks.
+
+    Attributes:
+        kernel: What computes it.
+        rows: Names of the three weights.
+        biases: Of those that have one.
+    """
+
+    kernel: LowRankAttention | None = None
+    rows: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
 
 
 @dataclass

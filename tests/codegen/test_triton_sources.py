@@ -17,6 +17,8 @@ from jettison.codegen.triton.kernels.gemm import Gemm
 from jettison.codegen.triton.kernels.gemv import Gemv
 from jettison.codegen.triton.kernels.joint_attention import JointAttention, Ranges
 from jettison.codegen.triton.kernels.layer_norm import LayerNorm
+from jettison.codegen.triton.kernels.low_rank_attention import LowRankAttention, Masks
+from jettison.codegen.triton.kernels.low_rank_mlp import LowRankMlp
 from jettison.codegen.triton.kernels.norm import RmsNorm
 from jettison.codegen.triton.kernels.rotary_write import RotaryWrite
 from jettison.codegen.triton.kernels.top_k import TopK
@@ -29,6 +31,24 @@ from tests.models.tiny_programs import tiny_program
 BF16, HALF = torch.bfloat16, torch.float16
 GATED = Epilogue(activation="silu", is_gated=True)
 RESIDUAL = Epilogue(has_bias=True, has_residual=True)
+FACTOR = Epilogue(activation="silu", has_factor=True)
+# Sizes of BERT, and of a model of a billion weights, at half of the weights.
+BERT = LowRankAttention(
+    12, 12, 64, 64, (192, 192, 192), (True,) * 3, 0, False, 0.125, 0.0, False, Masks(has_valid=True), BF16
+)  # fmt: skip
+LLAMA = LowRankAttention(
+    32, 8, 64, 64, (512, 204, 204), (False,) * 3, 64, False, 0.125, 0.0, False, Masks(causal=True), BF16
+)  # fmt: skip
+LLAMA_8B = LowRankAttention(
+    32, 8, 128, 128, (1024, 409, 409), (True,) * 3, 128, False, 128**-0.5, 0.0, False, Masks(True, has_valid=True), BF16
+)  # fmt: skip
+WIDE = LowRankAttention(
+    8, 4, 128, 128, (320, 320, 320), (False,) * 3, 96, True, 0.0625, 50.0, True, Masks(True, 4096, True, True, True),
+    HALF, BF16,
+)  # fmt: skip
+BERT_FP32 = LowRankAttention(
+    12, 12, 64, 64, (192, 192, 192), (True,) * 3, 0, False, 0.125, 0.0, False, Masks(has_valid=True), torch.float32
+)  # fmt: skip
 # Sizes of Llama-3.1-8B.
 KERNELS: dict[str, Kernel] = {
     "gemv_dense": Gemv(WeightForm(BF16), 4096, 6144, BF16, 1e-5),
@@ -57,6 +77,18 @@ KERNELS: dict[str, Kernel] = {
     "gather_down_int4": GatherPackedDown(WeightForm(HALF, 4, 128, True), 4096, 14336, 22, 128, BF16, True, RESIDUAL),
     "gather_down_int8_odd": GatherPackedDown(WeightForm(HALF, 8, 32, False), 100, 96, 1, 32, BF16),
     "gather_down_int2": GatherPackedDown(WeightForm(HALF, 2, 32, True), 4096, 14336, 89, 32, BF16, True),
+    "gemv_dense_factor": Gemv(WeightForm(BF16), 819, 8192, BF16, epilogue=FACTOR),
+    "few_rows_dense_factor": Gemm(WeightForm(BF16), 819, 8192, BF16, True, FACTOR),
+    "low_rank_mlp_gelu": LowRankMlp(307, 0, 3072, 307, BF16, "gelu", has_up_bias=True),
+    "low_rank_mlp_gated": LowRankMlp(819, 819, 8192, 819, BF16, "silu"),
+    "low_rank_mlp_narrow": LowRankMlp(64, 48, 3072, 64, HALF, "gelu_tanh", True, True),
+    "low_rank_mlp_whole_down": LowRankMlp(307, 0, 3072, 2048, BF16, "relu", True, False, RESIDUAL),
+    "low_rank_mlp_fp32": LowRankMlp(307, 307, 3072, 307, torch.float32, "sigmoid"),
+    "low_rank_attention": BERT,
+    "low_rank_attention_rotary": LLAMA,
+    "low_rank_attention_wide": LLAMA_8B,
+    "low_rank_attention_masks": WIDE,
+    "low_rank_attention_fp32": BERT_FP32,
     "top_1": TopK(1, 128256, BF16),
     "top_51": TopK(51, 128256, BF16),
     "decode_attention_window": DecodeAttention(8, 4, 256, 0.0625, 4096, 50.0, BF16, BF16),

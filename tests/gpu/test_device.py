@@ -7,6 +7,7 @@ import torch
 
 from jettison.api import parse_passes
 from jettison.codegen.triton.kernels.gemv import Gemv
+from jettison.codegen.triton.kernels.low_rank_attention import Masks
 from jettison.codegen.triton.kernels.weight_form import WeightForm
 from jettison.codegen.triton.launch import Launcher, choose_device
 from jettison.codegen.triton.word_layout import to_words
@@ -14,6 +15,8 @@ from jettison.ir.compare import assert_close
 from jettison.ir.ops.quantized_linear import dequantize_rows, pack_codes
 from jettison.passes.approximate_lm_head import ApproximateLmHead
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.fuse_low_rank import FuseLowRank
+from jettison.passes.pipeline import apply
 from jettison.passes.policies import Full, Kivi, SnapKV
 from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.runtime import tunings
@@ -21,7 +24,17 @@ from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
 from tests.codegen.test_gather_kernels import BF16, HALF, Case, Layer, check
+from tests.codegen.test_low_rank_kernels import (
+    AttentionCase,
+    MlpCase,
+    MlpLayer,
+    attention_kernel,
+    check_attention,
+    check_mlp,
+)
+from tests.models.tiny_low_rank import MLPS, NEURONS, Mlp, encoder
 from tests.models.tiny_programs import tiny_program
+from tests.runtime.test_low_rank_triton import decoder as factored_decoder
 from tests.runtime.test_triton_executor import SPARSE, calibrated, wide_model
 
 pytestmark = [
@@ -109,6 +122,58 @@ def test_every_tuning_of_the_kernels_over_slabs_computes_the_same(case):
         check(layer, tuning)
     for tuning in second.tunings():
         check(layer, None, tuning)
+
+
+@pytest.mark.parametrize("case", [
+    MlpCase(300, 307, 3072, 307, "gelu", has_bias=True, dtype=BF16),
+    MlpCase(70, 819, 2048, 819, "silu", 819, has_rest=True, dtype=BF16),
+    MlpCase(130, 64, 1000, 1100, "relu", dtype=HALF),
+], ids=str)  # fmt: skip
+def test_every_tuning_of_the_kernel_over_factored_layers_computes_the_same(case):
+    for tuning in MlpLayer(case).kernel().tunings():
+        check_mlp(case, tuning)
+
+
+@pytest.mark.parametrize("case", [
+    AttentionCase(300, 300, (12, 12), (64, 64), (192, 192, 192), masks=Masks(has_valid=True), dtype=BF16),
+    AttentionCase(200, 200, (8, 2), (128, 128), (307, 100, 100), 128, masks=Masks(causal=True), dtype=BF16),
+    AttentionCase(90, 90, (4, 4), (40, 24), (9, 64, 5), 16, True, Masks(True, 20, True, True, True), 5.0, True),
+], ids=str)  # fmt: skip
+def test_every_tuning_of_the_kernel_over_factored_attention_computes_the_same(case):
+    for tuning in attention_kernel(case).tunings():
+        check_attention(case, tuning)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu_gated", "gelu_tanh_gated", "dense_down"])
+def test_factored_layers_take_no_memory_for_their_neurons(name):
+    """As the allocator of the device counts it."""
+    layer, tokens = Mlp(**MLPS[name]), (64, 64)
+    inputs = {"input_ids": torch.arange(tokens[0] * tokens[1]).reshape(tokens) % 61}
+    peaks = []
+    for passes in ([FuseLowRank()], []):
+        program = encoder(layer)
+        apply(program, passes)
+        executor = TritonExecutor(program)
+        executor.run("forward", inputs, {})  # compiled, and weights are there
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        executor.run("forward", inputs, {})
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] - peaks[0] > tokens[0] * tokens[1] * NEURONS * 4 / 2
+
+
+def test_factored_decoders_are_replayed_and_right():
+    program = factored_decoder(FuseLowRank())
+    executor = TritonExecutor(program)
+    ours, theirs = Session(executor, 1, 64), Session(TorchExecutor(program, kernels="reference"), 1, 64)
+    wanted, found = theirs.prefill([list(range(3, 40))]), ours.prefill([list(range(3, 40))])
+    for _ in range(10):
+        assert_close(found, wanted)
+        tokens = wanted.argmax(-1).tolist()
+        wanted, found = theirs.decode(tokens), ours.decode(tokens)
+    assert executor.recorded is not None
+    assert executor.recorded.refusal is None
 
 
 def test_tunings_are_measured_and_used(monkeypatch, tmp_path):

@@ -24,12 +24,14 @@ class Epilogue:
         activation: A key of `ACTIVATIONS`, or None.
         is_gated: Whether there are two sums, of which the activation of one multiplies the other.
         has_residual: Whether something of the shape of the result is added last.
+        has_factor: Whether something of the shape of the result multiplies it before that.
     """
 
     has_bias: bool = False
     activation: str | None = None
     is_gated: bool = False
     has_residual: bool = False
+    has_factor: bool = False
 
     @property
     def name(self) -> str:
@@ -37,13 +39,14 @@ class Epilogue:
         parts = [
             "bias" if self.has_bias else "",
             f"gated_{self.activation}" if self.is_gated else self.activation or "",
+            "factor" if self.has_factor else "",
             "residual" if self.has_residual else "",
         ]
         return "_".join(part for part in parts if part)
 
     def parameters(self, element: str) -> dict[str, str]:
         """Pointers that it needs."""
-        names = [("bias_ptr", self.has_bias), ("residual_ptr", self.has_residual)]
+        names = [("bias_ptr", self.has_bias), ("factor_ptr", self.has_factor), ("residual_ptr", self.has_residual)]
         return {name: f"*{element}" for name, is_there in names if is_there}
 
     def lines(self, row: str, at: str, row_mask: str, mask: str) -> list[str]:
@@ -68,6 +71,9 @@ class Epilogue:
             if self.has_bias:
                 up = f"(up_sums + tl.load(bias_ptr + N + {row}{row_guard}).to(tl.float32))"
             found.append(f"y *= {up}")
+        if self.has_factor:
+            found.append("# the other half of a gate")
+            found.append(f"y *= tl.load(factor_ptr + {at}{guard}).to(tl.float32)")
         if self.has_residual:
             found.append("# aten.add.Tensor")
             found.append(f"y += tl.load(residual_ptr + {at}{guard}).to(tl.float32)")
