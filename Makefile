@@ -48,6 +48,7 @@ bench: $(VENV)/.installed-dev ## measure and write benchmarks/results: make benc
 gpu: ## test and measure the kernels on this machine's GPU: make gpu PYTHON=python3
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest --confcutdir=tests/gpu -o filterwarnings=default \
 		tests/gpu tests/codegen/test_triton_kernels.py tests/codegen/test_gather_kernels.py \
+		tests/codegen/test_low_rank_kernels.py \
 		tests/codegen/test_machine_code.py tests/codegen/test_ahead_of_time.py \
 		tests/runtime/test_triton_executor.py tests/runtime/test_recorded_step.py
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_kernels.py

@@ -44,9 +44,9 @@ from jettison.ir.program import (
 )
 from jettison.ir.projected_heads import KeyValueProjection
 from jettison.ir.rotary_table import angle_table, frequencies
-from jettison.passes.attention_forms import take_apart, with_whole_attention
 from jettison.passes.base import Pass, describe_node
 from jettison.passes.decode_only import specialize_entries
+from jettison.passes.low_rank.whole_attention import take_apart, with_whole_attention
 from jettison.passes.options import ByRange, option
 from jettison.passes.policies import Full, Policy
 from jettison.passes.policies.base import AttentionSite

@@ -28,8 +28,8 @@ Saves: `(N * K - rank * (N + K)) * itemsize` bytes per weight, and as many read 
     of its codes. `ratio` is the share of the parameters that is kept: `rank = floor(ratio * N * K / (N + K))`.
 Method: `method` says for which inputs the factors are best (passes/factorizers/). Layers are done in the order of the
     graph, from what they read once those before them are factored. `rank=auto` gives each input the rank with which a
-    budget of bytes for all weights does least harm (passes/rank_allocation.py). `residual=` rounds the weight to few
-    bits and lets the factors, in the stored dtype, make up for what that loses; both in turns.
+    budget of bytes for all weights does least harm (passes/low_rank/allocation.py). `residual=` rounds the weight to
+    few bits and lets the factors, in the stored dtype, make up for what that loses; both in turns.
 Source: SVD-LLM (arXiv 2403.07378), ASVD (arXiv 2312.05821); the low rank beside few bits as in LQER (arXiv 2402.02446)
     and LQ-LoRA (arXiv 2311.12023).
 """
@@ -55,13 +55,13 @@ from jettison.passes.factorizers import SVDLLM, Factorizer
 from jettison.passes.formats import IntGroups
 from jettison.passes.grammar import format_pipeline
 from jettison.passes.linear_sites import InputSite, by_input, find_linear
-from jettison.passes.low_rank import LowRank, Remainder
-from jettison.passes.low_rank_forms import LowRankForm, is_remainder
-from jettison.passes.low_rank_run import LowRankRun
-from jettison.passes.low_rank_sizes import Ranks, Sizes, best_factors
+from jettison.passes.low_rank.allocation import allocate, price
+from jettison.passes.low_rank.factors import LowRank, Remainder
+from jettison.passes.low_rank.forms import LowRankForm, is_remainder
+from jettison.passes.low_rank.run import LowRankRun
+from jettison.passes.low_rank.sizes import Ranks, Sizes, best_factors
 from jettison.passes.methods.base import InputStatistics
 from jettison.passes.options import option, to_spec
-from jettison.passes.rank_allocation import allocate, price
 from jettison.passes.requirements import idle_patterns, require_forward, require_pattern, require_text
 from jettison.passes.whitening import Whitening
 

@@ -42,7 +42,7 @@ from jettison.ir.match import Miss, arguments, is_call
 from jettison.ir.ops import low_rank_attention, low_rank_mlp
 from jettison.ir.program import Program
 from jettison.passes.base import Pass
-from jettison.passes.low_rank_sites import LowRankAttention, LowRankMlp, find_attention, find_mlp
+from jettison.passes.low_rank.sites import LowRankAttention, LowRankMlp, find_attention, find_mlp
 
 aten = torch.ops.aten
 

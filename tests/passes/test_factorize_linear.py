@@ -22,13 +22,13 @@ from jettison.passes.cache_kv import CacheKV
 from jettison.passes.factorize_linear import FactorizeLinear
 from jettison.passes.factorizers import ASVD, SVD, SVDLLM
 from jettison.passes.formats import IntGroups
-from jettison.passes.low_rank_forms import LowRankForm
+from jettison.passes.low_rank.allocation import RankChoice, allocate
+from jettison.passes.low_rank.forms import LowRankForm
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
 from jettison.passes.methods.finished_layers import FinishedLayers
 from jettison.passes.methods.sensitivity import Probe
 from jettison.passes.pipeline import prepare
 from jettison.passes.quantize_weights import QuantizeWeights
-from jettison.passes.rank_allocation import RankChoice, allocate
 from tests.helpers import (
     Apply,
     Embedded,

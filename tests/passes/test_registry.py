@@ -15,10 +15,9 @@ from jettison.passes.pipeline import CANONICALIZE, RAISE
 
 # Modules of the package that hold no pass.
 INFRASTRUCTURE = {
-    "attention_forms", "base", "decode_only", "dense_forms", "expert_reads", "gather_costs", "grammar",
-    "head_estimators", "head_forms", "input_errors", "knapsack", "linear_sites", "low_rank", "low_rank_forms",
-    "low_rank_run", "low_rank_sites", "low_rank_sizes", "mlp_activity", "mlp_sites", "neuron_groups", "options",
-    "pipeline", "rank_allocation", "requirements", "residual_stream", "whitening",
+    "base", "decode_only", "dense_forms", "expert_reads", "gather_costs", "grammar", "head_estimators", "head_forms",
+    "input_errors", "knapsack", "linear_sites", "mlp_activity", "mlp_sites", "neuron_groups", "options", "pipeline",
+    "requirements", "residual_stream", "whitening",
 }  # fmt: skip
 VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "factorize", "fold",
          "fuse", "lower", "merge", "plan", "predict", "quantize", "raise", "select", "sparsify", "split",

@@ -10,7 +10,7 @@ from jettison.ir.constants import Constant
 from jettison.ir.program import Program
 from jettison.passes.formats import IntGroups
 from jettison.passes.linear_sites import InputSite
-from jettison.passes.low_rank import LowRank, Remainder, factorized, low_rank_bytes, spectrum_of
+from jettison.passes.low_rank.factors import LowRank, Remainder, factorized, low_rank_bytes, spectrum_of
 from jettison.passes.whitening import Spectrum, Whitening
 
 

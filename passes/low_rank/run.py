@@ -14,7 +14,7 @@ from jettison.ir.errors import UnsupportedError
 from jettison.ir.program import Program
 from jettison.passes.base import describe_node
 from jettison.passes.linear_sites import InputSite
-from jettison.passes.low_rank import LowRank
+from jettison.passes.low_rank.factors import LowRank
 from jettison.passes.methods.base import InputStatistics
 
 

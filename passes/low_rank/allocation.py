@@ -22,9 +22,9 @@ from jettison.ir.program import Program
 from jettison.passes.factorizers import Factorizer
 from jettison.passes.knapsack import cheapest, least_bytes
 from jettison.passes.linear_sites import InputSite
-from jettison.passes.low_rank import LowRank, Remainder, factorized, spectrum_of
-from jettison.passes.low_rank_run import require_finite
-from jettison.passes.low_rank_sizes import Ranks, Sizes
+from jettison.passes.low_rank.factors import LowRank, Remainder, factorized, spectrum_of
+from jettison.passes.low_rank.run import require_finite
+from jettison.passes.low_rank.sizes import Ranks, Sizes
 from jettison.passes.methods.base import InputStatistics
 from jettison.passes.methods.sensitivity import Probe
 from jettison.passes.whitening import Whitening
