@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 
 from jettison.codegen.triton.ahead_of_time import Compiled, check_archs, compile_ahead
 from jettison.codegen.triton.kernels.base import Kernel, Tuning
+from jettison.codegen.triton.kernels.low_rank_attention import Masks
 from jettison.ir.errors import CodegenError, OptionError
-from tests.codegen.test_triton_sources import KERNELS
+from tests.codegen.test_triton_sources import KERNELS, WIDE
 
 ARCHS = ["sm_80", "sm_90"]
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10}
@@ -50,6 +54,12 @@ class Broken(Kernel):
 
     def body(self) -> str:
         return "    tl.store(x_ptr, unknown)"
+
+
+def test_attention_over_factors_with_everything_at_once_does_not_spill():
+    masks = Masks(True, 4096, True, True, True)
+    kernel = dataclasses.replace(WIDE, has_bias=(True,) * 3, rotated=WIDE.dim, masks=masks, dtype=torch.bfloat16)
+    assert [each.spill_bytes for each in compile_ahead([(kernel, kernel.tunings()[0])], ARCHS)] == [0, 0]
 
 
 def test_what_does_not_compile_is_named():

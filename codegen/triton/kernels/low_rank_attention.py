@@ -175,6 +175,8 @@ class LowRankAttention(Kernel):
             wanted = [(16, 16, 16, 8, 1), (16, 32, 16, 8, 1), (32, 16, 16, 8, 1)]
         elif wide > 64:
             wanted = [(64, 32, 16, 8, 2), (64, 32, 32, 8, 2), (64, 32, 64, 8, 2), (128, 32, 32, 8, 2)]
+            if self.rotated and not self.masks.follows_places:  # angles and positions take registers, too
+                wanted.insert(0, (32, 32, 16, 8, 2))
         else:
             wanted = [(128, 32, 32, 8, 2), (64, 32, 64, 8, 2), (128, 64, 32, 8, 2)]
         return [
