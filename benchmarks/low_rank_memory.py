@@ -1,6 +1,6 @@
 """What `fuse-low-rank` does to factored models: activations that are alive at once, and time.
 
-    python benchmarks/low_rank_memory.py [--layers 12] [--decoder-layers 2] [--rounds 7]
+    python benchmarks/low_rank_memory.py [--layers 12] [--decoder-layers 2] [--rounds 7] [--threads 1]
 
 `encoder` has the shape of BERT-base, every linear of its layers as two with half of the weights, and reads 8 rows of
 512 tokens. `decoder` has that of Llama-3.2-1B with fewer layers and a small vocabulary, likewise; it reads a prompt of
@@ -9,9 +9,10 @@
 `activation_bytes` is the most that is alive at once in a first forward. On `torch` it is added up from what PyTorch's
 allocator reports (torch.profiler). On `onnx` it is RssAnon of the process over what it was after a forward of one short
 row, sampled every millisecond: ONNX Runtime's arena grows in steps, so these figures are coarse. Each is taken in a
-process of its own. Times are medians of interleaved rounds in one process, on one thread: `milliseconds` of the clock,
-and `cpu_milliseconds` of the processor, which do not count what other processes take on a busy machine; `cpu_ratio` is
-unfused over fused. Writes benchmarks/results/low_rank_memory.json.
+process of its own. Times are medians of interleaved rounds in one process: `milliseconds` of the clock, and
+`cpu_milliseconds` of the processor, which do not count what other processes take on a busy machine; `cpu_ratio` is
+unfused over fused. `products` are the matrix products of the layers alone, on `torch`: what neither graph can do
+without; `products_gflop` is how many operations they have. Writes benchmarks/results/low_rank_memory.json.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from record import environment, write
 from torch import Tensor, nn
 
@@ -129,6 +131,21 @@ def forward(runs: Executor, rows: int, steps: int, entry: str = "prefill", past:
     return lambda: runs.run(entry, inputs, states)
 
 
+def products(module: nn.Module, tokens: int) -> tuple[Callable[[], Any], float]:
+    """A call of the matrix products of the layers, on numbers of no meaning, and how many GFLOP they are."""
+    linears = [
+        each for name, each in module.named_modules() if isinstance(each, nn.Linear) and not name.endswith("lm_head")
+    ]
+    inputs = {each.in_features: torch.randn(tokens, each.in_features) for each in linears}
+    gflop = sum(2e-9 * tokens * each.in_features * each.out_features for each in linears)
+
+    def call() -> None:
+        for each in linears:
+            F.linear(inputs[each.in_features], each.weight)
+
+    return torch.no_grad()(call), gflop
+
+
 def allocated_bytes(call: Callable[[], Any]) -> int:
     """The most that PyTorch's allocator has handed out at once since the call began."""
     from torch.profiler import ProfilerActivity, profile
@@ -187,12 +204,17 @@ def measure_time(name: str, layers: int, target: str, rounds: int) -> dict[str, 
             if name == "decoder":
                 calls.setdefault("step", {})[way] = forward(runs, 1, 1, "decode", past=512)
         figures: dict[str, Any] = {}
+        if target == "torch":
+            (what,) = [what for what in calls if what != "step"]
+            rows, steps = SHAPES[name]
+            calls[what]["products"], gflop = products(model(name, layers), rows * steps)
+            figures["products_gflop"] = round(gflop, 2)
         for what, ways in calls.items():
-            taken: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+            taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
             repeats, times = (1, 1) if what != "step" else (10, 8)
             for turn in range(times * rounds + 1):
                 # Each is first in every second round.
-                for way in WAYS if turn % 2 else WAYS[::-1]:
+                for way in ways if turn % 2 else reversed(ways):
                     started = time.perf_counter(), time.process_time()
                     for _ in range(repeats):
                         ways[way]()
@@ -202,16 +224,17 @@ def measure_time(name: str, layers: int, target: str, rounds: int) -> dict[str, 
             figures[what] = {
                 f"{way}_{clock}": round(statistics.median(each[index] for each in taken[way][1:]), 3)
                 for index, clock in enumerate(("milliseconds", "cpu_milliseconds"))
-                for way in WAYS
+                for way in ways
             }
             ratios = [u[1] / f[1] for u, f in zip(taken["unfused"][1:], taken["fused"][1:], strict=True)]
             figures[what]["cpu_ratio"] = round(statistics.median(ratios), 3)
     return figures
 
 
-def in_a_process(*arguments: object, rounds: int = 1) -> dict[str, Any]:
+def in_a_process(*arguments: object, threads: int, rounds: int = 1) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    command = [sys.executable, __file__, "--rounds", str(rounds), "--measure", *map(str, arguments)]
+    given = ["--threads", str(threads), "--rounds", str(rounds)]
+    command = [sys.executable, __file__, *given, "--measure", *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     print(*arguments, done.stdout.strip().splitlines()[-1], flush=True)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -223,22 +246,25 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--decoder-layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         name, layers, target, what = arguments.measure
-        torch.set_num_threads(1)
+        torch.set_num_threads(arguments.threads)
         timed = what == "time"
         run = measure_time(name, int(layers), target, arguments.rounds) if timed else None
         print(json.dumps(run or measure_memory(name, int(layers), target, what)))
         return
     before = environment()
-    figures: dict[str, Any] = {"ratio": RATIO, "threads": 1}
+    figures: dict[str, Any] = {"ratio": RATIO, "threads": arguments.threads}
     for name, layers in (("encoder", arguments.layers), ("decoder", arguments.decoder_layers)):
         figures[name] = {"layers": layers, "rows": SHAPES[name][0], "tokens": SHAPES[name][1]}
         for target in TARGETS:
-            memory = {way: in_a_process(name, layers, target, way)["activation_bytes"] for way in WAYS}
-            timed = in_a_process(name, layers, target, "time", rounds=arguments.rounds)
+            threads = arguments.threads
+            alive = {way: in_a_process(name, layers, target, way, threads=threads) for way in WAYS}
+            memory = {way: each["activation_bytes"] for way, each in alive.items()}
+            timed = in_a_process(name, layers, target, "time", threads=threads, rounds=arguments.rounds)
             figures[name][target] = {
                 **{f"{way}_activation_bytes": most for way, most in memory.items()},
                 "share": round(memory["fused"] / memory["unfused"], 3),
