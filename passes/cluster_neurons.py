@@ -33,19 +33,19 @@ from jettison.ir.errors import OptionError
 from jettison.ir.match import Miss
 from jettison.ir.program import MissRecord, Program
 from jettison.ir.progress import track
-from jettison.passes.base import Pass, describe_node
+from jettison.passes.base import describe_node
 from jettison.passes.mlp_activity import watch
 from jettison.passes.mlp_sites import MlpSite, find_mlp
 from jettison.passes.neuron_groups import group_neurons
 from jettison.passes.options import option
-from jettison.passes.requirements import idle_patterns, require_pattern, require_single_tokens
+from jettison.passes.requirements import LearnsFromTokens, idle_patterns, require_pattern
 
 # Tokens that say which neurons go together: more find the same groups on the bundled models.
 _TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class ClusterNeurons(Pass):
+class ClusterNeurons(LearnsFromTokens):
     """See the module docstring."""
 
     name: ClassVar[str] = "cluster-neurons"
@@ -59,15 +59,6 @@ class ClusterNeurons(Pass):
         if not 0 < self.keep < 1:
             raise OptionError(f"[cluster-neurons] keep={self.keep}: needs a share above 0 and below 1.")
         require_pattern(f"[{self.name}]", "skip", self.skip)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """See `Pass`: it looks at what fires."""
-        return True
-
-    def requires(self, program: Program) -> None:
-        """It runs the captured graph on text."""
-        require_single_tokens(program, f"[{self.name}]")
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Order the neurons of each layer, in the order of the graph; an order changes nothing for later layers."""

@@ -46,7 +46,7 @@ from jettison.ir.match import Miss, arguments
 from jettison.ir.ops import quantized_sparse_mlp, sparse_mlp
 from jettison.ir.program import MissRecord, Program
 from jettison.ir.progress import track
-from jettison.passes.base import Pass, describe_node
+from jettison.passes.base import describe_node
 from jettison.passes.gather_costs import group_cost
 from jettison.passes.grammar import format_pipeline
 from jettison.passes.mlp_activity import MlpActivity, dense_weight, dropped, watch
@@ -57,7 +57,7 @@ from jettison.passes.mlp_sites import (
 from jettison.passes.options import option, to_spec
 from jettison.passes.predictors import DejaVu, Predictor, Samples
 from jettison.passes.predictors.base import held_out, recall
-from jettison.passes.requirements import idle_patterns, require_pattern, require_single_tokens
+from jettison.passes.requirements import LearnsFromTokens, idle_patterns, require_pattern
 from jettison.passes.residual_stream import ancestors, residual_before_attention
 
 aten = torch.ops.aten
@@ -86,7 +86,7 @@ class SparseMlp:
 
 
 @dataclass(frozen=True)
-class PredictMlpSparsity(Pass):
+class PredictMlpSparsity(LearnsFromTokens):
     """See the module docstring."""
 
     name: ClassVar[str] = "predict-mlp-sparsity"
@@ -110,15 +110,6 @@ class PredictMlpSparsity(Pass):
         if self.error is not None and not self.error >= 0:
             raise OptionError(f"[predict-mlp-sparsity] error={self.error}: needs a share of energy, 0 or more.")
         require_pattern(f"[{self.name}]", "skip", self.skip)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """See `Pass`: predictors are learned from tokens."""
-        return True
-
-    def requires(self, program: Program) -> None:
-        """It runs the captured graph on text."""
-        require_single_tokens(program, f"[{self.name}]")
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Learn layer by layer, in the order of the graph; then rewrite."""

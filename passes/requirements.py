@@ -6,6 +6,7 @@ import re
 
 from jettison.ir.errors import OptionError
 from jettison.ir.program import MissRecord, Program
+from jettison.passes.base import Pass
 
 _TO_CALIBRATE = "to run the calibration text"
 
@@ -63,18 +64,18 @@ def require_decoder_text(program: Program, told: str, why: str, instead: str) ->
         )
 
 
-def require_single_tokens(program: Program, told: str) -> None:
-    """Refuse a program whose tokens cannot be watched, or that computes no single ones.
+class LearnsFromTokens(Pass):
+    """A pass that learns what single tokens use from the calibration text."""
 
-    Args:
-        program: Any.
-        told: Id of the pass in brackets.
+    @property
+    def needs_calibration(self) -> bool:
+        """See `Pass`."""
+        return True
 
-    Raises:
-        OptionError: It has a KV cache already, is no decoder or came without text.
-    """
-    why = "what a token uses is learned from tokens, and only single ones are worth it"
-    require_decoder_text(program, told, why, "Leave the pass out.")
+    def requires(self, program: Program) -> None:
+        """It runs the captured graph on text."""
+        why = "what a token uses is learned from tokens, and only single ones are worth it"
+        require_decoder_text(program, f"[{self.name}]", why, "Leave the pass out.")
 
 
 def require_pattern(told: str, field: str, pattern: str | None) -> None:

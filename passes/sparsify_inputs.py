@@ -46,19 +46,19 @@ from jettison.ir.match import Miss, arguments
 from jettison.ir.ops import sparse_linear
 from jettison.ir.program import MissRecord, Program, input_placeholders
 from jettison.ir.progress import track
-from jettison.passes.base import Pass, describe_node
+from jettison.passes.base import describe_node
 from jettison.passes.gather_costs import row_cost
 from jettison.passes.input_errors import ErrorCurve, error_curves
 from jettison.passes.linear_sites import by_input, find_linear
 from jettison.passes.options import option
-from jettison.passes.requirements import idle_patterns, require_pattern, require_single_tokens
+from jettison.passes.requirements import LearnsFromTokens, idle_patterns, require_pattern
 
 aten = torch.ops.aten
 _STEP, _MOST = 0.05, 0.9
 
 
 @dataclass(frozen=True)
-class SparsifyInputs(Pass):
+class SparsifyInputs(LearnsFromTokens):
     """See the module docstring."""
 
     name: ClassVar[str] = "sparsify-inputs"
@@ -74,15 +74,6 @@ class SparsifyInputs(Pass):
                 "out to read everything."
             )
         require_pattern(f"[{self.name}]", "skip", self.skip)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """See `Pass`: it looks at inputs."""
-        return True
-
-    def requires(self, program: Program) -> None:
-        """It runs the captured graph on text."""
-        require_single_tokens(program, f"[{self.name}]")
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         """Look at every input, share out what is left out, then rewrite."""

@@ -15,14 +15,15 @@ from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 from torch import Tensor, fx, nn
 
 from jettison.ir.capture import capture_module
-from jettison.ir.compare import assert_close, example_input_ids, run_program
+from jettison.ir.compare import assert_close, example_input_ids, run_program, usual_inputs
 from jettison.ir.constants import Constant, Packed
 from jettison.ir.diff import diff_text
 from jettison.ir.edit import Edit
 from jettison.ir.match import arguments, constant_name, is_call
-from jettison.ir.program import MissRecord, PassRecord, Program
+from jettison.ir.program import MissRecord, PassRecord, Program, input_placeholders
 from jettison.passes.base import Pass
 from jettison.passes.formats import WeightFormat, format_from_text
+from jettison.passes.pipeline import prepare
 
 SHAPES = ((1, 1), (2, 7), (3, 16))
 
@@ -256,3 +257,14 @@ def assert_idempotent(pass_: Pass, program: Program) -> None:
     twice, second = run_pass(pass_, once)
     assert second.rewrites == 0
     assert str(twice) == str(once)
+
+
+def calibrated(program: Program, rows: int = 6, length: int = 32, vocabulary: int = 61) -> Program:
+    """Prepare a program and give it calibration batches."""
+    prepare(program)
+    wanted = input_placeholders(program.entries["forward"])
+    places = torch.arange(rows * length)
+    ids = (places * 7919 + places**2 * 31).reshape(rows, length) % vocabulary
+    batches = [usual_inputs(part) for part in ids.split(4)]
+    program.calibration = lambda: [{name: batch[name] for name in wanted} for batch in batches]
+    return program

@@ -11,12 +11,11 @@ from jettison.api import parse_passes, pipeline_text
 from jettison.codegen.onnx.emit import emit_program
 from jettison.ir.capture import capture
 from jettison.ir.chunked_run import ChunkedRun
-from jettison.ir.compare import assert_close, example_input_ids, run_program, usual_inputs
+from jettison.ir.compare import assert_close, example_input_ids, run_program
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.huggingface import source_from_model
 from jettison.ir.match import arguments, is_call
 from jettison.ir.ops import experts, quantized_linear
-from jettison.ir.program import input_placeholders
 from jettison.passes import factorize_linear
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.factorize_linear import FactorizeLinear
@@ -36,6 +35,7 @@ from tests.helpers import (
     assert_declines,
     assert_golden,
     assert_idempotent,
+    calibrated,
     export_tiny,
     run_pass,
 )
@@ -44,18 +44,6 @@ from tests.models.tiny_models import tiny_model
 aten = torch.ops.aten
 WIDTH, INNER = 32, 48
 PACKED = "it is quantised already, and factors are made of whole weights: put factorize-linear before quantize-weights"
-
-
-def calibrated(program, rows=6, length=32, vocabulary=61):
-    """A prepared program that has calibration batches."""
-    prepare(program)
-    wanted = input_placeholders(program.entries["forward"])
-    ids = (torch.arange(rows * length) * 7919 + torch.arange(rows * length) ** 2 * 31).reshape(
-        rows, length
-    ) % vocabulary
-    batches = [usual_inputs(part) for part in ids.split(4)]
-    program.calibration = lambda: [{name: batch[name] for name in wanted} for batch in batches]
-    return program
 
 
 class Gated(nn.Module):

@@ -15,7 +15,6 @@ from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.interpret import run_entry
 from jettison.ir.match import arguments, is_call
 from jettison.ir.ops import experts, sparse_linear
-from jettison.ir.program import input_placeholders
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.formats import IntGroups
 from jettison.passes.gather_costs import row_cost
@@ -39,6 +38,7 @@ from tests.helpers import (
     assert_golden,
     assert_idempotent,
     assert_same_numbers,
+    calibrated,
     export_tiny,
     run_pass,
     weight_values,
@@ -58,16 +58,6 @@ def largest(x, kept):
         for channel in sorted(range(len(token)), key=lambda i: -abs(token[i]))[kept:]:
             token[channel] = 0.0
     return torch.tensor(flat).view_as(x)
-
-
-def calibrated(program, rows=6, length=32):
-    """A prepared program that has calibration batches."""
-    prepare(program)
-    wanted = input_placeholders(program.entries["forward"])
-    ids = (torch.arange(rows * length) * 7919 + torch.arange(rows * length) ** 2 * 31).reshape(rows, length) % 61
-    batches = [usual_inputs(part) for part in ids.split(4)]
-    program.calibration = lambda: [{name: batch[name] for name in wanted} for batch in batches]
-    return program
 
 
 class Gated(nn.Module):

@@ -313,8 +313,7 @@ def test_progress_grows_to_the_total_of_all_files(out):
 def end_mid_write(out, number):
     """Send signal `number` to a process that has written half an artifact, and wait for its end."""
     code = """
-import signal
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup ignores it, and its children with it
+import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored by a suite under nohup, and by its children
 with ArtifactWriter(out) as writer:
     writer.write_text("graph/before.txt", "half")
     writer.path("model.onnx.data").write_bytes(bytes(100_000))
