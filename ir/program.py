@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from jettison.ir.constants import Constant, Packed
+from jettison.ir.placement import Placement
 
 CACHE = "past_key_values."
 # Where `decode` returns candidates only: the entries that compute all logits and those of some tokens from what the
@@ -222,6 +223,7 @@ class Program:
         calibration: Returns inputs of `forward` by name, for batches of text; None where there is none.
         finished: What a pass that was interrupted had done, and where it keeps what it does now; None for nowhere.
         target: What will run it (`torch`, `onnx`, `triton`), for passes that ask what is faster; None if nobody said.
+        placement: Which constants are not in memory all the time; None if all are.
     """
 
     entries: dict[str, fx.GraphModule]
@@ -238,6 +240,7 @@ class Program:
     finished: Any = None
     entry_outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     target: str | None = None
+    placement: Placement | None = None
 
     def outputs_of(self, entry: str) -> tuple[str, ...]:
         """Names of what an entry returns before its states."""
@@ -260,7 +263,7 @@ class Program:
         return Program(
             entries, dict(self.constants), self.info, self.outputs, dict(self.packed), dict(self.states),
             list(self.history), self.pipeline, dict(self.retentions), dict(self.storages), self.calibration,
-            self.finished, dict(self.entry_outputs), self.target,
+            self.finished, dict(self.entry_outputs), self.target, self.placement,
         )  # fmt: skip
 
     def used_constants(self) -> dict[str, Constant]:

@@ -36,6 +36,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from jettison.ir import ops as _register_ops  # noqa: F401
 from jettison.ir.constants import Constant, Packed
 from jettison.ir.errors import ArtifactError, UnsupportedError, VerifyError
+from jettison.ir.placement import TIERS, Placement
 from jettison.ir.program import (
     ModelInfo,
     PassRecord,
@@ -138,6 +139,8 @@ def save_program(
     }  # fmt: skip
     if program.entry_outputs:
         document["entry_outputs"] = program.entry_outputs
+    if program.placement is not None:
+        document["placement"] = program.placement
     document["symbols"] = dict(symbols.values())  # known once the entries are encoded
     Path(json_path).write_bytes(f"{_lines(_plain(document), 'entry', '')}\n".encode())
     write_constants(weights_path, constants, on_bytes)
@@ -367,7 +370,7 @@ class _Reader:
         """The program, without metadata."""
         keys = ("info", "outputs", "pipeline", "symbols", "constants", "packed", "states", "retentions", "storages",
                 "history", "entries")  # fmt: skip
-        document = self.table(self.document, "the file", ("format", "version", *keys), ("entry_outputs",))
+        document = self.table(self.document, "the file", ("format", "version", *keys), ("entry_outputs", "placement"))
         self.table(document["symbols"], "symbols")
         info = self.record(ModelInfo, document["info"], "info")
         if info.kind not in ("decoder", "encoder") or min(info.context, info.vocab_size) < 1:
@@ -395,6 +398,8 @@ class _Reader:
         outputs = self.items(document["outputs"], str, "outputs")
         pipeline = self._field(str, document["pipeline"], "pipeline", ())
         program = Program({}, constants, info, tuple(outputs), packed, states, history, pipeline, retentions, storages)
+        if "placement" in document:
+            program.placement = self._placement(document["placement"], program)
         for name, returned in self.table(document.get("entry_outputs", {}), "entry_outputs").items():
             program.entry_outputs[name] = tuple(self.items(returned, str, f"entry_outputs of {name}"))
         for name, value in self.table(document["entries"], "entries").items():
@@ -402,6 +407,17 @@ class _Reader:
                 self.refuse("entries", f"the name {name!r}", "a name of small letters")
             program.entries[name] = self._entry(name, value, program)
         return program
+
+    def _placement(self, value: Any, program: Program) -> Placement:
+        placement: Placement = self.record(Placement, value, "placement")
+        named = (*placement.tiers.values(), *placement.states.values(), *placement.limits)
+        strange = [name for name in placement.tiers if name not in program.constants]
+        strange += [name for name in placement.states if name not in program.states]
+        strange += [tier for tier in named if tier not in TIERS]
+        if strange or min([placement.ring_bytes, *placement.limits.values()]) < 0:
+            found = f"the name {short(strange[0])}" if strange else "a negative size"
+            self.refuse("placement", found, f"constants, states and tiers ({', '.join(TIERS)}), and sizes")
+        return placement
 
     def _entry(self, name: str, value: Any, program: Program) -> fx.GraphModule:
         self.table(value, name, ("constants", "states", "inputs", "nodes", "returns"))
