@@ -4,7 +4,8 @@
 
 `encoder` has the shape of BERT-base, every linear of its layers as two with half of the weights, and reads 8 rows of
 512 tokens. `decoder` has that of Llama-3.2-1B with fewer layers and a small vocabulary, likewise; it reads a prompt of
-512 tokens and then writes token by token. Weights are random. Both graphs of a model compute from the same factors.
+512 tokens and then writes token by token; `long` is the same model with a prompt of 2048. Weights are random. Both
+graphs of a model compute from the same factors.
 
 `activation_bytes` is the most that is alive at once in a first forward. On `torch` it is added up from what PyTorch's
 allocator reports (torch.profiler). On `onnx` it is RssAnon of the process over what it was after a forward of one short
@@ -30,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from record import environment, write
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ from jettison.ir.program import Program
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.fuse_low_rank import FuseLowRank
 from jettison.passes.pipeline import apply, prepare
+from jettison.runtime.dense_linear import run_dense_linear
 from jettison.runtime.executor import Executor, allocate_states
 from jettison.runtime.onnx_executor import OnnxExecutor, OnnxGraph
 from jettison.runtime.torch_executor import TorchExecutor
@@ -47,7 +48,7 @@ from jettison.source import open_source
 
 WAYS = ("unfused", "fused")
 TARGETS = ("torch", "onnx")
-SHAPES = {"encoder": (8, 512), "decoder": (1, 512)}
+SHAPES = {"encoder": (8, 512), "decoder": (1, 512), "long": (1, 2048)}
 RATIO = 0.5
 
 
@@ -81,7 +82,7 @@ def model(name: str, layers: int) -> nn.Module:
 
 def factored(linear: nn.Linear) -> nn.Module:
     """Two linears of the share `RATIO` of the weights."""
-    rank = int(RATIO * linear.out_features * linear.in_features / (linear.out_features + linear.in_features))
+    rank = int(RATIO * linear.out_features * linear.in_features / (linear.out_features + linear.in_features)) // 8 * 8
     pair = nn.Sequential(
         nn.Linear(linear.in_features, rank, bias=False),
         nn.Linear(rank, linear.out_features, bias=linear.bias is not None),
@@ -96,7 +97,7 @@ def program(name: str, layers: int, way: str) -> Program:
     made = open_source(model(name, layers)).program
     prepare(made)
     apply(made, [FuseLowRank()] if way == "fused" else [])
-    apply(made, [CacheKV()] if name == "decoder" else [])
+    apply(made, [CacheKV()] if name != "encoder" else [])
     return made
 
 
@@ -127,7 +128,7 @@ def forward(runs: Executor, rows: int, steps: int, entry: str = "prefill", past:
     inputs |= (
         {"logits_positions": torch.full((rows, 1), -1)} if "logits_positions" in runs.entries[entry].inputs else {}
     )
-    states = allocate_states(runs.states, rows, 1024)
+    states = allocate_states(runs.states, rows, 4096)
     return lambda: runs.run(entry, inputs, states)
 
 
@@ -141,7 +142,7 @@ def products(module: nn.Module, tokens: int) -> tuple[Callable[[], Any], float]:
 
     def call() -> None:
         for each in linears:
-            F.linear(inputs[each.in_features], each.weight)
+            run_dense_linear(inputs[each.in_features], each.weight)
 
     return torch.no_grad()(call), gflop
 
@@ -258,7 +259,7 @@ def main() -> None:
         return
     before = environment()
     figures: dict[str, Any] = {"ratio": RATIO, "threads": arguments.threads}
-    for name, layers in (("encoder", arguments.layers), ("decoder", arguments.decoder_layers)):
+    for name, layers in zip(SHAPES, (arguments.layers, *[arguments.decoder_layers] * 2), strict=True):
         figures[name] = {"layers": layers, "rows": SHAPES[name][0], "tokens": SHAPES[name][1]}
         for target in TARGETS:
             threads = arguments.threads

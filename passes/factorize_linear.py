@@ -25,7 +25,8 @@ Declines when: `rank * (N + K) >= N * K`, or with a residual when the bytes woul
 Numerics: changes precision. `loss` in the report is the share of the energy of the results that is lost on the
     calibration tokens (of the weight's own energy for method=svd, of scaled inputs' for asvd).
 Saves: `(N * K - rank * (N + K)) * itemsize` bytes per weight, and as many read per token; with a residual, less those
-    of its codes. `ratio` is the share of the parameters that is kept: `rank = floor(ratio * N * K / (N + K))`.
+    of its codes. `ratio` is the share of the parameters that is kept: `rank = floor(ratio * N * K / (N + K))`,
+    and from 128 on the multiple of 8 below it.
 Method: `method` says for which inputs the factors are best (passes/factorizers/). Layers are done in the order of the
     graph, from what they read once those before them are factored. `rank=auto` gives each input the rank with which a
     budget of bytes for all weights does least harm (passes/low_rank/allocation.py). `residual=` rounds the weight to

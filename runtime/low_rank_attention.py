@@ -13,6 +13,7 @@ from jettison.ir.ops.attention import QUERY_ROWS, attend, visible_keys
 from jettison.ir.ops.low_rank_attention import by_head
 from jettison.ir.ops.rotary_embedding import rotary_embedding
 from jettison.ir.token_chunks import FEWEST
+from jettison.runtime.dense_linear import run_dense_linear
 
 
 def run_low_rank_attention(
@@ -31,8 +32,8 @@ def run_low_rank_attention(
     at_once = max(1, FEWEST // max(1, key.shape[1]))
     for first in range(0, batch, at_once):
         taken = slice(first, first + at_once)
-        keys = by_head(key[taken], key_rows, key_bias, kv_heads)
-        values = by_head(value[taken], value_rows, value_bias, kv_heads)
+        keys = by_head(key[taken], key_rows, key_bias, kv_heads, run_dense_linear)
+        values = by_head(value[taken], value_rows, value_bias, kv_heads, run_dense_linear)
         row_cos, row_sin = _of_rows(cos, taken), _of_rows(sin, taken)
         if row_cos is not None and row_sin is not None:
             keys = rotary_embedding(keys, row_cos, row_sin, interleaved)
@@ -40,7 +41,7 @@ def run_low_rank_attention(
         asking, places = (each if len(each) == 1 else each[taken] for each in (query_positions, key_positions))
         for start in range(0, steps, QUERY_ROWS):
             block = slice(start, start + QUERY_ROWS)
-            queries = by_head(query[taken, block], query_rows, query_bias, heads)
+            queries = by_head(query[taken, block], query_rows, query_bias, heads, run_dense_linear)
             if row_cos is not None and row_sin is not None:
                 queries = rotary_embedding(queries, row_cos[:, block], row_sin[:, block], interleaved)
             visible = visible_keys(asking[:, block], places, valid, causal, window)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
 from jettison.ir.packed_parts import JointWeight, PackedParts, all_parts_read, parts_read, sparse_parts_read
+from jettison.runtime.dense_linear import run_dense_linear
 from jettison.runtime.low_rank_attention import run_low_rank_attention
 from jettison.runtime.low_rank_mlp import run_low_rank_mlp
 from jettison.runtime.packed_experts import ExpertParts, experts_read, run_experts
@@ -39,6 +40,7 @@ _PARSED = {
 }
 # Operators whose faster form takes the same arguments.
 _SAME_ARGUMENTS: Mapping[Any, Callable[..., Tensor]] = {
+    aten.linear.default: run_dense_linear,
     ops.low_rank_attention: run_low_rank_attention,
     ops.low_rank_mlp: run_low_rank_mlp,
     ops.sparse_linear: run_sparse_linear,

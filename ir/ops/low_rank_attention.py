@@ -13,6 +13,8 @@ Source: FlashSVD (arXiv 2508.01506), whose kernel makes tiles of the three on ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,9 @@ from jettison.ir.ops.registration import define_op
 from jettison.ir.ops.rotary_embedding import rotary_embedding
 
 
-def by_head(x: Tensor, rows: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+def by_head(
+    x: Tensor, rows: Tensor, bias: Tensor | None, heads: int, linear: Callable[..., Tensor] = F.linear
+) -> Tensor:
     """Queries, keys or values of some tokens in full width: `[B, heads, S, D]`, a view of `[B, S, heads * D]`.
 
     Args:
@@ -31,8 +35,9 @@ def by_head(x: Tensor, rows: Tensor, bias: Tensor | None, heads: int) -> Tensor:
         rows: `[heads * D, r]`.
         bias: `[heads * D]`, or None.
         heads: How many there are.
+        linear: What multiplies.
     """
-    return F.linear(x, rows, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+    return linear(x, rows, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _low_rank_attention(

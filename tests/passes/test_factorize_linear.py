@@ -12,10 +12,12 @@ from jettison.codegen.onnx.emit import emit_program
 from jettison.ir.capture import capture
 from jettison.ir.chunked_run import ChunkedRun
 from jettison.ir.compare import assert_close, example_input_ids, run_program
+from jettison.ir.constants import Constant
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.huggingface import source_from_model
 from jettison.ir.match import arguments, is_call
 from jettison.ir.ops import experts, quantized_linear
+from jettison.ir.program import ModelInfo, Program
 from jettison.passes import factorize_linear
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.factorize_linear import FactorizeLinear
@@ -23,6 +25,7 @@ from jettison.passes.factorizers import ASVD, SVD, SVDLLM
 from jettison.passes.formats import IntGroups
 from jettison.passes.low_rank.allocation import RankChoice, allocate
 from jettison.passes.low_rank.forms import LowRankForm
+from jettison.passes.low_rank.sizes import Sizes
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
 from jettison.passes.methods.finished_layers import FinishedLayers
 from jettison.passes.methods.sensitivity import Probe
@@ -567,3 +570,13 @@ def test_an_interrupted_run_goes_on(pass_, tmp_path, monkeypatch):
         assert str(resumed) == str(whole)
         assert len(calls) == expected
         calls.clear()
+
+
+@pytest.mark.parametrize(
+    ("rows", "ratio", "rank"), [(1024, 0.7, 160), (1024, 0.5, 116), (1024, 0.56, 128), (2, 0.1, 1)]
+)
+def test_large_ranks_of_a_ratio_are_aligned(rows: int, ratio: float, rank: int) -> None:
+    weight = Constant("w", torch.zeros(rows, 300))
+    program = Program({}, {"w": weight}, ModelInfo("decoder", "one", 8, 8))
+    assert Sizes(program, None, False).rank_of_ratio(["w"], ratio) == rank
+    assert 0.94 * ratio < rank * (rows + 300) / (rows * 300) <= ratio or rank == 1
