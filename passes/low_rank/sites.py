@@ -13,11 +13,13 @@ from torch import Tensor, fx
 
 from jettison.ir.match import Miss, arguments, constant_name, is_call, only_user
 from jettison.ir.ops import attention, gated_activation, lut_linear, quantized_linear, rotary_embedding, write_slots
+from jettison.passes.low_rank.forms import is_remainder
 from jettison.passes.raise_gated_mlp import activation_name
 
 aten = torch.ops.aten
 _QUANTIZED = (quantized_linear, lut_linear)
 _LINEARS = (aten.linear.default, *_QUANTIZED)
+_REMAINDER = "few bits are added to its factors (residual=), which the operator does not read"
 _NEEDED = "the operator reads factors as they are: leave quantize-weights out, or this pass"
 
 
@@ -102,6 +104,9 @@ def find_mlp(hidden: fx.Node) -> LowRankMlp | Miss | None:
     gate, up = hidden.args[:2] if is_gated else (None, hidden.args[0])
     columns = next((user for user in hidden.users if is_call(user, *_LINEARS) and user.args[0] is hidden), None)
     ups = [up] if gate is None else [gate, up]
+    beside = next((each for each in ups if _has_remainder(each)), None)
+    if beside is not None:
+        return Miss(_REMAINDER, beside)
     if columns is None or not all(is_call(each, *_LINEARS) for each in ups):
         return None
     rows = only_user(columns)
@@ -168,6 +173,9 @@ def find_attention(node: fx.Node) -> LowRankAttention | Miss | None:
     made = [_heads(each) for each in heads]
     found = [each for each in made if each is not None]
     if len(found) < len(made):
+        beside = next((each for each in map(_whole, heads) if _has_remainder(each)), None)
+        if beside is not None:
+            return Miss(_REMAINDER, beside)
         if not any(_comes_from_factors(each) for each in heads):
             return None
         between = heads[made.index(None)]
@@ -222,6 +230,18 @@ def _comes_from_factors(value: fx.Node) -> bool:
             made_from = made_from[:1]
         node = made_from[0] if len(made_from) == 1 else None
     return is_call(node, *_LINEARS) and is_factored(node)
+
+
+def _whole(heads: fx.Node) -> fx.Node:
+    """What was split into heads, if that is all there is between."""
+    while is_call(heads, aten.transpose.int, aten.reshape.default, aten.unflatten.int):
+        heads = heads.args[0]
+    return heads
+
+
+def _has_remainder(value: Any) -> bool:
+    """Whether a value is what factors make and few bits beside them."""
+    return is_call(value, aten.add.Tensor) and any(map(is_remainder, value.all_input_nodes))
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -23,6 +23,7 @@ from jettison.passes.cache_kv import CacheKV
 from jettison.passes.factorize_linear import FactorizeLinear
 from jettison.passes.factorizers import ASVD, SVD, SVDLLM
 from jettison.passes.formats import IntGroups
+from jettison.passes.fuse_low_rank import FuseLowRank
 from jettison.passes.low_rank.allocation import RankChoice, allocate
 from jettison.passes.low_rank.forms import LowRankForm
 from jettison.passes.low_rank.sizes import Sizes
@@ -580,3 +581,12 @@ def test_large_ranks_of_a_ratio_are_aligned(rows: int, ratio: float, rank: int) 
     program = Program({}, {"w": weight}, ModelInfo("decoder", "one", 8, 8))
     assert Sizes(program, None, False).rank_of_ratio(["w"], ratio) == rank
     assert 0.94 * ratio < rank * (rows + 300) / (rows * 300) <= ratio or rank == 1
+
+
+def test_fusing_says_that_it_reads_no_remainders():
+    reason = "few bits are added to its factors (residual=), which the operator does not read"
+    pass_ = FactorizeLinear(rank=2, residual="int4", group=32)
+    for program, nodes in ((gated(), 1), (family_program("llama"), 4)):
+        after, _ = run_pass(pass_, program)
+        _, record = run_pass(FuseLowRank(), after)
+        assert (record.rewrites, [miss.reason for miss in record.misses]) == (0, [reason] * nodes)
