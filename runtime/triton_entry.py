@@ -51,7 +51,7 @@ class RunLinear(_Runner):
 
     def __init__(self, step: LinearStep, weights: DeviceWeights, launchers: Launchers) -> None:
         self.step = step
-        self.weights = weights.stacked(step.weights, step.form.dtype)
+        self.weights = weights.of_linear(step.weights, step.form.dtype)
         self.bias = weights.joined(step.biases, step.dtype)
         self.norm = [] if step.norm is None else [weights.constant(step.norm)]
         self.gemv, self.few_rows, self.gemm = (launchers(each) for each in (step.gemv, step.few_rows, step.gemm))
@@ -66,14 +66,16 @@ class RunLinear(_Runner):
         out = x.new_empty(*x.shape[:-1], step.rows)
         after = [*self.bias, *(each.contiguous() for each in residual), out]
         if count == 1:
-            self.gemv(flat, *self.norm, *self.weights, *after, sizes={})
+            with self.weights() as weights:
+                self.gemv(flat, *self.norm, *weights, *after, sizes={})
         else:
             if self.norm_launcher is not None:
                 normed = torch.empty_like(flat, memory_format=torch.contiguous_format)
                 self.norm_launcher(flat.contiguous(), *self.norm, normed, sizes={"M": count})
                 flat = normed
             launcher = self.few_rows if count <= DECODE_ROWS else self.gemm
-            launcher(flat.contiguous(), *self.weights, *after, sizes={"M": count})
+            with self.weights() as weights:
+                launcher(flat.contiguous(), *weights, *after, sizes={"M": count})
         return (out,) if len(step.outputs) == 1 else out.split(step.parts, -1)
 
 

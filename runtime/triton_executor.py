@@ -12,9 +12,10 @@ from jettison.codegen.triton.emit import EmittedProgram, emit
 from jettison.codegen.triton.kernels.base import Tuning
 from jettison.codegen.triton.kernels.top_k import MOST, TopK
 from jettison.codegen.triton.launch import Launchers, Stopwatch, choose_device
-from jettison.ir.errors import OptionError
+from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.match import is_call
 from jettison.ir.program import Program, input_placeholders, state_placeholders
+from jettison.runtime.device_stream import Held
 from jettison.runtime.device_weights import DeviceWeights
 from jettison.runtime.executor import EntrySignature
 from jettison.runtime.recorded_step import Record, RecordedSteps, record_cuda_graph
@@ -37,7 +38,8 @@ class TritonExecutor:
         record: How decode steps are recorded; default as CUDA graphs on a GPU and not at all elsewhere.
 
     Raises:
-        UnsupportedError: See `choose_device`.
+        UnsupportedError: See `choose_device`; also for weights that are placed on disk.
+        OptionError: The ring of streamed weights is smaller than a weight.
     """
 
     most_best = MOST
@@ -52,10 +54,15 @@ class TritonExecutor:
         record: Record | None = None,
     ) -> None:
         self.device = device or choose_device()
+        if program.placement is not None and "disk" in program.placement.tiers.values():
+            raise UnsupportedError(
+                "[triton] weights on disk: a GPU is given weights from the host's memory only. Give place-weights more "
+                "host memory, or quantise the weights."
+            )
         self.info = program.info
         self.states = dict(program.states)
         self.retentions, self.storages = dict(program.retentions), dict(program.storages)
-        weights = DeviceWeights(program, self.device)
+        self._weights = weights = DeviceWeights(program, self.device)
         self.emitted = emitted or emit(program)
         self._parts = Parts(weights, Counters(self.device), Launchers(tunings))
         self._calls = {
@@ -67,7 +74,10 @@ class TritonExecutor:
             )
             for name, entry in program.entries.items()
         }
-        self.weight_bytes = weights.nbytes
+        self.weight_bytes = weights.nbytes + (0 if weights.stream is None else weights.stream.step_bytes)
+        self.stream = weights.stream
+        # What decode steps leave in the ring of streamed weights, by what they found there.
+        self._held_after: dict[Held, Held] = {}
         if record is None and self.device.type == "cuda":
             record = record_cuda_graph
         self.recorded = None if record is None else RecordedSteps(self.device, record)
@@ -103,7 +113,11 @@ class TritonExecutor:
                 if self._counts_tokens:
                     given[MASK] = F.pad(given[MASK], (0, -given[MASK].shape[1] % _MASK_GRANULE))
                 places = tuple((name, states[name].shape, states[name].data_ptr()) for name in signature.states)
-                outputs = self.recorded.run((places, best), given, compute)
+                held = None if self.stream is None else self.stream.held
+                outputs = self.recorded.run((places, best, held), given, compute)
+                if self.stream is not None and held is not None:
+                    # A step that ran, or was recorded, left this; one that was replayed leaves the same.
+                    self.stream.held = self._held_after.setdefault(held, self.stream.held)
             else:
                 outputs = compute({name: value.to(self.device) for name, value in given.items()})
             return [value.cpu() for value in outputs]
@@ -114,7 +128,8 @@ class TritonExecutor:
         """Everything of a call that happens on the device."""
         signature = self.entries[entry]
         given = [states[name] for name in signature.states] + [inputs[name] for name in signature.inputs]
-        returned = self._calls[entry](*given)
+        with self._weights.step():
+            returned = self._calls[entry](*given)
         for name, new in zip(signature.states, returned[len(signature.outputs) :], strict=True):
             if new is not states[name] and new.data_ptr() != states[name].data_ptr():
                 states[name].copy_(new)

@@ -1,0 +1,94 @@
+"""Weights of a GPU that lie on the host: the same numbers as with all of them on the device, in recorded steps too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from jettison.ir.errors import OptionError, UnsupportedError
+from jettison.ir.placement import Placement
+from jettison.ir.program import Program
+from jettison.passes.cache_kv import CacheKV
+from jettison.passes.policies import Full
+from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.runtime.session import Session
+from jettison.runtime.triton_executor import TritonExecutor
+from tests.models.tiny_programs import tiny_program
+from tests.runtime.test_recorded_step import Recorder
+
+RING = 24 << 10
+
+
+def placed(program: Program, ring_bytes: int = RING, tier: str = "host", only: str = "") -> Program:
+    """The linears on the host, by the names that packed weights have too."""
+    program = program.copy()
+    names = [name for name in program.used_constants() if "proj" in name and only in name]
+    program.placement = Placement(dict.fromkeys(names, tier), {}, ring_bytes)
+    return program
+
+
+def tokens_and_logits(executor: TritonExecutor, prompts: list[list[int]], steps: int = 4) -> list[torch.Tensor]:
+    session = Session(executor, len(prompts), 64)
+    # Copies: what a recorded step returns is written over by the next one where the device is the CPU.
+    found = [session.prefill(prompts).clone()]
+    for _ in range(steps):
+        found.append(session.decode(found[-1].argmax(-1).tolist()).clone())
+    return found
+
+
+@pytest.mark.parametrize(("bits", "rows", "is_recorded"), [(None, 1, True), (4, 2, False), (4, 1, True)])
+def test_streamed_weights_compute_the_same(bits: int | None, rows: int, is_recorded: bool) -> None:
+    program = tiny_program("llama", *([QuantizeWeights(bits=bits, group=32)] if bits else []), CacheKV(Full()))
+    prompts = [[5, 10, 20, 7], [9, 3]][:rows]
+    recorder = Recorder()
+    ring = RING if bits is None else 6 << 10
+    ours = TritonExecutor(placed(program, ring), record=recorder if is_recorded else None)
+    resident = TritonExecutor(program)
+    found, expected = tokens_and_logits(ours, prompts), tokens_and_logits(resident, prompts)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert recorder.replayed == (3 if is_recorded else 0)
+    assert ours.stream is not None
+    assert resident.stream is None
+    assert ours.stream.bytes_copied > 3 * ours.stream.step_bytes
+    assert ours.stream.nbytes <= ring < ours.stream.step_bytes
+    # With what aligns them.
+    assert resident.weight_bytes <= ours.weight_bytes <= resident.weight_bytes + 512 * 4 * 14
+
+
+def test_what_is_on_the_host_is_not_on_the_device() -> None:
+    program = tiny_program("llama", CacheKV(Full()))
+    ours = TritonExecutor(placed(program, only="mlp"))
+    held = sum(program.constants[name].nbytes for name in program.used_constants() if "mlp" in name)
+    assert ours._weights.nbytes == TritonExecutor(program)._weights.nbytes - held
+    assert ours.stream is not None
+    assert ours.stream.step_bytes == held
+
+
+def test_sessions_that_take_turns() -> None:
+    program = tiny_program("llama", CacheKV(Full()))
+    expected = tokens_and_logits(TritonExecutor(program), [[5, 10, 20]])
+    ours = TritonExecutor(placed(program), record=Recorder())
+    sessions = [Session(ours, 1, 64) for _ in range(2)]
+    found = [[session.prefill([[5, 10, 20]]).clone()] for session in sessions]
+    for _ in range(4):
+        for session, logits in zip(sessions, found, strict=True):
+            logits.append(session.decode(logits[-1].argmax(-1).tolist()).clone())
+    for logits in found:
+        assert all(torch.equal(*pair) for pair in zip(logits, expected, strict=True))
+
+
+def test_a_ring_that_is_too_small_and_a_disk_are_refused() -> None:
+    program = tiny_program("llama", CacheKV(Full()))
+    with pytest.raises(OptionError, match="ring_bytes=512: needed at least"):
+        TritonExecutor(placed(program, ring_bytes=512))
+    with pytest.raises(UnsupportedError, match="a GPU is given weights from the host's memory only"):
+        TritonExecutor(placed(program, tier="disk"))
+
+
+def test_no_weight_on_the_host_is_no_stream() -> None:
+    program = placed(tiny_program("llama", CacheKV(Full())))
+    assert program.placement is not None
+    program.placement = replace(program.placement, tiers={})
+    assert TritonExecutor(program).stream is None
