@@ -284,6 +284,8 @@ class _Fusion:
         if is_call(node, aten.linear.default):
             name = constant_name(node.args[1])
             return None if name is None else (name, WeightForm(node.args[1].meta["val"].dtype))
+        if is_call(node, ops.bitmap_linear):
+            self.misses[node] = "weights as a bitmap and values have no kernel"
         if not is_call(node, ops.quantized_linear, ops.lut_linear):
             return None
         return self._packed(node, value.dtype)

@@ -201,11 +201,11 @@ class Bitmap(WeightFormat):
     @torch.no_grad()
     def decode(self, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """See `WeightFormat`; how much is kept is read off the parts."""
-        known = replace(self)
-        if "values" in parts and "starts" in parts:
-            object.__setattr__(known, "row_starts", torch.tensor([0, len(parts["values"])]))
-            object.__setattr__(known, "dtype", parts["values"].dtype if self.of == "float" else torch.uint8)
-            known._check_parts(parts, shape)
+        known, values = replace(self), parts.get("values", torch.empty(0))
+        object.__setattr__(known, "row_starts", torch.tensor([0, values.numel()]))
+        if self.of == "float":
+            object.__setattr__(known, "dtype", values.dtype if values.dtype in _FLOATS else torch.float32)
+        known._check_parts(parts, shape)
         weight = torch.empty(shape)
         try:
             for rows in slab_chunks(*shape):
