@@ -127,5 +127,5 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 def lowest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     """Those of every `pattern.group` columns that do not stay: `[n, k]` to `[n, k]` bool."""
     groups = scores.reshape(-1, pattern.group)
-    order = groups.argsort(1, stable=True)[:, : pattern.group - pattern.kept]
+    order = groups.argsort(dim=1, stable=True)[:, : pattern.group - pattern.kept]
     return torch.zeros(groups.shape, dtype=torch.bool).scatter_(1, order, True).view(scores.shape)
