@@ -109,8 +109,8 @@ def pack_bitmap(
 class BitmapWeight:
     """See the module docstring and `PackedWeight`, of which it has `linear` alone: no table is ever pruned.
 
-    Its numbers are those of the operator up to the order of fp32 sums; for `MANY_ROWS` rows of x, weights and x are
-    rounded to bf16 where the processor multiplies those.
+    Its numbers are those of the operator up to the order of fp32 sums; for `MANY_ROWS` rows of x and more, weights, x and
+    results are rounded to bf16 where the processor multiplies those.
 
     Args:
         parts: `bitmap`, `starts`, `values` and perhaps `scales` (bf16), as in `jettison::bitmap_linear`, contiguous; the
