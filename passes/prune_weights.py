@@ -7,9 +7,9 @@ After:
     constant @up.weight: f32[768,256] #93be02f1
     %1: f32[s0,s1,768] = aten.linear(%0, @up.weight)
 
-Fires when: a linear of a layer reads a weight that nothing else reads. `pattern=n:m` keeps n of every m consecutive input
-    columns; else `sparsity` is the share that becomes zero, of the whole matrix, of each row or of each block of columns
-    as the method says.
+Fires when: a linear of a layer reads a weight that nothing else reads. `pattern=n:m` keeps n of every m consecutive
+    input columns; else `sparsity` is the share that becomes zero, of the whole matrix, of each row or of each block of
+    columns as the method says.
 Declines when: the weight is quantised, shared, computed or no matrix, or its columns are no whole groups of the
     pattern; routed experts, whose weights are stacks. Embeddings, language-model heads and the routers of experts stay
     as they are, without a miss.

@@ -1,7 +1,7 @@
 """A pruned weight as a bitmap and the values that are left, which a kernel of ours expands in registers on its way by.
 
-PyTorch has no operator for it: a masked scatter expands 0.2 G weights per second and core. `codegen/cpu/bitmap_source.py`
-writes the kernel as LLVM IR and it is compiled once per process and layout, in a tenth of a second.
+PyTorch has no operator for it, and its masked scatter is a hundred times slower. `codegen/cpu/bitmap_source.py` writes
+the kernel as LLVM IR, and it is compiled once per process and layout, in some tenths of a second.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ def pack_bitmap(
 class BitmapWeight:
     """See the module docstring and `PackedWeight`, of which it has `linear` alone: no table is ever pruned.
 
-    Its numbers are those of the operator up to the order of fp32 sums; for `MANY_ROWS` rows of x and more, weights, x and
-    results are rounded to bf16 where the processor multiplies those.
+    Its numbers are those of the operator up to the order of fp32 sums; for `MANY_ROWS` rows of x and more, weights, x
+    and results are rounded to bf16 where the processor multiplies those.
 
     Args:
-        parts: `bitmap`, `starts`, `values` and perhaps `scales` (bf16), as in `jettison::bitmap_linear`, contiguous; the
-            bitmap must count as many values as there are.
+        parts: `bitmap`, `starts`, `values` and perhaps `scales` (bf16), as in `jettison::bitmap_linear`, contiguous;
+            the bitmap must count as many values as there are.
         bits: Per value.
         group: Columns that share a scale.
         in_features: K.
@@ -237,10 +237,11 @@ def _pool() -> ThreadPoolExecutor:
 
 def _check_counts(bitmap: Tensor, starts: Tensor, values: Tensor, bits: int) -> None:
     """Refuse a weight whose kernel would read behind its values."""
-    sizes = torch.cat([row_sizes(unpack_bits(bitmap[rows]), bits) for rows in slab_chunks(len(bitmap), BLOCK)])
+    sizes = torch.cat([row_sizes(unpack_bits(bitmap[rows]), bits) for rows in slab_chunks(*bitmap.shape)])
     ends = sizes.cumsum(0)[[min(end, len(bitmap)) - 1 for end in range(SLAB, len(bitmap) + SLAB, SLAB)]]
     if int(starts[0]) != 0 or not torch.equal(starts[1:], ends) or int(starts[-1]) != len(values):
         raise ArtifactError(
-            f"[bitmap] weight [{len(bitmap)}, ...]: the bitmap counts {int(sizes.sum())} values, of which {len(values)} "
-            "are there, or slabs of rows do not begin where they should. The packed weight is damaged: make it again."
+            f"[bitmap] weight of {len(bitmap)} rows: the bitmap counts {int(sizes.sum())} values, of which "
+            f"{len(values)} are there, or slabs of rows do not begin where they should. The packed weight is damaged: "
+            "make it again."
         )

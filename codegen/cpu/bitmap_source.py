@@ -2,11 +2,12 @@
 
 Two functions of one module, over rows `[first, last)` of the weight, `first` a multiple of 64:
 
-    multiply(bitmap, starts, values, scales, x, out, first, last, rows, blocks)   out[i, n] = sum over k of w[n, k] x[i, k]
-    expand(bitmap, starts, values, scales, dense, first, last, blocks)            dense[n - first, k] = w[n, k]
+    multiply(bitmap, starts, values, scales, x, out, first, last, rows, blocks)
+    expand(bitmap, starts, values, scales, dense, first, last, blocks)
 
-`x` is f32 `[inputs, 64 * blocks]`, zero behind column K; `out` f32 `[inputs, rows]`; `dense` f32 or bf16, `[last - first,
-64 * blocks]`. Both keep a block of 64 weights in registers: what differs is how it gets there.
+`out[i, n] = sum over k of w[n, k] x[i, k]`, with `x` f32 `[inputs, 64 * blocks]`, zero behind column K, and `out` f32
+`[inputs, rows]`; `dense[n - first, k] = w[n, k]`, f32 or bf16 `[last - first, 64 * blocks]`. Both keep a block of 64
+weights in registers: what differs is how it gets there.
 
 | form     | a block                                                                                       |
 |----------|-----------------------------------------------------------------------------------------------|
@@ -138,9 +139,8 @@ class _Writer:
                 if self.kernel.dense == "f32":
                     self._line(f"store <{LANES} x float> {values}, ptr {self._at('%dense', 'float', place)}, align 4")
                 else:
-                    self._line(
-                        f"store <{LANES} x i16> {self._narrowed(values)}, ptr {self._at('%dense', 'i16', place)}, align 2"
-                    )
+                    narrow, to = self._narrowed(values), self._at("%dense", "i16", place)
+                    self._line(f"store <{LANES} x i16> {narrow}, ptr {to}, align 2")
 
         self._rows(lambda: None, use, lambda row: None)
         self._close()

@@ -1,8 +1,8 @@
-"""`jettison::bitmap_linear`: a linear layer that reads a weight with many zeros as a bitmap and the values that are left.
+"""`jettison::bitmap_linear`: a linear layer that reads a weight with many zeros as a bitmap and what is not zero.
 
-The K columns of a row are cut into `k_blocks = ceil(K / 64)` blocks, one 64-bit word of the bitmap each: bit j of byte b
-is column `8 b + j`, set where a weight is kept; bits behind column K are clear. Values lie in the order of the rows and
-columns, and those of a block begin at a whole byte.
+The K columns of a row are cut into `k_blocks = ceil(K / 64)` blocks, one 64-bit word of the bitmap each: bit j of byte
+b is column `8 b + j`, set where a weight is kept; bits behind column K are clear. Values lie in the order of the rows
+and columns, and those of a block begin at a whole byte.
 
 | bits | values                                         | weight                              |
 |------|------------------------------------------------|-------------------------------------|
@@ -11,12 +11,12 @@ columns, and those of a block begin at a whole byte.
 | 16   | bf16 or f16 `[V]`                              | the value                           |
 | 32   | f32 `[V]`                                      | the value                           |
 
-| operand | shape                    | dtype                                                                     |
-|---------|--------------------------|---------------------------------------------------------------------------|
-| bitmap  | `[N, 8 * k_blocks]`      | u8                                                                        |
-| starts  | `[ceil(N / 64) + 1]`     | i64: where in `values` each slab of 64 rows begins, and where the last ends |
-| values  | `[V]`                    | see above                                                                 |
-| scales  | `[N, ceil(K / group)]`   | floating point with 4 and 8 bits, where group is a multiple of 64; else None |
+| operand | shape                  | dtype                                                                       |
+|---------|------------------------|-----------------------------------------------------------------------------|
+| bitmap  | `[N, 8 * k_blocks]`    | u8                                                                          |
+| starts  | `[ceil(N / 64) + 1]`   | i64: where in `values` each slab of 64 rows begins, and where the last ends |
+| values  | `[V]`                  | see above                                                                   |
+| scales  | `[N, ceil(K / group)]` | floating point with 4 and 8 bits, and group a multiple of 64; else None     |
 
 A slab of rows is self-contained: its part of every operand is contiguous. Inside, rows follow each other without an
 index, since a reader counts the bits of those before.

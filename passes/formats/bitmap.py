@@ -3,15 +3,15 @@
 Parts (the layout of `jettison.ir.ops.bitmap_linear`): `bitmap` u8 `[N, 8 * k_blocks]`, `starts` i64 `[slabs + 1]`,
 `values` u8, bf16, f16 or f32 `[V]`, and, but for `values=float`, `scales` bf16 `[N, ceil(K / group)]`.
 
-A weight of share `s` of zeros takes `1 + b (1 - s) + 16 / group + 64 / (64 K)` bits, and with `int4` about 0.03 more,
-since values of 64 columns begin at a byte: 3.17 bits at half of the weights in int4 with groups of 128. It saves nothing
+A weight of share `s` of zeros takes `1 + b (1 - s) + 16 / group + 1 / K` bits, and with `int4` about 0.03 more, since
+values of 64 columns begin at a byte: 3.16 bits with half of the weights in int4 and groups of 128. Nothing is saved
 where `s < 1 / b`, so such weights are declined. Zeros by pruning and zeros that were there before are not told apart.
 
 `int4`: `m` = the entry of largest magnitude with its sign, `s = m / -8`, `number = clip(round(w / s), -8, 7)`. `int8`:
 `s = max |w| / 127`. Only kept weights are looked at, and scales are rounded to bf16 before the weights are rounded, so
-that `|w - w'| <= |s| / 2`, except for `int4` beyond `-7.5 s`, as for symmetric integer groups: there `<= 1.04 |s|`. A kept
-weight may round to zero, and stays kept. `float` keeps the values as they are, in the narrowest of bf16, f16 and f32 that
-holds all of them.
+that `|w - w'| <= |s| / 2`, except for `int4` beyond `-7.5 s`, as for symmetric integer groups: there `<= 1.04 |s|`. A
+kept weight may round to zero, and stays kept. `float` keeps the values as they are, in the narrowest of bf16, f16 and
+f32 that holds all of them.
 
 Source: Endor (arXiv 2406.11674).
 """

@@ -1,13 +1,13 @@
 """Weights become zero column by column, and the columns to come make up for what each of them took away.
 
 With `H = sum x xT` over the tokens that a linear reads and `UT U = (H + damping * mean(diag H) * I)^-1`, U upper
-triangular, leaving out `w_i` costs `w_i^2 / U_ii^2`. Columns are taken from left to right in blocks of 128. At the start
-of a block the weights with the smallest costs are chosen, over all rows, from what earlier columns made of them; n:m is
-chosen at the start of each group. Column i then gives the error `e = (w_i - q_i) / U_ii`, with `q_i` zero where chosen,
-and the columns behind it become `w_j - e * U_ij`, at once within the block and in one product behind it.
+triangular, leaving out `w_i` costs `w_i^2 / U_ii^2`. Columns are taken from left to right in blocks of 128. At the
+start of a block the weights with the smallest costs are chosen, over all rows, from what earlier columns made of them;
+n:m is chosen at the start of each group. Column i then gives the error `e = (w_i - q_i) / U_ii`, with `q_i` zero where
+chosen, and the columns behind it become `w_j - e * U_ij`, at once within the block and in one product behind it.
 
-Where no factor exists, the damping grows by ten. Channels that were always zero cost nothing, so their weights go first,
-but no more than asked for: the reference code takes all of them, and another text may use them.
+Where no factor exists, the damping grows by ten. Channels that were always zero cost nothing, so their weights go
+first, but no more than asked for: the reference code takes all of them, and another text may use them.
 
 Source: SparseGPT (arXiv 2301.00774).
 """

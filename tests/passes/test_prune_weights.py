@@ -38,7 +38,7 @@ from tests.helpers import (
 )
 from tests.models.tiny_mixture import mixture_program
 from tests.models.tiny_models import tiny_model
-from tests.passes.test_factorize_linear import Gated, gated, numbers, of
+from tests.passes.test_factorize_linear import Gated, gated, of
 
 METHODS = [Magnitude(), Wanda(), SparseGPT()]
 HALF = Pattern(0.5)
@@ -424,7 +424,7 @@ def test_needs_whole_sequences_and_text():
             PruneWeights(method=method).run(cached)
     program = export_tiny(Gated(), kind="decoder")
     prepare(program)
-    with pytest.raises(OptionError, match="method=wanda: needs text to calibrate on.*method=magnitude"):
+    with pytest.raises(OptionError, match=r"method=wanda: needs text to calibrate on.*method=magnitude"):
         PruneWeights(method=Wanda()).run(program)
     assert PruneWeights().run(program).rewrites == 3
     assert [PruneWeights(method=method).needs_calibration for method in METHODS] == [False, True, True]

@@ -59,7 +59,7 @@ def test_numbers_are_those_of_the_operator(of, rows, columns, density):
 
 def absolute(operands: tuple) -> tuple:
     """The weight with its signs taken off, in fp32."""
-    bitmap, starts, values, scales, bias, bits, group, columns = operands
+    bitmap, _, values, scales, bias, bits, group, columns = operands
     dense = expand_rows(bitmap, values, scales, bits, group, columns).abs()
     parts = Bitmap("float").encode(torch.where(dense > 0, dense + 1e-20, dense))
     return (
@@ -195,7 +195,7 @@ def test_without_a_compiler_the_operator_itself_runs(monkeypatch):
     monkeypatch.setattr(bitmap_weight, "is_available", lambda: False)
     executor = TorchExecutor(program)
     assert not any(isinstance(value, BitmapWeight) for value in executor._values.values())
-    ids = {name: value for name, value in inputs(program).items()}
+    ids = inputs(program)
     assert torch.equal(executor.run("forward", ids, {})["logits"], expected.run("forward", ids, {})["logits"])
 
 
