@@ -101,7 +101,7 @@ def pack_bitmap(
         return None
     parts = {"bitmap": bitmap, "starts": starts, "values": values, "scales": scales}
     check_bitmap(bitmap, starts, values, scales, bits, group, in_features)
-    _check_counts(bitmap, starts, values, bits)
+    row_begins(bitmap, starts, values, bits)
     # Copies: what is given may be mapped from a file, which then can go.
     return BitmapWeight({n: part.clone() for n, part in parts.items() if part is not None}, bits, group, in_features)
 
@@ -235,13 +235,25 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="jettison-bitmap")
 
 
-def _check_counts(bitmap: Tensor, starts: Tensor, values: Tensor, bits: int) -> None:
-    """Refuse a weight whose kernel would read behind its values."""
+def row_begins(bitmap: Tensor, starts: Tensor, values: Tensor, bits: int) -> Tensor:
+    """Where in the values each row begins, and the last one ends: `[N + 1] i64`.
+
+    Args:
+        bitmap: As in `jettison::bitmap_linear`, like the rest.
+        starts: Of slabs.
+        values: Those kept.
+        bits: Per value.
+
+    Raises:
+        ArtifactError: They do not belong together: a kernel would read behind the values.
+    """
     sizes = torch.cat([row_sizes(unpack_bits(bitmap[rows]), bits) for rows in slab_chunks(*bitmap.shape)])
-    ends = sizes.cumsum(0)[[min(end, len(bitmap)) - 1 for end in range(SLAB, len(bitmap) + SLAB, SLAB)]]
-    if int(starts[0]) != 0 or not torch.equal(starts[1:], ends) or int(starts[-1]) != len(values):
+    begins = F.pad(sizes.cumsum(0), (1, 0))
+    slabs = [*range(0, len(bitmap), SLAB), len(bitmap)]
+    if not torch.equal(starts, begins[slabs]) or int(starts[-1]) != len(values):
         raise ArtifactError(
             f"[bitmap] weight of {len(bitmap)} rows: the bitmap counts {int(sizes.sum())} values, of which "
             f"{len(values)} are there, or slabs of rows do not begin where they should. The packed weight is damaged: "
             "make it again."
         )
+    return begins
