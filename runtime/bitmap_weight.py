@@ -29,7 +29,7 @@ MANY_ROWS = 12
 # Rows of x that the kernel takes while a block of the weight is in registers.
 INPUTS = 4
 # A thread with fewer weights than this takes longer to be told than to compute.
-_FEWEST_WEIGHTS = 1 << 19
+_FEWEST_WEIGHTS = 1 << 21
 _KINDS: dict[torch.dtype, Kind] = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
@@ -181,11 +181,16 @@ class BitmapWeight:
 
     def _multiply(self, x: Tensor, out: Tensor) -> None:
         """`[M, 64 * blocks]` f32 by the weight into `[M, N]` f32, every block expanded once for `INPUTS` rows."""
-        first = 0
-        while first < len(x):
-            inputs = INPUTS if len(x) - first >= INPUTS else 1
-            self._multiply_inputs(x[first:], out[first:], inputs)
-            first += inputs
+        rows = len(x)
+        if rows % INPUTS > 1:  # zeros beside them take less time than one after the other
+            x, padded = F.pad(x, (0, 0, 0, -rows % INPUTS)), out.new_empty(rows + -rows % INPUTS, self.rows)
+            self._multiply(x, padded)
+            out.copy_(padded[:rows])
+            return
+        for first in range(0, rows - rows % INPUTS, INPUTS):
+            self._multiply_inputs(x[first:], out[first:], INPUTS)
+        if rows % INPUTS:
+            self._multiply_inputs(x[-1:], out[-1:], 1)
 
     def _multiply_inputs(self, x: Tensor, out: Tensor, inputs: int) -> None:
         """The same for the first rows of x."""

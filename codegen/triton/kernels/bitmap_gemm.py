@@ -60,11 +60,11 @@ class BitmapGemm(Kernel):
     def tunings(self) -> list[Tuning]:
         """See `Kernel`."""
         if self.is_decode:
-            wanted = [(16, 16, 4), (16, 32, 4), (16, 32, 8)]
+            wanted = [(16, 16, 4), (16, 32, 8)]
         elif self.dtype == torch.float32:  # without tensor cores every number of a tile is in a register
             wanted = [(32, 32, 8), (16, 32, 4), (32, 64, 8)]
         else:
-            wanted = [(64, 64, 8), (64, 32, 4), (128, 64, 8), (128, 32, 4)]
+            wanted = [(64, 64, 8), (64, 32, 8), (128, 32, 8)]
         return [Tuning.of(warps, BLOCK_M=m, BLOCK_N=n) for m, n, warps in wanted]
 
     def widest(self) -> Tuning:
