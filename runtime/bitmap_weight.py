@@ -66,14 +66,11 @@ def bitmap_kernels(
     form = form or best_form(kind, known)
     dense = dense or _product_dtype()
     name: Literal["bf16", "f32"] = "bf16" if dense == torch.bfloat16 else "f32"
-    made = {
-        inputs: BitmapKernel(kind, group, form, inputs, name, has_bf16="avx512bf16" in known and form == "vbmi2")
-        for inputs in (1, INPUTS)
-    }
-    functions = {inputs: compile_source(bitmap_source(kernel), features) for inputs, kernel in made.items()}
-    return BitmapKernels(
-        {inputs: function("multiply", 10) for inputs, function in functions.items()}, functions[1]("expand", 8), dense
-    )
+    has_bf16 = "avx512bf16" in known and form == "vbmi2"
+    kernel = BitmapKernel(kind, group, form, (1, INPUTS), name, has_bf16)
+    function = compile_source(bitmap_source(kernel), features)
+    multiply = {inputs: function(f"multiply_{inputs}", 10) for inputs in kernel.inputs}
+    return BitmapKernels(multiply, function("expand", 8), dense)
 
 
 def pack_bitmap(

@@ -1,12 +1,12 @@
 """LLVM IR that expands rows of a bitmap weight and multiplies them: see `jettison.ir.ops.bitmap_linear` for the layout.
 
-Two functions of one module, over rows `[first, last)` of the weight, `first` a multiple of 64:
+Functions of one module, over rows `[first, last)` of the weight, `first` a multiple of 64:
 
-    multiply(bitmap, starts, values, scales, x, out, first, last, rows, blocks)
+    multiply_I(bitmap, starts, values, scales, x, out, first, last, rows, blocks)
     expand(bitmap, starts, values, scales, dense, first, last, blocks)
 
-`out[i, n] = sum over k of w[n, k] x[i, k]`, with `x` f32 `[inputs, 64 * blocks]`, zero behind column K, and `out` f32
-`[inputs, rows]`; `dense[n - first, k] = w[n, k]`, f32 or bf16 `[last - first, 64 * blocks]`. Both keep a block of 64
+`out[i, n] = sum over k of w[n, k] x[i, k]`, with `x` f32 `[I, 64 * blocks]`, zero behind column K, and `out` f32
+`[I, rows]`; `dense[n - first, k] = w[n, k]`, f32 or bf16 `[last - first, 64 * blocks]`. All keep a block of 64
 weights in registers: what differs is how it gets there.
 
 | form     | a block                                                                                       |
@@ -46,7 +46,7 @@ class BitmapKernel:
         kind: How values are stored.
         group: Columns that share a scale, a multiple of 64; without meaning for floating point.
         form: See the module docstring.
-        inputs: Rows of x that `multiply` takes at a time.
+        inputs: Numbers of rows of x that there is a `multiply` for.
         dense: What `expand` writes.
         has_bf16: Whether the processor rounds to bf16 in one instruction.
     """
@@ -54,7 +54,7 @@ class BitmapKernel:
     kind: Kind
     group: int
     form: Form
-    inputs: int = 1
+    inputs: tuple[int, ...] = (1,)
     dense: Literal["f32", "bf16"] = "f32"
     has_bf16: bool = False
 
@@ -69,7 +69,8 @@ def best_form(kind: Kind, features: frozenset[str]) -> Form:
 def bitmap_source(kernel: BitmapKernel) -> str:
     """The module as text."""
     writer = _Writer(kernel)
-    writer.multiply()
+    for inputs in kernel.inputs:
+        writer.multiply(inputs)
     writer.expand()
     return writer.text()
 
@@ -89,10 +90,12 @@ class _Writer:
 
     # ------------------------------------------------------------------------------------------------------ functions
 
-    def multiply(self) -> None:
-        """`multiply`: sums stay in registers for a whole row of the weight."""
-        inputs = range(self.kernel.inputs)
-        self._open("multiply", "ptr noalias %x, ptr noalias %out, i64 %first, i64 %last, i64 %rows, i64 %blocks")
+    def multiply(self, count: int) -> None:
+        """`multiply` for so many rows of x: sums stay in registers for a whole row of the weight."""
+        inputs = range(count)
+        self._open(
+            f"multiply_{count}", "ptr noalias %x, ptr noalias %out, i64 %first, i64 %last, i64 %rows, i64 %blocks"
+        )
         sums = [[self._variable(f"<{LANES} x float>") for _ in range(4)] for _ in inputs]
 
         def begin() -> None:

@@ -13,7 +13,12 @@ from jettison.codegen.triton.kernels.bitmap_gemv import BitmapGemv
 from jettison.codegen.triton.kernels.bitmap_tile import BitmapForm
 from jettison.codegen.triton.kernels.epilogue import Epilogue
 from jettison.codegen.triton.launch import Launcher, choose_device
+from jettison.codegen.triton.steps import TorchStep
 from jettison.ir.compare import assert_close, example_input_ids
+from jettison.ir.constants import Constant
+from jettison.ir.errors import ArtifactError
+from jettison.ir.match import is_call
+from jettison.ir.ops import bitmap_linear
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.formats import Bitmap
 from jettison.passes.prune_weights import PruneWeights
@@ -131,3 +136,20 @@ def test_a_session_gives_what_the_torch_target_gives(of):
     )
     for one, other in zip(found, expected, strict=True):
         assert_close(one.cpu().float(), other, tolerance=1e-4, reason="sums in another order")
+
+
+def test_what_has_no_kernel_runs_in_pytorch():
+    program = small("int4").copy()
+    for packed in program.packed.values():
+        scales = packed.parts["scales"]
+        program.constants[scales] = Constant(scales, program.constants[scales].value().float())
+    steps = [step for step in fuse(program, "decode") if any(is_call(node, bitmap_linear) for node in step.nodes)]
+    assert {(type(step), step.reason) for step in steps} == {(TorchStep, "scales of bitmap weights are read in bf16")}
+
+
+def test_damaged_weights_are_refused_before_a_launch():
+    program = small("int4").copy()
+    name = next(packed.parts["bitmap"] for packed in program.packed.values())
+    program.constants[name] = Constant(name, program.constants[name].value() | 1)
+    with pytest.raises(ArtifactError, match=r"the bitmap counts \d+ values"):
+        TritonExecutor(program)

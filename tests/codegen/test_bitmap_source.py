@@ -53,7 +53,7 @@ def needs(form: str, kind: str) -> None:
 def compiled(kind: str, group: int, form: str, inputs: int = 1, dense: str = "f32"):
     form_name, features = FORMS[form]
     has_bf16 = form == "vbmi2" and "avx512bf16" in host_features()
-    kernel = BitmapKernel(kind, group, form_name, inputs, dense, has_bf16)
+    kernel = BitmapKernel(kind, group, form_name, (inputs,), dense, has_bf16)
     return compile_source(bitmap_source(kernel), features)
 
 
@@ -94,7 +94,7 @@ def test_multiplies_slabs_of_rows(kind, form, inputs):
     x = torch.zeros(inputs, blocks * 64)
     x[:, :columns] = torch.randn(inputs, columns, generator=torch.Generator().manual_seed(1))
     out = torch.full((inputs, rows), torch.nan)
-    multiply = compiled(kind, 128, form, inputs)("multiply", 10)
+    multiply = compiled(kind, 128, form, inputs)(f"multiply_{inputs}", 10)
     for first, last in ((64, 192), (192, 200), (0, 64)):
         assert out[:, first:last].isnan().all()
         multiply(*pointers(parts), x.data_ptr(), out.data_ptr(), first, last, rows, blocks)
@@ -140,7 +140,7 @@ def test_reads_no_byte_behind_the_weight(kind, form):
         blocks = -(-columns // 64)
         guarded = {name: memory.copy(part) for name, part in parts.items()}
         x, out = memory.copy(torch.ones(1, blocks * 64)), memory.copy(torch.zeros(1, 66))
-        multiply = compiled(kind, 64, form)("multiply", 10)
+        multiply = compiled(kind, 64, form)("multiply_1", 10)
         multiply(*pointers(guarded), x.data_ptr(), out.data_ptr(), 0, 66, 66, blocks)
         expected = Bitmap(KINDS[kind], 64).decode(parts, (66, columns)).sum(1)
         assert torch.allclose(out[0], expected, atol=1e-4)
@@ -163,5 +163,5 @@ def test_the_vector_form_moves_values_apart_in_one_instruction():
 
 
 def test_source_is_the_same_every_time():
-    kernel = BitmapKernel("int8", 64, "bmi2", 4)
+    kernel = BitmapKernel("int8", 64, "bmi2", (1, 4))
     assert bitmap_source(kernel) == bitmap_source(kernel)

@@ -20,7 +20,7 @@ from jettison.passes.methods import AWQ, GPTQ, HQQ
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
 from jettison.passes.prune_weights import PruneWeights
 from jettison.passes.quantize_weights import QuantizeWeights
-from tests.helpers import run_pass
+from tests.helpers import assert_golden, run_pass
 from tests.passes.test_factorize_linear import gated
 
 SHAPES = ((1, 1), (3, 64), (70, 150), (200, 300))
@@ -179,6 +179,12 @@ def test_damaged_parts_are_refused():
     parts["bitmap"][0, 0] ^= 255
     with pytest.raises(ArtifactError, match=r"counts \d+ values, found \d+.*make it again"):
         Bitmap().decode(parts, (70, 64))
+
+
+def test_golden_gated(snapshot):
+    pruned, _ = run_pass(PruneWeights(pattern="2:4"), gated())
+    _, record = assert_golden(snapshot, QuantizeWeights(format=Bitmap("int4", 64)), pruned, "gated")
+    assert record.rewrites == 3
 
 
 @pytest.mark.parametrize("of", ["int4", "int8", "float"])
