@@ -1,7 +1,7 @@
 """A pruned weight as a bitmap and the values that are left, which a kernel of ours expands in registers on its way by.
 
-PyTorch has no operator for it, and its masked scatter is a hundred times slower. `codegen/cpu/bitmap_source.py` writes
-the kernel as LLVM IR, and it is compiled once per process and layout, in some tenths of a second.
+PyTorch has no operator for it, and its masked scatter is slower than a disk (`benchmarks/bitmap_linear.py`).
+`codegen/cpu/bitmap_source.py` writes the kernel as LLVM IR, and it is compiled once per process and layout.
 """
 
 from __future__ import annotations
