@@ -45,6 +45,7 @@ class Constant:
         self.shape = tuple(self.shape)
         self.serial = next(_serials)
         self._digest: str | None = None
+        self._zeros: float | None = None
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -94,6 +95,14 @@ class Constant:
                     sha.update(memoryview(flat[start : start + CHUNK_BYTES].numpy()))
             self._digest = sha.hexdigest()[:8]
         return self._digest
+
+    @property
+    def zeros(self) -> float:
+        """The share of zeros among the elements, read once."""
+        if self._zeros is None:
+            found = sum(int((self.rows(start, stop) == 0).sum()) for start, stop in self.row_chunks())
+            self._zeros = found / max(1, math.prod(self.shape))
+        return self._zeros
 
     def renamed(self, name: str) -> Constant:
         """The same stored tensors under another name."""

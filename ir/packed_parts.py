@@ -61,6 +61,34 @@ class LutParts:
 
 
 @dataclass(frozen=True)
+class BitmapParts:
+    """A weight as a bitmap and the values that are left, by the names of its constants.
+
+    Attributes:
+        bitmap: Name of a constant, like the next three; it stands for the weight.
+        starts: Of slabs of rows.
+        values: Those kept.
+        scales: Per group, or None.
+        bits: Per value.
+        group: Columns that share a scale.
+        columns: K.
+    """
+
+    bitmap: str
+    starts: str
+    values: str
+    scales: str | None
+    bits: int
+    group: int
+    columns: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all its constants."""
+        return tuple(name for name in (self.bitmap, self.starts, self.values, self.scales) if name is not None)
+
+
+@dataclass(frozen=True)
 class JointWeight:
     """Weights that a kernel reads as one, row after row.
 
@@ -129,6 +157,35 @@ def lut_parts_read(node: fx.Node) -> LutParts | None:
         return None
     columns = read["in_features"] if is_call(node, ops.lut_linear) else read["embedding_dim"]
     return LutParts(codes, lut, scales, steps, read["bits"], read["group"], columns)
+
+
+def bitmap_parts_read(node: fx.Node) -> BitmapParts | None:
+    """The weight that a linear reads as a bitmap and values, or None."""
+    if not is_call(node, ops.bitmap_linear):
+        return None
+    read = arguments(node)
+    bitmap, starts, values, scales = (constant_name(read[name]) for name in ("bitmap", "starts", "values", "scales"))
+    if bitmap is None or starts is None or values is None or (scales is None and read["scales"] is not None):
+        return None
+    return BitmapParts(bitmap, starts, values, scales, read["bits"], read["group"], read["in_features"])
+
+
+def bitmap_weights(program: Program) -> list[BitmapParts]:
+    """Weights that linears read as a bitmap and values and that nothing reads otherwise, each once.
+
+    Args:
+        program: Its metadata are not needed.
+    """
+    found: dict[BitmapParts, None] = {}
+    readers: dict[str, set[BitmapParts | None]] = {}
+    for entry in program.entries.values():
+        for placeholder in placeholders(entry):
+            for user in placeholder.users:
+                parts, name = bitmap_parts_read(user), constant_name(placeholder)
+                readers.setdefault(name or "", set()).add(parts)
+                if parts is not None:
+                    found[parts] = None
+    return [parts for parts in found if all(readers[name] == {parts} for name in parts.names)]
 
 
 def joint_weights(program: Program) -> list[JointWeight]:

@@ -30,6 +30,7 @@ from jettison.passes.options import build, lookup, to_spec
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.policies import POLICIES, Policy
 from jettison.passes.predictors import PREDICTORS, Predictor
+from jettison.passes.pruners import PRUNERS, Pruner
 from jettison.report import Report
 from jettison.runtime.onnx_executor import multiplies_int8
 from jettison.runtime.tokenizer import Tokenizer, load_tokenizer
@@ -57,7 +58,7 @@ def parse_passes(text: str) -> list[Pass]:
     registry = {pass_.name: pass_ for pass_ in USER_PASSES}
     registries: dict[type, Mapping[str, type]] = {
         Policy: POLICIES, WeightFormat: FORMATS, Method: METHODS, Predictor: PREDICTORS,
-        Factorizer: FACTORIZERS,
+        Factorizer: FACTORIZERS, Pruner: PRUNERS,
     }  # fmt: skip
     return [
         build(lookup(spec.name, registry, "pass", text, spec.column), spec, where=text, registries=registries)

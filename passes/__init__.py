@@ -13,6 +13,7 @@ from jettison.passes.fold_constants import FoldConstants
 from jettison.passes.fuse_low_rank import FuseLowRank
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
+from jettison.passes.prune_weights import PruneWeights
 from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.passes.raise_attention import RaiseAttention
 from jettison.passes.raise_gated_mlp import RaiseGatedMlp
@@ -37,6 +38,7 @@ PASSES: tuple[type[Pass], ...] = (
     FuseLowRank,
     MergeQkvProjections,
     PredictMlpSparsity,
+    PruneWeights,
     QuantizeWeights,
     RaiseAttention,
     RaiseGatedMlp,
@@ -57,6 +59,7 @@ USER_PASSES: tuple[type[Pass], ...] = (
     FuseLowRank,
     MergeQkvProjections,
     PredictMlpSparsity,
+    PruneWeights,
     QuantizeWeights,
     SparsifyInputs,
 )

@@ -9,14 +9,14 @@ import torch
 from torch import fx
 
 from jettison.ir.match import Miss, arguments, constant_name, is_call, only_user
-from jettison.ir.ops import gated_activation, lut_linear, quantized_linear
+from jettison.ir.ops import bitmap_linear, gated_activation, lut_linear, quantized_linear
 from jettison.ir.program import Program, constant_reads
 from jettison.ir.text import target_text
 from jettison.passes.base import describe_node
 from jettison.passes.raise_gated_mlp import activation_name
 
 aten = torch.ops.aten
-_LINEARS = (aten.linear.default, quantized_linear, lut_linear)
+_LINEARS = (aten.linear.default, quantized_linear, lut_linear, bitmap_linear)
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def find_mlp(node: fx.Node, program: Program, group: int, skip: str | None) -> M
         return Miss("one of its linears is quantised and another is not", node)
     if is_call(node, lut_linear):
         return Miss("its weights are codes into a table, which are not read by groups", node)
+    if is_call(node, bitmap_linear):
+        return Miss("its weights are a bitmap and values, which are not read by groups", node)
     for value in (hidden, *linears):
         if only_user(value) is None:
             return Miss("something else reads its neurons too", value)

@@ -182,6 +182,14 @@ class QuantizeWeights(Pass):
         if value.dim() != 2 or value.dtype not in _COMPUTE_DTYPES:
             found = f"{dtype_text(value.dtype)}{list(value.shape)}"
             return Miss(f"the weight is {found}, not a matrix of f32, bf16 or f16", node)
+        stored = self.stored_format
+        if not stored.has_table and any(
+            is_call(user, aten.embedding.default) for user, _ in constant_reads(program, name)
+        ):
+            return Miss(f"an embedding looks rows of it up, which {stored} does not give", node)
+        refused = stored.declines(program.constants[name].zeros) if stored.is_for_zeros else None
+        if refused is not None:
+            return Miss(refused, node)
         other = _other_reader(name, program)
         if other is not None:
             return Miss(f"{target_text(other.target)} needs the float form of the weight too", node)

@@ -8,11 +8,11 @@ import torch
 from torch import fx
 
 from jettison.ir.match import is_call, only_user
-from jettison.ir.ops import lut_linear, quantized_linear, sparse_linear
+from jettison.ir.ops import bitmap_linear, lut_linear, quantized_linear, sparse_linear
 
 aten = torch.ops.aten
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
-PACKED_LINEARS = (quantized_linear, lut_linear)
+PACKED_LINEARS = (quantized_linear, lut_linear, bitmap_linear)
 LINEARS = (aten.linear.default, sparse_linear, *PACKED_LINEARS)
 
 

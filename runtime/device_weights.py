@@ -10,8 +10,9 @@ from torch import Tensor
 
 from jettison.codegen.triton.word_layout import WordWeight, to_words
 from jettison.ir.ops.lut_linear import group_scales
-from jettison.ir.packed_parts import LutParts, PackedParts
+from jettison.ir.packed_parts import BitmapParts, LutParts, PackedParts
 from jettison.ir.program import Program
+from jettison.runtime.bitmap_weight import row_begins
 from jettison.runtime.device_stream import DeviceStream
 
 CPU = torch.device("cpu")
@@ -125,6 +126,23 @@ class DeviceWeights:
         assert found is not None, "only steps may be missing"
         assert lut is not None, "only steps may be missing"
         return to_words(codes, found, None, parts.bits, parts.group, dtype, device, lut.flatten())
+
+    def bitmap(self, parts: BitmapParts) -> list[Tensor]:
+        """A bitmap weight, and where in its values each row begins: what kernels take for it.
+
+        Raises:
+            ArtifactError: The bitmap and the values do not belong together.
+        """
+        return self._once((parts,), lambda: self._bitmap(parts))
+
+    def _bitmap(self, parts: BitmapParts) -> list[Tensor]:
+        bitmap, starts, values = (
+            self.program.constants[name].value() for name in (parts.bitmap, parts.starts, parts.values)
+        )
+        begins = row_begins(bitmap, starts, values, parts.bits)
+        scales = [] if parts.scales is None else [self.program.constants[parts.scales].value()]
+        held = [bitmap.contiguous().view(torch.int32), begins[:-1].clone(), values, *scales]
+        return [each.to(self.device).contiguous() for each in held]
 
     def joined(self, names: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
         """Biases one behind the other; nothing for none."""

@@ -16,7 +16,16 @@ from torch import Tensor, fx, nn
 
 from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
-from jettison.ir.packed_parts import JointWeight, PackedParts, all_parts_read, parts_read, sparse_parts_read
+from jettison.ir.packed_parts import (
+    BitmapParts,
+    JointWeight,
+    PackedParts,
+    all_parts_read,
+    bitmap_parts_read,
+    parts_read,
+    sparse_parts_read,
+)
+from jettison.runtime.bitmap_weight import BitmapWeight
 from jettison.runtime.dense_linear import run_dense_linear
 from jettison.runtime.low_rank_attention import run_low_rank_attention
 from jettison.runtime.low_rank_mlp import run_low_rank_mlp
@@ -55,7 +64,7 @@ class LoweredEntry:
     Attributes:
         call: Takes the constants, then the states, then the inputs; returns what the graph returns.
         constants: Names of the constants it takes; that of a `JointWeight` stands for the packed weight, that of
-            `ExpertParts` for the packed experts.
+            `ExpertParts` for the packed experts, that of the bitmap of `BitmapParts` for the weight.
     """
 
     call: Callable[..., tuple[Tensor, ...]]
@@ -63,7 +72,10 @@ class LoweredEntry:
 
 
 def lower_entry(
-    entry: fx.GraphModule, packed: Sequence[JointWeight], experts: Sequence[ExpertParts] = ()
+    entry: fx.GraphModule,
+    packed: Sequence[JointWeight],
+    experts: Sequence[ExpertParts] = (),
+    bitmaps: Sequence[BitmapParts] = (),
 ) -> LoweredEntry:
     """Generate the code of an entry.
 
@@ -71,8 +83,9 @@ def lower_entry(
         entry: Its graph; not changed.
         packed: Weights that are given as one `PackedWeight` each, under their name.
         experts: Stacks that are given as one `PackedExperts` each, under their name.
+        bitmaps: Weights that are given as one `BitmapWeight` each, under the name of their bitmap.
     """
-    lowering = _Lowering({parts: joint for joint in packed for parts in joint.parts}, experts)
+    lowering = _Lowering({parts: joint for joint in packed for parts in joint.parts}, experts, bitmaps)
     for node in entry.graph.nodes:
         lowering.add(node)
     return LoweredEntry(fx.GraphModule(nn.Module(), lowering.graph).forward, tuple(lowering.constants))
@@ -81,12 +94,16 @@ def lower_entry(
 class _Lowering:
     """A graph being copied; each node is replaced or copied in order."""
 
-    def __init__(self, packed: Mapping[PackedParts, JointWeight], experts: Sequence[ExpertParts]) -> None:
+    def __init__(
+        self, packed: Mapping[PackedParts, JointWeight], experts: Sequence[ExpertParts], bitmaps: Sequence[BitmapParts]
+    ) -> None:
         self.graph = fx.Graph()
         self.constants: list[str] = []
         self._packed = packed
         # What each constant of packed experts is a part of.
         self._experts = {name: parts for parts in experts for name in parts.names}
+        # Likewise of weights as bitmaps.
+        self._bitmaps = {name: parts for parts in bitmaps for name in parts.names}
         self._weights: dict[str, fx.Node] = {}
         self._new: dict[fx.Node, fx.Node] = {}
         # What is computed once and read several times, by what it is computed from.
@@ -102,6 +119,8 @@ class _Lowering:
     def _add_constant(self, node: fx.Node) -> None:
         name = node.meta["constant"]
         if name in self._experts and name != self._experts[name].name:
+            return
+        if name in self._bitmaps and name != self._bitmaps[name].bitmap:
             return
         reads = [[parts for parts in all_parts_read(user) if parts.has_part(name)] for user in node.users]
         packed = [parts for read in reads for parts in read if parts in self._packed]
@@ -122,6 +141,11 @@ class _Lowering:
         parts = parts_read(node)
         if parts is not None and parts in self._packed:
             return self._packed_read(node, parts)
+        bitmap = bitmap_parts_read(node)
+        if bitmap is not None and bitmap.bitmap in self._bitmaps:
+            return self._call(
+                run_linear, *self._translated([arguments(node)[name] for name in ("bitmap", "x", "bias")])
+            )
         slabs = sparse_parts_read(node)
         if slabs and all(each in self._packed for each in slabs.values()):
             return self._sparse_read(node, slabs)
@@ -194,8 +218,8 @@ def _reads_slots_by_position(node: fx.Node) -> bool:
     return is_call(key, ops.write_slots) and key.args[2] is positions and not key_positions and not key_valid and causal
 
 
-def run_linear(weight: PackedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`jettison::quantized_linear`; see `PackedWeight.linear`."""
+def run_linear(weight: PackedWeight | BitmapWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`jettison::quantized_linear` and `jettison::bitmap_linear`; see `PackedWeight.linear`."""
     return weight.linear(x, bias)
 
 

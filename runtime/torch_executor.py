@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, fx
 
 from jettison.ir.errors import OptionError
-from jettison.ir.packed_parts import JointWeight, PackedParts, joint_weights, sparse_parts_read
+from jettison.ir.packed_parts import (
+    BitmapParts,
+    JointWeight,
+    PackedParts,
+    bitmap_weights,
+    joint_weights,
+    sparse_parts_read,
+)
 from jettison.ir.program import Program, input_placeholders, state_placeholders
+from jettison.runtime.bitmap_weight import BitmapWeight, pack_bitmap
 from jettison.runtime.executor import CPU, EntrySignature
 from jettison.runtime.lowered_entry import lower_entry
 from jettison.runtime.packed_experts import PackedExperts, pack_experts, packable_experts
@@ -39,7 +47,7 @@ class TorchExecutor:
         self.info, self.device = program.info, CPU
         self.states = dict(program.states)
         self.retentions, self.storages = dict(program.retentions), dict(program.storages)
-        self._values: dict[str, Tensor | PackedWeight | PackedExperts] = {}
+        self._values: dict[str, Tensor | PackedWeight | PackedExperts | BitmapWeight] = {}
         wanted = joint_weights(program) if kernels == "packed" else []
         cut = {parts for entry in program.entries.values() for node in entry.graph.nodes for parts in _cut(node)}
         packed = [joint for joint in wanted if self._pack(program, joint, is_cut=not cut.isdisjoint(joint.parts))]
@@ -54,12 +62,16 @@ class TorchExecutor:
             if stacks is not None:
                 self._values[parts.name] = stacks
                 experts.append(parts)
-        lowered = {name: lower_entry(entry, packed, experts) for name, entry in program.entries.items()}
+        wanted_bitmaps = bitmap_weights(program) if kernels == "packed" else []
+        bitmaps = [parts for parts in wanted_bitmaps if self._pack_bitmap(program, parts)]
+        lowered = {name: lower_entry(entry, packed, experts, bitmaps) for name, entry in program.entries.items()}
         for constant in {name: None for entry in lowered.values() for name in entry.constants}:
             if constant not in self._values:
                 value = program.constants[constant].value()
                 # One small tensor mapped from a file would keep all of it mapped, packed weights' codes included.
-                self._values[constant] = value.clone() if (packed or experts) and value.nbytes < SMALL_BYTES else value
+                self._values[constant] = (
+                    value.clone() if (packed or experts or bitmaps) and value.nbytes < SMALL_BYTES else value
+                )
         self._calls = {name: entry.call for name, entry in lowered.items()}
         self._constants = {
             name: [self._values[constant] for constant in entry.constants] for name, entry in lowered.items()
@@ -89,6 +101,15 @@ class TorchExecutor:
             )  # fmt: skip
         if weight is not None:
             self._values[joint.name] = weight
+        return weight is not None
+
+    def _pack_bitmap(self, program: Program, parts: BitmapParts) -> bool:
+        """Hold a weight as the kernel of bitmaps reads it, if there is one."""
+        bitmap, starts, values = (program.constants[n].value() for n in (parts.bitmap, parts.starts, parts.values))
+        scales = None if parts.scales is None else program.constants[parts.scales].value()
+        weight = pack_bitmap(bitmap, starts, values, scales, parts.bits, parts.group, parts.columns)
+        if weight is not None:
+            self._values[parts.bitmap] = weight
         return weight is not None
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from jettison.codegen.triton.bitmap_step import BitmapStep
 from jettison.codegen.triton.kernels.gather_down import GatherDown
 from jettison.codegen.triton.kernels.gemm import DECODE_ROWS
 from jettison.codegen.triton.launch import Launcher, Launchers
@@ -30,6 +31,7 @@ from jettison.ir import ops
 from jettison.ir.match import arguments, is_call
 from jettison.ir.ops.write_slots import write_slots_
 from jettison.ir.program import Program, output_node, placeholders
+from jettison.runtime.bitmap_steps import RunBitmap
 from jettison.runtime.device_weights import DeviceWeights
 from jettison.runtime.low_rank_attention import run_low_rank_attention
 from jettison.runtime.low_rank_mlp import run_low_rank_mlp
@@ -321,6 +323,8 @@ class _Builder:
     def _runner(self, step: Step) -> Callable[..., tuple[Tensor, ...]]:
         if isinstance(step, LinearStep):
             return RunLinear(step, self._weights, self._launchers)
+        if isinstance(step, BitmapStep):
+            return RunBitmap(step, self._weights, self._launchers)
         if isinstance(step, NormStep):
             return RunNorm(step, self._weights, self._launchers)
         if isinstance(step, LookupStep):

@@ -136,10 +136,12 @@ def test_every_op_has_a_reference_and_a_lowering_to_onnx() -> None:
     # Lowered together with the attention that reads them, in codegen/onnx/cached_attention.py, and with the same layer
     # of the prompt, in codegen/onnx/sparse_mlp.py.
     fused = {"write_slots", "windowed_attention", "quantized_sparse_mlp"}
+    # No operator of ONNX puts values where a bitmap has bits: the format refuses the target (passes/formats/bitmap.py).
+    refused = {"bitmap_linear"}
     for name in ops.__all__:
         op = getattr(ops, name)
         assert (ROOT / "ir" / "ops" / f"{name}.py").is_file()
-        assert op in LOWERINGS or name in fused, f"{name} has no lowering"
+        assert op in LOWERINGS or name in fused | refused, f"{name} has no lowering"
 
 
 def test_nothing_names_a_machine() -> None:

@@ -6,6 +6,7 @@
 | cache     | rotary embedding of queries and keys, and both writes to the cache                         |
 | attention | attention of one token per row, and the reshape behind it                                  |
 | sparse    | a feed-forward layer of which a token names slabs, and residual: two launches              |
+| bitmap    | a linear over a bitmap weight, then bias and residual                                      |
 | low rank  | a fused factored feed-forward layer and residual, or attention                            |
 | norm      | an RMS norm whose result is read by more than one group                                    |
 | lookup    | an embedding from a quantised table                                                        |
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from jettison.codegen.triton.bitmap_step import bitmap_step
 from jettison.codegen.triton.heads import peel, side_by_side
 from jettison.codegen.triton.kernels.base import COMPUTED
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
@@ -74,7 +76,15 @@ def fuse(program: Program, entry_name: str) -> list[Step]:
     entry = program.entries[entry_name]
     fusion = _Fusion(program, is_decode=entry_name == "decode")
     nodes = [node for node in entry.graph.nodes if node.op == "call_function"]
-    for find in (fusion.attention, fusion.sparse_mlp, fusion.low_rank, fusion.linears, fusion.norm, fusion.lookup):
+    for find in (
+        fusion.attention,
+        fusion.sparse_mlp,
+        fusion.low_rank,
+        fusion.bitmap,
+        fusion.linears,
+        fusion.norm,
+        fusion.lookup,
+    ):
         for node in nodes:
             if node not in fusion.step_of:
                 find(node)
@@ -237,6 +247,18 @@ class _Fusion:
             step = low_rank_mlp_step(node, self._residual(node))
         else:
             return
+        if isinstance(step, str):
+            self.misses[node] = step
+        else:
+            self.add(step)
+
+    # What reads a bitmap.
+
+    def bitmap(self, node: fx.Node) -> None:
+        """A linear over a bitmap weight, and the residual behind it."""
+        if not is_call(node, ops.bitmap_linear):
+            return
+        step = bitmap_step(node, self._residual(node), self.program)
         if isinstance(step, str):
             self.misses[node] = step
         else:

@@ -1,6 +1,7 @@
 """Operators of namespace `jettison`; importing this package registers them all."""
 
 from jettison.ir.ops.attention import attention
+from jettison.ir.ops.bitmap_linear import bitmap_linear
 from jettison.ir.ops.complete_logits import complete_logits
 from jettison.ir.ops.dequantize_slots import dequantize_slots
 from jettison.ir.ops.experts import experts
@@ -28,6 +29,7 @@ from jettison.ir.ops.write_slots import write_slots
 
 __all__ = [
     "attention",
+    "bitmap_linear",
     "complete_logits",
     "dequantize_slots",
     "experts",

@@ -21,6 +21,7 @@ _DECODED_AT_EACH_CALL = "are decoded at each call: no kernel of PyTorch reads th
 _DECODES = "decodes weights to fp32, 1.6 times the time of target onnx"
 _LIMITS = {
     "torch": {
+        "bitmap": "limited by arithmetic: expanding a bitmap takes longer than int4, and pays where weights stream",
         "int3": f"weights in 3 bits {_DECODED_AT_EACH_CALL}",
         "nf4": f"weights in nf4 {_DECODED_AT_EACH_CALL}",
         "lut": f"weights with tables of values {_DECODED_AT_EACH_CALL}",

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from jettison.passes.methods import METHODS
     from jettison.passes.policies import POLICIES
     from jettison.passes.predictors import PREDICTORS
+    from jettison.passes.pruners import PRUNERS
 
     kinds: dict[str, list[dict[str, Any]]] = {
         "passes": [_describe(cls) for cls in USER_PASSES],
@@ -32,12 +33,13 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         "methods": [_describe(cls) for cls in METHODS.values()],
         "predictors": [_describe(cls) for cls in PREDICTORS.values()],
         "factorizers": [_describe(cls) for cls in FACTORIZERS.values()],
+        "pruners": [_describe(cls) for cls in PRUNERS.values()],
     }
     if args.name is not None:
         from jettison.passes.options import lookup
 
         named = {entry["name"]: entry for entries in kinds.values() for entry in entries}
-        found = lookup(args.name, named, "pass, policy, format, method, predictor or factorizer", "")
+        found = lookup(args.name, named, "pass, policy, format, method, predictor, factorizer or pruner", "")
         kinds = {kind: [entry for entry in entries if entry is found] for kind, entries in kinds.items()}
     if terminal.is_json:
         terminal.document(kinds)
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         return 0
     titles = (
         "Passes", "\nPolicies of cache-kv", "\nFormats of quantize-weights", "\nMethods of quantize-weights",
-        "\nMethods of predict-mlp-sparsity", "\nMethods of factorize-linear",
+        "\nMethods of predict-mlp-sparsity", "\nMethods of factorize-linear", "\nMethods of prune-weights",
     )  # fmt: skip
     for title, entries in zip(titles, kinds.values(), strict=True):
         terminal.line(title, style="bold")

@@ -7,15 +7,18 @@ from dataclasses import replace
 
 from jettison.ir.errors import OptionError
 from jettison.passes.formats.base import Grid, WeightFormat
+from jettison.passes.formats.bitmap import Bitmap
 from jettison.passes.formats.int_groups import IntGroups
 from jettison.passes.formats.lut import Lut
 from jettison.passes.formats.nf4 import Nf4
 from jettison.passes.grammar import Option, Scalar, parse_pipeline
 from jettison.passes.options import build, lookup
 
-FORMATS: dict[str, type[WeightFormat]] = {weight_format.id: weight_format for weight_format in (IntGroups, Lut, Nf4)}
+FORMATS: dict[str, type[WeightFormat]] = {
+    weight_format.id: weight_format for weight_format in (Bitmap, IntGroups, Lut, Nf4)
+}
 
-__all__ = ["FORMATS", "Grid", "IntGroups", "Lut", "Nf4", "WeightFormat", "format_from_text"]
+__all__ = ["FORMATS", "Bitmap", "Grid", "IntGroups", "Lut", "Nf4", "WeightFormat", "format_from_text"]
 
 
 def format_from_text(text: str) -> WeightFormat:

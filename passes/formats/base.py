@@ -52,9 +52,11 @@ class WeightFormat(ABC):
         id: Text id, by which pipelines name it.
         group: Columns that share a scale.
         is_exact: Whether it holds weights as they are, or refuses them.
+        is_for_zeros: Whether it stores weights that are not zero, and where they are.
     """
 
     is_exact: ClassVar[bool] = False
+    is_for_zeros: ClassVar[bool] = False
     id: ClassVar[str]
     group: int
 
@@ -186,6 +188,10 @@ class WeightFormat(ABC):
         """Why a target (`onnx`, `torch`) cannot run weights in this format, or None if it can."""
         return None
 
+    def declines(self, zeros: float) -> str | None:
+        """Why a weight with this share of zeros is better not stored in this format, or None; see `is_for_zeros`."""
+        return None
+
     def adapted(self, rows: RowReader, shape: tuple[int, int], where: str) -> WeightFormat:
         """This format with everything fixed that has to be read off the whole weight before its first row is encoded.
 
@@ -240,8 +246,7 @@ class WeightFormat(ABC):
         parts = {name: torch.empty(dims, dtype=dtype) for name, (dims, dtype) in specs.items()} if out is None else out
         chosen._check_parts(parts, shape)
         for rows in row_chunks(*shape):
-            for name, chunk in chosen.encode_rows(weight[rows], where, rows.start).items():
-                parts[name][... if name in chosen.shared_parts else rows] = chunk
+            chosen.put(parts, chosen.encode_rows(weight[rows], where, rows.start), rows)
         return parts
 
     @torch.no_grad()
@@ -282,10 +287,24 @@ class WeightFormat(ABC):
         self._check_parts(parts, shape)
         weight = torch.empty(shape, dtype=torch.float32)
         for rows in row_chunks(*shape):
-            chunk = {name: part if name in self.shared_parts else part[rows] for name, part in parts.items()}
-            codes, grid = self.unpack(chunk, (rows.stop - rows.start, shape[1]))
+            codes, grid = self.unpack(self.take(parts, rows), (rows.stop - rows.start, shape[1]))
             weight[rows] = self.values(codes, grid).flatten(1)[:, : shape[1]]
         return weight
+
+    def put(self, parts: dict[str, Tensor], chunk: dict[str, Tensor], rows: slice) -> None:
+        """Write some rows where they belong.
+
+        Args:
+            parts: Of the whole weight; changed.
+            chunk: What `encode_rows` returned for these rows.
+            rows: Which.
+        """
+        for name, values in chunk.items():
+            parts[name][... if name in self.shared_parts else rows] = values
+
+    def take(self, parts: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """The parts of some rows."""
+        return {name: part if name in self.shared_parts else part[rows] for name, part in parts.items()}
 
     def split_groups(self, weight: Tensor) -> Tensor:
         """`[n, K]` any float dtype -> `[n, k_blocks, group]` f32, the last group filled with zeros."""

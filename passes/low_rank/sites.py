@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, fx
 
 from jettison.ir.match import Miss, arguments, constant_name, is_call, only_user
-from jettison.ir.ops import attention, gated_activation, lut_linear, quantized_linear, rotary_embedding, write_slots
+from jettison.ir.ops import (
+    attention,
+    bitmap_linear,
+    gated_activation,
+    lut_linear,
+    quantized_linear,
+    rotary_embedding,
+    write_slots,
+)
 from jettison.passes.low_rank.forms import is_remainder
 from jettison.passes.raise_gated_mlp import activation_name
 
 aten = torch.ops.aten
-_QUANTIZED = (quantized_linear, lut_linear)
+_QUANTIZED = (quantized_linear, lut_linear, bitmap_linear)
 _LINEARS = (aten.linear.default, *_QUANTIZED)
 _REMAINDER = "few bits are added to its factors (residual=), which the operator does not read"
 _NEEDED = "the operator reads factors as they are: leave quantize-weights out, or this pass"

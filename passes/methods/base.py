@@ -103,6 +103,12 @@ class Method(ABC):
                 f"[{self.name}] format {weight_format}: needs a format that rounds, because this one stores weights as "
                 "they are and leaves a method nothing to choose. Take method=rtn."
             )
+        if weight_format.is_for_zeros:
+            raise OptionError(
+                f"[{self.name}] format {weight_format}: needs a format that stores every weight, because this method "
+                "moves weights that are zero, too, which this one does not store. Take method=rtn, behind "
+                "prune-weights{method=sparsegpt} for weights that make up for those left out."
+            )
         return weight_format
 
     def input_scales(

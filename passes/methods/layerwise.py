@@ -64,8 +64,7 @@ def encode_weights(
         for rows in row_chunks(*shape, at_most=method.weights_at_once):
             chunk = weight.rows(rows.start, rows.stop)
             made = encode_rows(chunk if scales is None else chunk * scales, weight.name, rows.start)
-            for part, values in made.items():
-                parts[part][... if part in chosen.shared_parts else rows] = values
+            chosen.put(parts, made, rows)
             advance(weight.stored_bytes * (rows.stop - rows.start) / shape[0])
         encoded[weight.name] = Encoded(chosen, shape, parts)
     return encoded

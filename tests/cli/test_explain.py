@@ -57,6 +57,7 @@ def test_what_limits_decode_of_a_torch_artifact(run, torch_artifact, onnx_artifa
     [
         ("int3{group=32,symmetric=false}", "torch", "in 3 bits are decoded at each call"),
         ("nf4{group=64,double=true}", "torch", "in nf4 are decoded at each call"),
+        ("bitmap{of=int4,group=128}", "torch", "expanding a bitmap takes longer than int4"),
         ("nf4{group=64,double=true}", "onnx", "become 8-bit ones"),
         ("lut{bits=4,per_row=false}", "onnx", "are decoded to fp32"),
         ("int2{group=32,symmetric=false}", "onnx", None),

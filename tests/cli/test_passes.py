@@ -15,7 +15,7 @@ def test_json_lists_every_pass_policy_and_option(run):
     result = run("passes", "--json")
     assert (result.code, result.err) == (0, "")
     document = result.json
-    assert set(document) == {"passes", "policies", "formats", "methods", "predictors", "factorizers"}
+    assert set(document) == {"passes", "policies", "formats", "methods", "predictors", "factorizers", "pruners"}
     kinds = {"policies": POLICIES, "formats": FORMATS, "methods": METHODS, "predictors": PREDICTORS}
     named = {"passes": {cls.name: cls for cls in USER_PASSES}, **kinds}
     for key, by_name in named.items():

@@ -7,6 +7,9 @@ import torch
 
 from jettison.codegen.triton.emit import emit
 from jettison.codegen.triton.kernels.base import Kernel
+from jettison.codegen.triton.kernels.bitmap_gemm import BitmapGemm
+from jettison.codegen.triton.kernels.bitmap_gemv import BitmapGemv
+from jettison.codegen.triton.kernels.bitmap_tile import BitmapForm
 from jettison.codegen.triton.kernels.decode_attention import DecodeAttention
 from jettison.codegen.triton.kernels.embedding import Embedding
 from jettison.codegen.triton.kernels.epilogue import Epilogue
@@ -89,6 +92,13 @@ KERNELS: dict[str, Kernel] = {
     "low_rank_attention_wide": LLAMA_8B,
     "low_rank_attention_masks": WIDE,
     "low_rank_attention_fp32": BERT_FP32,
+    "bitmap_gemv_int4": BitmapGemv(BitmapForm(4, 128), 4096, 6144, BF16),
+    "bitmap_gemv_int8_residual": BitmapGemv(BitmapForm(8, 128), 14336, 4096, BF16, RESIDUAL),
+    "bitmap_gemv_bf16_odd": BitmapGemv(BitmapForm(16, 128, BF16), 100, 37, BF16),
+    "bitmap_few_rows_int4": BitmapGemm(BitmapForm(4, 128), 4096, 6144, BF16, True, RESIDUAL),
+    "bitmap_gemm_int4": BitmapGemm(BitmapForm(4, 128), 4096, 6144, BF16),
+    "bitmap_gemm_fp16": BitmapGemm(BitmapForm(16, 128, HALF), 4096, 6144, HALF),
+    "bitmap_gemm_fp32": BitmapGemm(BitmapForm(8, 64), 4096, 6144, torch.float32),
     "top_1": TopK(1, 128256, BF16),
     "top_51": TopK(51, 128256, BF16),
     "decode_attention_window": DecodeAttention(8, 4, 256, 0.0625, 4096, 50.0, BF16, BF16),

@@ -51,3 +51,12 @@ def test_full_disk_is_one_error_that_names_tmpdir(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(ArtifactError, match=r"TMPDIR"):
         scratch_tensor((4 << 20,), torch.uint8)
+
+
+def test_the_share_of_zeros_is_counted_over_blocks_and_kept():
+    blocks = [torch.tensor([[0.0, 1.0], [2.0, 0.0]], dtype=torch.bfloat16), torch.tensor([[-0.0, 3.0]]).bfloat16()]
+    constant = Constant("w", blocks, torch.float32)
+    assert constant.zeros == 0.5
+    blocks[0].zero_()
+    assert constant.zeros == 0.5
+    assert Constant("w", torch.ones(3, 2)).zeros == 0.0

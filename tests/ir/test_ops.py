@@ -574,7 +574,7 @@ LAYOUTS = {"contiguous": lambda x: x, "heads_last": heads_last, "channels_outerm
 
 
 def test_every_operator_is_covered():
-    apart = ("quantized_", "low_rank_", "lut_", "experts", "sparse_linear")
+    apart = ("bitmap_linear", "quantized_", "low_rank_", "lut_", "experts", "sparse_linear")
     elsewhere = {name for name in jettison.ir.ops.__all__ if name.startswith(apart)}
     assert set(OPERATORS) == set(jettison.ir.ops.__all__) - elsewhere
 

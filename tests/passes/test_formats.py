@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import OptionError
-from jettison.passes.formats import FORMATS, Grid, IntGroups, Lut, Nf4, WeightFormat, format_from_text
+from jettison.passes.formats import FORMATS, Bitmap, Grid, IntGroups, Lut, Nf4, WeightFormat, format_from_text
 from jettison.passes.grammar import Spec, format_pipeline, parse_pipeline
 from jettison.passes.options import build, describe, to_spec
 
@@ -15,7 +15,7 @@ ROUNDING = [
     IntGroups(8, 32), IntGroups(4, 64), IntGroups(4, 32, symmetric=True), IntGroups(3, 64), IntGroups(2, 128),
     IntGroups(4, 64, float_zeros=True), IntGroups(3, 32, float_zeros=True), Nf4(64, double=False), Nf4(32),
 ]  # fmt: skip
-EVERY = [*ROUNDING, Lut(), Lut(4), Lut(2, False), Lut(8, True)]
+EVERY = [*ROUNDING, Bitmap(), Bitmap("int8", 64), Bitmap("float"), Lut(), Lut(4), Lut(2, False), Lut(8, True)]
 every_format = pytest.mark.parametrize("weight_format", EVERY, ids=str)
 rounding_format = pytest.mark.parametrize("weight_format", ROUNDING, ids=str)
 
@@ -40,10 +40,13 @@ def test_pipeline_text_is_read_back(weight_format: WeightFormat):
     assert format_from_text(text) == weight_format
 
 
-def test_only_three_bits_have_no_kernel_on_onnx():
+def test_only_three_bits_and_bitmaps_are_refused_on_onnx():
     refused = [each for each in EVERY if each.unsupported_on("onnx") is not None]
-    assert refused == [each for each in EVERY if isinstance(each, IntGroups) and each.bits == 3]
-    assert all(each.unsupported_on("torch") is None and each.has_table for each in EVERY)
+    assert refused == [
+        each for each in EVERY if isinstance(each, Bitmap) or (isinstance(each, IntGroups) and each.bits == 3)
+    ]
+    assert all(each.unsupported_on("torch") is None for each in EVERY)
+    assert [each for each in EVERY if not each.has_table] == [each for each in EVERY if isinstance(each, Bitmap)]
 
 
 @pytest.mark.parametrize("name", FORMATS)
