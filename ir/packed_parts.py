@@ -75,6 +75,12 @@ class JointWeight:
     is_table: bool
 
     @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of all constants that it is made of."""
+        names = (name for each in self.parts for name in (each.codes, each.scales, each.zeros))
+        return tuple(name for name in names if name is not None)
+
+    @property
     def name(self) -> str:
         """The name that stands for it: that of the first codes."""
         return self.parts[0].codes

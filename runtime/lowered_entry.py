@@ -7,7 +7,7 @@ what surrounds each of them counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from jettison.ir import ops
-from jettison.ir.match import arguments, is_call
+from jettison.ir.match import arguments, constant_name, is_call
 from jettison.ir.packed_parts import JointWeight, PackedParts, all_parts_read, parts_read, sparse_parts_read
 from jettison.runtime.low_rank_attention import run_low_rank_attention
 from jettison.runtime.low_rank_mlp import run_low_rank_mlp
@@ -37,6 +37,8 @@ _PARSED = {
     aten.sym_size.int: torch.Tensor.size,
     aten.transpose.int: torch.transpose,
 }
+# Operators that take a weight slab by slab, or single rows of it.
+_STREAMING = (aten.linear.default, aten.embedding.default)
 # Operators whose faster form takes the same arguments.
 _SAME_ARGUMENTS: Mapping[Any, Callable[..., Tensor]] = {
     ops.low_rank_attention: run_low_rank_attention,
@@ -61,7 +63,10 @@ class LoweredEntry:
 
 
 def lower_entry(
-    entry: fx.GraphModule, packed: Sequence[JointWeight], experts: Sequence[ExpertParts] = ()
+    entry: fx.GraphModule,
+    packed: Sequence[JointWeight],
+    experts: Sequence[ExpertParts] = (),
+    streamed: Collection[str] = (),
 ) -> LoweredEntry:
     """Generate the code of an entry.
 
@@ -69,8 +74,9 @@ def lower_entry(
         entry: Its graph; not changed.
         packed: Weights that are given as one `PackedWeight` each, under their name.
         experts: Stacks that are given as one `PackedExperts` each, under their name.
+        streamed: Floating-point weights that are given as a `StreamedWeight`, under their name.
     """
-    lowering = _Lowering({parts: joint for joint in packed for parts in joint.parts}, experts)
+    lowering = _Lowering({parts: joint for joint in packed for parts in joint.parts}, experts, streamed)
     for node in entry.graph.nodes:
         lowering.add(node)
     return LoweredEntry(fx.GraphModule(nn.Module(), lowering.graph).forward, tuple(lowering.constants))
@@ -79,10 +85,12 @@ def lower_entry(
 class _Lowering:
     """A graph being copied; each node is replaced or copied in order."""
 
-    def __init__(self, packed: Mapping[PackedParts, JointWeight], experts: Sequence[ExpertParts]) -> None:
+    def __init__(
+        self, packed: Mapping[PackedParts, JointWeight], experts: Sequence[ExpertParts], streamed: Collection[str]
+    ) -> None:
         self.graph = fx.Graph()
         self.constants: list[str] = []
-        self._packed = packed
+        self._packed, self._streamed = packed, streamed
         # What each constant of packed experts is a part of.
         self._experts = {name: parts for parts in experts for name in parts.names}
         self._weights: dict[str, fx.Node] = {}
@@ -120,6 +128,10 @@ class _Lowering:
         parts = parts_read(node)
         if parts is not None and parts in self._packed:
             return self._packed_read(node, parts)
+        if is_call(node, *_STREAMING) and constant_name(arguments(node)["weight"]) in self._streamed:
+            operands = self._translated([arguments(node).get(name) for name in ("weight", "input", "indices", "bias")])
+            weight, x, indices, bias = operands
+            return self._call(run_lookup, weight, indices) if x is None else self._call(run_linear, weight, x, bias)
         slabs = sparse_parts_read(node)
         if slabs and all(each in self._packed for each in slabs.values()):
             return self._sparse_read(node, slabs)
