@@ -68,11 +68,14 @@ class JointWeight:
         parts: One weight, or those of several linears that in every entry read the same x.
         rows: N of each.
         is_table: Whether an embedding looks up rows, too.
+        whole_rows: N of the weight that these are a part of, where others that ran as one with them are elsewhere; None
+            if they are all. A kernel that adds up in strips of rows takes those of the whole, and gives the same sums.
     """
 
     parts: tuple[PackedParts, ...]
     rows: tuple[int, ...]
     is_table: bool
+    whole_rows: int | None = None
 
     @property
     def constants(self) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ class SegmentFile:
             self.is_direct = False
             return os.open(path, flags)
         try:  # some file systems take the flag and refuse the read
-            os.preadv(file, [mmap.mmap(-1, BLOCK)], 0)
+            os.preadv(file, [memoryview(mmap.mmap(-1, BLOCK))], 0)
         except OSError as error:
             os.close(file)
             if error.errno != errno.EINVAL:

@@ -130,7 +130,8 @@ def split_by_tier(joint: list[JointWeight], program: Program) -> list[JointWeigh
             chosen = [index for index, parts in enumerate(each.parts) if (parts.codes in on_disk) == placed]
             if chosen:
                 rows = tuple(each.rows[index] for index in chosen)
-                split.append(JointWeight(tuple(each.parts[index] for index in chosen), rows, each.is_table))
+                parts = tuple(each.parts[index] for index in chosen)
+                split.append(JointWeight(parts, rows, each.is_table, None if rows == each.rows else sum(each.rows)))
     return split
 
 

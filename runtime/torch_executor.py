@@ -127,7 +127,7 @@ class TorchExecutor:
             weight = pack_weight(
                 stacked([parts.codes for parts in joint.parts]), stacked([parts.scales for parts in joint.parts]),
                 stacked(zeros) if zeros else None, first.bits, first.group, first.columns, is_table=joint.is_table,
-                is_cut=is_cut,
+                is_cut=is_cut, whole_rows=joint.whole_rows,
             )  # fmt: skip
         if weight is not None:
             self._values[joint.name] = weight

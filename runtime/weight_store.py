@@ -198,8 +198,9 @@ def _kernel_rows(program: Program, read: StreamedRead) -> tuple[str, _Rows, int]
         zeros = None if first.zeros is None else _joint_rows(program, joint, "zeros", start, stop)
         with torch.no_grad():
             weight = pack_weight(
-                codes, scales, zeros, first.bits, first.group, first.columns, is_table=False, whole_rows=whole
-            )
+                codes, scales, zeros, first.bits, first.group, first.columns, is_table=False,
+                whole_rows=joint.whole_rows or whole,
+            )  # fmt: skip
         if weight is None:
             raise UnsupportedError(
                 f"[placement] {first.codes} is on disk, and PyTorch has no kernel for {first.bits} bits in groups of "
