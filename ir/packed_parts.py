@@ -78,6 +78,11 @@ class JointWeight:
     whole_rows: int | None = None
 
     @property
+    def is_alone(self) -> bool:
+        """Whether it is one weight that runs with no others, wherever they are: its bias is added before rounding."""
+        return len(self.parts) == 1 and self.whole_rows is None
+
+    @property
     def constants(self) -> tuple[str, ...]:
         """Names of all constants that it is made of."""
         names = (name for each in self.parts for name in (each.codes, each.scales, each.zeros))

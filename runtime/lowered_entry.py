@@ -165,7 +165,7 @@ class _Lowering:
         if is_call(node, ops.quantized_embedding):
             return self._call(run_lookup, weight, *self._translated([arguments(node)["indices"]]))
         x, bias = self._translated([arguments(node)[name] for name in ("x", "bias")])
-        if len(joint.parts) == 1:
+        if joint.is_alone:
             return self._call(run_linear, weight, x, bias)
         index = joint.parts.index(parts)
         start, rows = sum(joint.rows[:index]), joint.rows[index]

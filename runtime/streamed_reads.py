@@ -88,7 +88,7 @@ def read_order(program: Program, reads: list[StreamedRead]) -> list[str]:
             continue
         # Several linears of one x run as one, where the first of them stands.
         call = (read.name, arguments(node).get("x"))
-        if read.packed is None or len(read.packed.parts) == 1 or call not in done:
+        if read.packed is None or read.packed.is_alone or call not in done:
             order.append(read.name)
         done.add(call)
     return order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,11 +67,11 @@ def streamable(program: Program) -> list[list[str]]:
     groups = {name: [name] for name in program.used_constants()}
     for packed in program.packed.values():
         own = [*packed.parts.values()]
-        groups |= {name: own for name in own}
+        groups |= dict.fromkeys(own, own)
     found = []
     for group in groups.values():
         trial = program.copy()
-        trial.placement = Placement({name: "disk" for name in group})
+        trial.placement = Placement(dict.fromkeys(group, "disk"))
         try:
             streamed_reads(trial)
         except UnsupportedError:
@@ -229,7 +230,7 @@ def test_rows_of_a_packed_weight(bits: int, has_zeros: bool) -> None:
     for rows in (1, 3, 20, 300):
         x = weight_values(rows * 300, rows).reshape(rows, 300).to(torch.float32)
         pieces = []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             part = whole.rows_between(start, stop)
             assert part.rows == stop - start
             layout = {name: (each.dtype, tuple(each.shape)) for name, each in part.parts().items()}
@@ -277,7 +278,7 @@ def test_settings_that_cannot_be_streamed(two_layers: Path) -> None:
 def test_a_store_of_another_program(two_layers: Path, two_layer_opt: Path) -> None:
     ours, other = (captured(folder) for folder in (two_layers, two_layer_opt))
     ours, other = (placed(program, streamable(program)) for program in (ours, other))
-    with pytest.raises(ArtifactError, match="does not hold model.* as the program reads it"):
+    with pytest.raises(ArtifactError, match=r"does not hold model.* as the program reads it"):
         open_streamed(ours, WeightStore(*temporary_store(other)))
 
 

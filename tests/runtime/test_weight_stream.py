@@ -57,6 +57,11 @@ def taken(stream: WeightStream, number: int) -> bytes:
     return bytes(stream.take(number).numpy())
 
 
+def take_steps(stream: WeightStream, contents: list[bytes], steps: int = 1) -> None:
+    for number in ORDER * steps:
+        assert taken(stream, number) == contents[number]
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     """No deadline of its own: whoever runs the tests has one."""
     while not condition():
@@ -189,13 +194,12 @@ def test_a_file_that_is_cut_off_is_refused(store) -> None:
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
 def test_a_file_that_is_cut_off_while_it_is_read(store, direct: bool) -> None:
-    path, segments, _ = store
+    path, segments, contents = store
     file = SegmentFile(path, segments, direct=direct)
     os.truncate(path, segments[4].offset)
     stream = WeightStream(file, ORDER, LARGEST)
     with pytest.raises(ArtifactError, match=r"was changed while weights were streamed|ends at byte"):
-        for number in ORDER:
-            stream.take(number)
+        take_steps(stream, contents)
     stream.close()
     with pytest.raises(ArtifactError, match="ends at byte"):
         file.read_blocks(segments[4].offset, memoryview(bytearray(BLOCK)))
@@ -209,8 +213,7 @@ def test_a_file_that_is_changed_in_place_is_found_at_the_next_step(store) -> Non
     os.utime(path, ns=(1, 1))
     damage(path, 5)
     with pytest.raises(ArtifactError, match=r"was changed.*Load the artifact again"):
-        for number in [*ORDER, *ORDER]:
-            assert taken(stream, number) == contents[number]
+        take_steps(stream, contents, 2)
     stream.close()
 
 
@@ -240,8 +243,7 @@ def test_a_read_error_reaches_who_computes_and_passes(store, monkeypatch: pytest
     stream = WeightStream(file, ORDER, LARGEST)
     for _ in range(2):
         with pytest.raises(ArtifactError, match=rf"byte {segments[4].offset:,} \(Input/output error\)"):
-            for number in ORDER:
-                assert taken(stream, number) == contents[number]
+            take_steps(stream, contents)
     is_broken.clear()
     for number in ORDER:
         assert taken(stream, number) == contents[number]
