@@ -143,11 +143,8 @@ class TorchExecutor:
             raise OptionError(f"[torch] no entry {entry!r}: this program has {', '.join(self.entries)}.")
         if self.stream is None:
             return self._run(entry, signature, inputs, states)
-        with self._one_at_a_time:  # the ring holds what one of them needs next
-            try:
-                return self._run(entry, signature, inputs, states)
-            finally:
-                self.stream.release()
+        with self._one_at_a_time, self.stream.running():  # the ring holds what one of them needs next
+            return self._run(entry, signature, inputs, states)
 
     def _run(
         self, entry: str, signature: EntrySignature, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]

@@ -15,8 +15,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class StreamStatistics:
         bytes_taken: Of segments that were computed with.
         seconds_reading: While at least one read was under way.
         seconds_waiting: While a computation waited for a segment.
+        seconds_running: While entries ran, waiting included.
         restarts: How often another segment than the next one was asked for.
     """
 
@@ -44,6 +46,7 @@ class StreamStatistics:
     bytes_taken: int = 0
     seconds_reading: float = 0.0
     seconds_waiting: float = 0.0
+    seconds_running: float = 0.0
     restarts: int = 0
 
     @property
@@ -53,12 +56,14 @@ class StreamStatistics:
 
     @property
     def overlap(self) -> float:
-        """Share of the time of reading in which nobody waited."""
-        return max(0.0, 1 - self.seconds_waiting / max(self.seconds_reading, 1e-9))
+        """How much of what can be done at once was: reading while computing, over the shorter of the two."""
+        computing = self.seconds_running - self.seconds_waiting
+        most = min(self.seconds_reading, computing)
+        return min(1.0, max(0.0, self.seconds_reading - self.seconds_waiting) / max(most, 1e-9))
 
     def since(self, before: StreamStatistics) -> StreamStatistics:
         """What was done since an earlier copy."""
-        names = ("bytes_read", "bytes_taken", "seconds_reading", "seconds_waiting", "restarts")
+        names = (field.name for field in fields(self))
         return StreamStatistics(**{name: getattr(self, name) - getattr(before, name) for name in names})
 
 
@@ -119,6 +124,15 @@ class WeightStream:
     def release(self) -> None:
         """Give back what was taken."""
         self._reading.release()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """An entry runs: its time is counted, and at its end what it took is given back."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._reading.end_run(time.perf_counter() - started)
 
     def close(self) -> None:
         """End the threads and give the ring back; what was taken is not to be used any more."""
@@ -181,6 +195,11 @@ class _Reading:
     def release(self) -> None:
         with self._changed:
             self._release()
+
+    def end_run(self, seconds: float) -> None:
+        with self._changed:
+            self._release()
+            self._counters.seconds_running += seconds
 
     def counted(self) -> StreamStatistics:
         with self._changed:
