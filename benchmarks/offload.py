@@ -6,12 +6,12 @@
 Without --model, a random model of the shape of Llama-3.2-1B is made (2.47 GB in bf16). Each contender runs in a process
 of its own and decodes in turn; the page cache of its files is dropped before every token, outside of what is timed.
 Peers have no limit, and each runs in a virtual environment of its own (`pip install accelerate transformers torch`,
-and `airllm>=3`). jettison has `--limits`, in megabytes of resident memory, all of the process counted: what is left beside
-the interpreter, the ring and the states holds weights, spread evenly over the order in which they are read.
+and `airllm>=3`). jettison has `--limits`, in megabytes of resident memory, all of the process counted: what is left
+beside the interpreter, the ring and the states holds weights, spread evenly over the order in which they are read.
 
 `seconds_per_token` are medians over the rounds of medians over the tokens. `read_gb_per_s` is what the stream reached
-while it read, `direct_gb_per_s` what as many threads reach that only read the same file past the page cache, in the same
-round (fio's sequential read), `bandwidth_share` their ratio. `overlap` is the time in which reading and computing went
+while it read, `direct_gb_per_s` what as many threads reach that only read the same file past the page cache, in the
+same round (fio's sequential read), `bandwidth_share` their ratio. `overlap` is the time in which reading and computing went
 on at once, over the shorter of the two. `rss_peak_bytes` and `anon_peak_bytes` are sampled every 10 ms over loading and
 all steps. `same_tokens` says that greedy tokens are those of the artifact with all weights in memory. Writes
 benchmarks/results/offload.json.
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import mmap
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -45,6 +46,7 @@ from jettison.runtime.streamed_reads import streamed_reads
 from jettison.runtime.weight_store import SEGMENT_BYTES
 from jettison.runtime.weight_stream import READERS
 
+TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "models" / "tiny-llama"
 # Of the interpreter with its libraries, scratch memory of kernels and states: what a process takes beside weights.
 BASE_BYTES = 330 << 20
 RING_BYTES = 48 << 20
@@ -215,6 +217,8 @@ def main() -> None:
         model = arguments.model or scratch / "model"
         if arguments.model is None:
             make_llama(model, arguments.layers)
+            for name in ("tokenizer.json", "tokenizer_config.json"):  # AirLLM opens no folder without
+                shutil.copy(TOKENIZER / name, model)
         artifacts = make_artifacts(model, arguments.passes, arguments.limits, scratch)
         threads = arguments.threads
         contenders = [

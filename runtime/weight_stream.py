@@ -90,6 +90,7 @@ class WeightStream:
 
     Raises:
         OptionError: The ring is smaller than a segment.
+        ArtifactError: The system refuses its memory or threads.
     """
 
     def __init__(self, file: SegmentFile, order: Sequence[int], ring_bytes: int) -> None:
@@ -99,8 +100,19 @@ class WeightStream:
                 f"[placement] ring_bytes={ring_bytes:,}: needed at least {largest:,}, one segment of {file.shown}, and "
                 f"{2 * largest:,} to read one while another is computed with. Give the ring more, and pin less."
             )
-        self._reading = _Reading(file, tuple(order), ring_bytes // mmap.PAGESIZE * mmap.PAGESIZE)
+        try:
+            self._reading = _Reading(file, tuple(order), ring_bytes // mmap.PAGESIZE * mmap.PAGESIZE)
+        except (OSError, RuntimeError) as error:
+            raise ArtifactError(
+                f"[placement] ring_bytes={ring_bytes:,}: the system gives no memory or threads for it ({error}). "
+                "Give the ring less, or raise the limit of the process (`ulimit -d`, `ulimit -u`)."
+            ) from error
         self._close = weakref.finalize(self, self._reading.close)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes that a step reads."""
+        return self._reading.step_bytes
 
     @property
     def statistics(self) -> StreamStatistics:
@@ -162,8 +174,12 @@ class _Reading:
         self._threads = [
             threading.Thread(target=self._run, name=f"weight-reader-{number}", daemon=True) for number in range(READERS)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError:  # those that did start end
+            self._is_closed = True
+            raise
 
     # --- the thread that computes
 
@@ -191,6 +207,10 @@ class _Reading:
             self._is_held = True
             self._counters.bytes_taken += self._file.segments[segment].padded
             return self._view(first)
+
+    @property
+    def step_bytes(self) -> int:
+        return sum(self._file.segments[number].padded for number in self._order)
 
     def release(self) -> None:
         with self._changed:

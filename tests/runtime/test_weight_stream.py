@@ -136,6 +136,22 @@ def test_a_ring_that_holds_no_segment_is_refused(store) -> None:
         WeightStream(SegmentFile(path, segments), ORDER, LARGEST - 1)
 
 
+def test_a_system_without_memory_or_threads(store, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, segments, _ = store
+    with pytest.raises(ArtifactError, match=r"the system gives no memory or threads .*Cannot allocate"):
+        WeightStream(SegmentFile(path, segments), ORDER, 1 << 60)
+    started = []
+
+    def start(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(ArtifactError, match="can't start new thread"):
+        WeightStream(SegmentFile(path, segments), ORDER, LARGEST)
+
+
 def test_threads_end_when_the_stream_is_closed_or_forgotten(store) -> None:
     path, segments, _ = store
     stream = WeightStream(SegmentFile(path, segments), ORDER, LARGEST)
