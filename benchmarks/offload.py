@@ -11,10 +11,10 @@ beside the interpreter, the ring and the states holds weights, spread evenly ove
 
 `seconds_per_token` are medians over the rounds of medians over the tokens. `read_gb_per_s` is what the stream reached
 while it read, `direct_gb_per_s` what as many threads reach that only read the same file past the page cache, in the
-same round (fio's sequential read), `bandwidth_share` their ratio. `overlap` is the time in which reading and computing went
-on at once, over the shorter of the two. `rss_peak_bytes` and `anon_peak_bytes` are sampled every 10 ms over loading and
-all steps. `same_tokens` says that greedy tokens are those of the artifact with all weights in memory. Writes
-benchmarks/results/offload.json.
+same round (fio's sequential read), `bandwidth_share` their ratio. `overlap` is the time in which reading and
+computing went on at once, over the shorter of the two. `rss_peak_bytes` and `anon_peak_bytes` are sampled every 10 ms
+over loading and all steps. `same_tokens` says that greedy tokens are those of the artifact with all weights in
+memory. Writes benchmarks/results/offload.json.
 """
 
 from __future__ import annotations

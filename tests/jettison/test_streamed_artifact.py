@@ -1,4 +1,4 @@
-"""Artifacts whose weights are streamed: on disk once, back to the same model, within their memory, and damage is found."""
+"""Artifacts whose weights are streamed: stored once, the same model again, within their memory, and checked."""
 
 from __future__ import annotations
 
@@ -64,14 +64,12 @@ def expected(two_layers: Path, passes: list[Pass]) -> str:
 
 
 @pytest.fixture(scope="module")
-def saved(
-    two_layers: Path, passes: list[Pass], expected: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
+def saved(two_layers: Path, passes: list[Pass], expected: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed. It has run before it was saved."""
     model = jettison.optimize(two_layers, [*passes, OnDisk()], target="torch")
     assert model.generate("The captain", max_new_tokens=12) == expected
     model.executor.stream.close()
-    yield model.save_pretrained(tmp_path_factory.mktemp("streamed") / "artifact")
+    return model.save_pretrained(tmp_path_factory.mktemp("streamed") / "artifact")
 
 
 @pytest.fixture
