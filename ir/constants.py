@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -69,13 +70,17 @@ class Constant:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `[start, stop)` of the first axis, in the graph's dtype, converting no other row."""
+        return self.stored_rows(start, stop).to(self.dtype)
+
+    def stored_rows(self, start: int, stop: int) -> Tensor:
+        """The same rows in the stored dtype: a view of the stored tensor where they lie in one block."""
         pieces, offset = [], 0
         for block in self.blocks:
             low, high = max(start - offset, 0), min(stop - offset, block.shape[0])
             if low < high:
                 pieces.append(block[low:high])
             offset += block.shape[0]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.dtype)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def row_chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows whose value takes about `CHUNK_BYTES` each."""
@@ -110,6 +115,49 @@ class Constant:
 
     def __repr__(self) -> str:
         return f"Constant({self.name!r}, {list(self.shape)}, {self.dtype})"
+
+
+class StreamedConstant(Constant):
+    """A constant of an artifact whose values are in the weight store alone, in the layout of a kernel.
+
+    Name, sizes and dtypes are known; asking for values is an error.
+
+    Args:
+        name: Unique in its program.
+        shape: Sizes.
+        stored_dtype: Of the constant as it was before it was stored.
+        dtype: What the graph sees.
+    """
+
+    def __init__(self, name: str, shape: Sequence[int], stored_dtype: torch.dtype, dtype: torch.dtype) -> None:
+        super().__init__(name, torch.empty(tuple(shape), dtype=stored_dtype, device="meta"), dtype)
+
+    def value(self) -> Tensor:
+        """Refuses.
+
+        Raises:
+            ArtifactError: Always.
+        """
+        self._refuse()
+
+    def stored_rows(self, start: int, stop: int) -> Tensor:
+        """Refuses, as `value`."""
+        self._refuse()
+
+    @property
+    def digest(self) -> str:
+        """Refuses, as `value`."""
+        self._refuse()
+
+    def renamed(self, name: str) -> Constant:
+        """The same constant under another name."""
+        return StreamedConstant(name, self.shape, self.stored_dtype, self.dtype)
+
+    def _refuse(self) -> NoReturn:
+        raise ArtifactError(
+            f"[{self.name}] its values were asked for; this artifact streams it from disk and holds it only in the "
+            "layout of its kernel. Run `jettison optimize` without a placement for an artifact that holds values."
+        )
 
 
 def joined_constant(names: Sequence[str], name: str, constants: Mapping[str, Constant]) -> Constant:

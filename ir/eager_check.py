@@ -96,8 +96,9 @@ def _with_kind(
         return replace(program.info, kind="encoder")
     first = {name: value[:1, :1] for name, value in example.items()}
     alone, among = run_entry(program, "forward", first)[0], captured[:1, :1]
-    # Rounding differs between sizes, in bf16 by a unit of the largest value; a token that is seen makes more.
-    allowed = max(CAPTURE_TOLERANCE[dtype] / 10, 2 * torch.finfo(dtype).eps)
+    # Rounding differs between sizes, in bf16 by up to three units of the largest value in sixteen layers with random
+    # weights; a token that is seen makes more.
+    allowed = max(CAPTURE_TOLERANCE[dtype] / 10, 4 * torch.finfo(dtype).eps)
     if alone.shape == among.shape and _is_close(alone, among, allowed):
         return replace(program.info, kind="decoder")
     if source.kind == "decoder":

@@ -96,11 +96,25 @@ class JointWeight:
         parts: One weight, or those of several linears that in every entry read the same x.
         rows: N of each.
         is_table: Whether an embedding looks up rows, too.
+        whole_rows: N of the weight that these are a part of, where others that ran as one with them are elsewhere; None
+            if they are all. A kernel that adds up in strips of rows takes those of the whole, and gives the same sums.
     """
 
     parts: tuple[PackedParts, ...]
     rows: tuple[int, ...]
     is_table: bool
+    whole_rows: int | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is one weight that runs with no others, wherever they are: its bias is added before rounding."""
+        return len(self.parts) == 1 and self.whole_rows is None
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of all constants that it is made of."""
+        names = (name for each in self.parts for name in (each.codes, each.scales, each.zeros))
+        return tuple(name for name in names if name is not None)
 
     @property
     def name(self) -> str:

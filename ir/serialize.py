@@ -19,7 +19,7 @@ import types
 import typing
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NoReturn
@@ -34,7 +34,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from jettison.ir import ops as _register_ops  # noqa: F401
-from jettison.ir.constants import Constant, Packed
+from jettison.ir.constants import Constant, Packed, StreamedConstant
 from jettison.ir.errors import ArtifactError, UnsupportedError, VerifyError
 from jettison.ir.placement import TIERS, Placement
 from jettison.ir.program import (
@@ -111,6 +111,8 @@ def save_program(
     json_path: str | Path,
     weights_path: str | Path,
     on_bytes: Callable[[int], object] | None = None,
+    *,
+    without: Collection[str] = (),
 ) -> None:
     """Write a program; the same program gives the same bytes (the seconds of its history are left out).
 
@@ -119,6 +121,7 @@ def save_program(
         json_path: File of the graphs; overwritten.
         weights_path: safetensors file of the constants that some entry reads; overwritten.
         on_bytes: Called with the number of bytes after each write of weights.
+        without: Constants on disk whose values are elsewhere (see `Placement`): described, and not written.
 
     Raises:
         UnsupportedError: The program calls an operator, or has a dtype, that the files cannot hold.
@@ -143,7 +146,7 @@ def save_program(
         document["placement"] = program.placement
     document["symbols"] = dict(symbols.values())  # known once the entries are encoded
     Path(json_path).write_bytes(f"{_lines(_plain(document), 'entry', '')}\n".encode())
-    write_constants(weights_path, constants, on_bytes)
+    write_constants(weights_path, {name: c for name, c in constants.items() if name not in without}, on_bytes)
 
 
 _ITEMS_ON_LINES = (
@@ -352,12 +355,10 @@ class _Reader:
             return self.items(value, str, where)
         if origin is list:
             return [self.record(typing.get_args(hint)[0], item, where) for item in self.items(value, dict, where)]
-        if origin is dict and typing.get_args(hint)[1] is not str:
+        if origin is dict:
             held = typing.get_args(hint)[1]
             table = self.table(value, where)
             return {name: self._field(held, each, f"{where}: {short(name)}", names) for name, each in table.items()}
-        if origin is dict:
-            return dict(zip(self.table(value, where), self.items([*value.values()], str, where), strict=True))
         found = _DTYPES.get(str(value)) if hint is torch.dtype else value
         if float in choices and isinstance(value, dict | int):
             found = self.argument(value, {}, where)
@@ -375,9 +376,14 @@ class _Reader:
         info = self.record(ModelInfo, document["info"], "info")
         if info.kind not in ("decoder", "encoder") or min(info.context, info.vocab_size) < 1:
             self.refuse("info", str(info), "a decoder or an encoder with positive sizes")
-        constants = {}
+        constants: dict[str, Constant] = {}
+        placement = self.record(Placement, document["placement"], "placement") if "placement" in document else None
+        on_disk = {name for name, tier in placement.tiers.items() if tier == "disk"} if placement else set()
         for name, wanted in self.records(_StoredConstant, "constants").items():
             stored, where = weights.get(name), f"constant {name}"
+            if stored is None and name in on_disk:
+                constants[name] = StreamedConstant(name, wanted.shape, wanted.stored, wanted.dtype)
+                continue
             if stored is None:
                 self.refuse(where, f"no such tensor in {weights_path}", "the weights written with the program")
             if tuple(stored.shape) != wanted.shape or stored.dtype != wanted.stored:
@@ -398,8 +404,9 @@ class _Reader:
         outputs = self.items(document["outputs"], str, "outputs")
         pipeline = self._field(str, document["pipeline"], "pipeline", ())
         program = Program({}, constants, info, tuple(outputs), packed, states, history, pipeline, retentions, storages)
-        if "placement" in document:
-            program.placement = self._placement(document["placement"], program)
+        if placement is not None:
+            self._check_placement(placement, program)
+            program.placement = placement
         for name, returned in self.table(document.get("entry_outputs", {}), "entry_outputs").items():
             program.entry_outputs[name] = tuple(self.items(returned, str, f"entry_outputs of {name}"))
         for name, value in self.table(document["entries"], "entries").items():
@@ -408,8 +415,7 @@ class _Reader:
             program.entries[name] = self._entry(name, value, program)
         return program
 
-    def _placement(self, value: Any, program: Program) -> Placement:
-        placement: Placement = self.record(Placement, value, "placement")
+    def _check_placement(self, placement: Placement, program: Program) -> None:
         named = (*placement.tiers.values(), *placement.states.values(), *placement.limits)
         strange = [name for name in placement.tiers if name not in program.constants]
         strange += [name for name in placement.states if name not in program.states]
@@ -417,7 +423,6 @@ class _Reader:
         if strange or min([placement.ring_bytes, *placement.limits.values()]) < 0:
             found = f"the name {short(strange[0])}" if strange else "a negative size"
             self.refuse("placement", found, f"constants, states and tiers ({', '.join(TIERS)}), and sizes")
-        return placement
 
     def _entry(self, name: str, value: Any, program: Program) -> fx.GraphModule:
         self.table(value, name, ("constants", "states", "inputs", "nodes", "returns"))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from jettison.codegen.onnx.emit import EmittedGraph, emit_program, weight_bytes
-from jettison.ir.errors import ArtifactError
+from jettison.ir.errors import ArtifactError, UnsupportedError
 from jettison.ir.program import ModelInfo, Program, Retention, State, Storage
 from jettison.ir.progress import track
 from jettison.ir.serialize import load_program, save_program
@@ -23,15 +23,20 @@ from jettison.runtime.artifact import Artifact, ArtifactWriter, check_requiremen
 from jettison.runtime.executor import Executor
 from jettison.runtime.onnx_executor import OnnxExecutor, OnnxGraph, multiplies_int8
 from jettison.runtime.prepared import find_prepared
+from jettison.runtime.streamed_reads import constants_on_disk, streamed_reads
+from jettison.runtime.streamed_weight import WeightStore
 from jettison.runtime.tokenizer import load_tokenizer
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
+from jettison.runtime.weight_store import table_as_dict, table_from_dict, write_store
 from jettison.source import ModelSource
 
 DATA_FILE = "model.onnx.data"
 SCORES_FILE = "scores.onnx"
 PROGRAM_FILE = "program.json"
 WEIGHTS_FILE = "weights.safetensors"
+STREAM_FILE = "weights.stream"
+STREAM_TABLE_FILE = "stream.json"
 
 
 @dataclass
@@ -65,14 +70,13 @@ def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = Fa
         ArtifactError: It cannot be written.
     """
     source, program = contents.source, contents.program
+    _check_placement(contents)
     with ArtifactWriter(out, overwrite=overwrite) as writer:
         manifest = _manifest(contents)
         if contents.report.target == "onnx":
             _write_onnx(contents, writer, manifest)
         else:
-            writer.require_space(program.weight_bytes())
-            with track("write weights", program.weight_bytes()) as advance:
-                save_program(program, writer.path(PROGRAM_FILE), writer.path(WEIGHTS_FILE), on_bytes=advance)
+            _write_program(program, writer)
             manifest["weight_bytes"] = program.weight_bytes()
         if contents.report.target == "triton":
             manifest |= write_kernels(program, writer, contents.archs, contents.tune)
@@ -91,6 +95,31 @@ def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = Fa
             record["seconds"] = 0.0
         writer.write_json("report.json", {**report, "seconds": 0.0})
         writer.finish(manifest)
+
+
+def _check_placement(contents: ArtifactContents) -> None:
+    target, streamed = contents.report.target, constants_on_disk(contents.program)
+    if streamed and target != "torch":
+        raise UnsupportedError(
+            f"[placement] {len(streamed)} constants are on disk, and target={target!r} streams none yet. Use "
+            "target='torch', or leave the placement out."
+        )
+
+
+def _write_program(program: Program, writer: ArtifactWriter) -> None:
+    """Write graphs and weights; those that are streamed to the weight store alone."""
+    reads = streamed_reads(program)
+    streamed = {name for read in reads for name in read.constants}
+    # A packed table of which rows are looked up lies there twice, as its kernel reads it and row by row.
+    twice = {name for read in reads if read.is_table and read.is_multiplied and read.packed for name in read.constants}
+    total = program.weight_bytes() + sum(program.constants[name].stored_bytes for name in twice)
+    writer.require_space(total)
+    with track("write weights", total) as advance:
+        save_program(program, writer.path(PROGRAM_FILE), writer.path(WEIGHTS_FILE), on_bytes=advance, without=streamed)
+        if reads:
+            with writer.path(STREAM_FILE).open("wb") as file:
+                table = write_store(program, file, advance)
+            writer.write_json(STREAM_TABLE_FILE, table_as_dict(table))
 
 
 def _manifest(contents: ArtifactContents) -> dict[str, Any]:
@@ -160,6 +189,7 @@ def _graph_dict(graph: EmittedGraph) -> dict[str, Any]:
 
 def temporary_executor(contents: ArtifactContents, *, allow_spinning: bool = True) -> Executor:
     """Run a model that was not saved: an ONNX target is written to a temporary folder that lives as long as it does."""
+    _check_placement(contents)
     if contents.report.target == "torch":
         return TorchExecutor(contents.program)
     if contents.report.target == "triton":
@@ -200,6 +230,11 @@ def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool
     )  # fmt: skip
 
 
+def _store(artifact: Artifact) -> WeightStore:
+    path = artifact.path(STREAM_FILE)
+    return WeightStore(table_from_dict(artifact.read_json(STREAM_TABLE_FILE), path), path)
+
+
 def load_artifact(
     folder: Path,
     *,
@@ -230,7 +265,7 @@ def load_artifact(
             program = load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE), metadata=False)
             if threads is not None:
                 torch.set_num_threads(threads)
-            return TorchExecutor(program)
+            return TorchExecutor(program, store=_store(artifact) if constants_on_disk(program) else None)
         return _onnx_executor(artifact, threads, allow_spinning)
 
     def save(out: Path, overwrite: bool) -> None:

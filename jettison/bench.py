@@ -127,7 +127,9 @@ def bench(
         `peak_rss_bytes`, the largest resident size in the life of the process (VmHWM), mapped weights and whatever ran
         before included; `peak_anon_bytes`, the largest RssAnon sampled while the model was opened and measured (both
         None on systems that do not tell); `weight_bytes`, as the target holds them; `state_bytes`, allocated for all
-        rows; `bytes_read_per_token`, see `bytes_read_per_token`; `threads` within an operator; `target`.
+        rows; `bytes_read_per_token`, see `bytes_read_per_token`; `threads` within an operator; `target`. Where
+        weights are streamed, also `streamed_bytes_per_step`, `stream_gb_per_s` while reading, `stream_overlap` (reading
+        while computing, over the shorter of the two) and `stream_restarts`, prompts included.
 
     Raises:
         OptionError: The model is an encoder, a number is below 1, or the tokens do not fit the context.
@@ -157,6 +159,21 @@ def bench(
         "bytes_read_per_token": bytes_read_per_token(model, session, prompt_tokens, new_tokens),
         "threads": threads_of(executor, model.report.target),
         "target": model.report.target,
+        **_streamed(executor),
+    }
+
+
+def _streamed(executor: Executor) -> dict[str, Any]:
+    """What the stream of weights did, if there is one."""
+    stream = getattr(executor, "stream", None)
+    if stream is None:
+        return {}
+    found = stream.statistics
+    return {
+        "streamed_bytes_per_step": stream.step_bytes,
+        "stream_gb_per_s": round(found.read_gb_per_s, 3),
+        "stream_overlap": round(found.overlap, 3),
+        "stream_restarts": found.restarts,
     }
 
 

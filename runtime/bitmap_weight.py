@@ -125,6 +125,36 @@ class BitmapWeight:
         self._kernels = bitmap_kernels(kind, group if bits <= 8 else BLOCK)
         self.nbytes = sum(part.nbytes for part in self._parts.values())
 
+    @classmethod
+    def of_form(cls, form: Mapping[str, Any]) -> BitmapWeight:
+        """See `StoredWeight`."""
+        rows, columns, bits, group = (int(form[name]) for name in ("rows", "columns", "bits", "group"))
+        shapes = {
+            "bitmap": (torch.uint8, (rows, -(-columns // BLOCK) * 8)),
+            "starts": (torch.int64, (-(-rows // SLAB) + 1,)),
+            "values": (getattr(torch, form["dtype"]), (int(form["values"]),)),
+        }
+        if bits <= 8:
+            shapes["scales"] = torch.bfloat16, (rows, -(-columns // group))
+        parts = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in shapes.items()}
+        return cls(parts, bits, group, columns)
+
+    @property
+    def granule(self) -> int:
+        """See `StoredWeight`."""
+        return SLAB
+
+    @property
+    def form(self) -> dict[str, int | str]:
+        """See `StoredWeight`."""
+        values = self._parts["values"]
+        sizes = {"rows": self.rows, "columns": self.columns, "bits": self.bits, "group": self.group}
+        return {**sizes, "values": len(values), "dtype": str(values.dtype).removeprefix("torch.")}
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """See `StoredWeight`."""
+        return {name: (part.dtype, tuple(part.shape)) for name, part in self._parts.items()}
+
     def parts(self) -> dict[str, Tensor]:
         """The tensors that it holds."""
         return dict(self._parts)
@@ -133,7 +163,7 @@ class BitmapWeight:
         """The same weight over tensors that lie elsewhere.
 
         Args:
-            parts: Copies of what `parts` returned.
+            parts: Copies of what `parts` returned, which the kernel trusts.
         """
         other = copy.copy(self)
         other._parts = dict(parts)

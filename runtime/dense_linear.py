@@ -28,19 +28,21 @@ def has_onednn() -> bool:
     return is_there and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def run_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def run_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, whole_rows: int | None = None) -> Tensor:
     """`aten::linear`.
 
     Args:
         x: `[..., K]`.
         weight: `[N, K]`.
         bias: `[N]`, or None.
+        whole_rows: Rows of the weight that these are a slab of, so that slabs are multiplied as the whole is.
 
     Returns:
         `[..., N]`, contiguous.
     """
-    # numel() is K of each of the rows: times N, the multiplications.
-    if x.dtype is not torch.float32 or x.numel() * weight.shape[0] < FEWEST_PRODUCTS or not has_onednn():
+    rows = weight.shape[0] if whole_rows is None else whole_rows
+    # numel() is K of each of the rows of x: times N, the multiplications.
+    if x.dtype is not torch.float32 or x.numel() * rows < FEWEST_PRODUCTS or not has_onednn():
         return F.linear(x, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product

@@ -7,7 +7,7 @@ what surrounds each of them counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from jettison.ir import ops
-from jettison.ir.match import arguments, is_call
+from jettison.ir.match import arguments, constant_name, is_call
 from jettison.ir.packed_parts import (
     BitmapParts,
     JointWeight,
@@ -47,6 +47,8 @@ _PARSED = {
     aten.sym_size.int: torch.Tensor.size,
     aten.transpose.int: torch.transpose,
 }
+# Operators that take a weight slab by slab, or single rows of it.
+_STREAMING = (aten.linear.default, aten.embedding.default)
 # Operators whose faster form takes the same arguments.
 _SAME_ARGUMENTS: Mapping[Any, Callable[..., Tensor]] = {
     aten.linear.default: run_dense_linear,
@@ -76,6 +78,7 @@ def lower_entry(
     packed: Sequence[JointWeight],
     experts: Sequence[ExpertParts] = (),
     bitmaps: Sequence[BitmapParts] = (),
+    streamed: Collection[str] = (),
 ) -> LoweredEntry:
     """Generate the code of an entry.
 
@@ -84,8 +87,10 @@ def lower_entry(
         packed: Weights that are given as one `PackedWeight` each, under their name.
         experts: Stacks that are given as one `PackedExperts` each, under their name.
         bitmaps: Weights that are given as one `BitmapWeight` each, under the name of their bitmap.
+        streamed: Floating-point weights that are given as a `StreamedWeight`, under their name.
     """
-    lowering = _Lowering({parts: joint for joint in packed for parts in joint.parts}, experts, bitmaps)
+    by_parts = {parts: joint for joint in packed for parts in joint.parts}
+    lowering = _Lowering(by_parts, experts, bitmaps, streamed)
     for node in entry.graph.nodes:
         lowering.add(node)
     return LoweredEntry(fx.GraphModule(nn.Module(), lowering.graph).forward, tuple(lowering.constants))
@@ -95,11 +100,15 @@ class _Lowering:
     """A graph being copied; each node is replaced or copied in order."""
 
     def __init__(
-        self, packed: Mapping[PackedParts, JointWeight], experts: Sequence[ExpertParts], bitmaps: Sequence[BitmapParts]
+        self,
+        packed: Mapping[PackedParts, JointWeight],
+        experts: Sequence[ExpertParts],
+        bitmaps: Sequence[BitmapParts],
+        streamed: Collection[str],
     ) -> None:
         self.graph = fx.Graph()
         self.constants: list[str] = []
-        self._packed = packed
+        self._packed, self._streamed = packed, streamed
         # What each constant of packed experts is a part of.
         self._experts = {name: parts for parts in experts for name in parts.names}
         # Likewise of weights as bitmaps.
@@ -146,6 +155,10 @@ class _Lowering:
             return self._call(
                 run_linear, *self._translated([arguments(node)[name] for name in ("bitmap", "x", "bias")])
             )
+        if is_call(node, *_STREAMING) and constant_name(arguments(node)["weight"]) in self._streamed:
+            operands = self._translated([arguments(node).get(name) for name in ("weight", "input", "indices", "bias")])
+            weight, x, indices, bias = operands
+            return self._call(run_lookup, weight, indices) if x is None else self._call(run_linear, weight, x, bias)
         slabs = sparse_parts_read(node)
         if slabs and all(each in self._packed for each in slabs.values()):
             return self._sparse_read(node, slabs)
@@ -179,7 +192,7 @@ class _Lowering:
         if is_call(node, ops.quantized_embedding):
             return self._call(run_lookup, weight, *self._translated([arguments(node)["indices"]]))
         x, bias = self._translated([arguments(node)[name] for name in ("x", "bias")])
-        if len(joint.parts) == 1:
+        if joint.is_alone:
             return self._call(run_linear, weight, x, bias)
         index = joint.parts.index(parts)
         start, rows = sum(joint.rows[:index]), joint.rows[index]

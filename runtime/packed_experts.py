@@ -120,13 +120,13 @@ def pack_experts(program: Program, parts: ExpertParts) -> PackedExperts | None:
     """
     width = program.constants[str(parts.down[0])].shape[1]
     inner = program.constants[str(parts.gate_up[0])].shape[1] // 2
-    packed = []
+    packed: list[list[PackedWeight]] = []
     for names, (bits, group), columns in (
         (parts.gate_up, parts.layout[:2], width),
         (parts.down, parts.layout[2:], inner),
     ):
         stacks = [None if name is None else program.constants[name] for name in names]
-        matrices = []
+        matrices: list[PackedWeight] = []
         for number in range(program.constants[str(names[0])].shape[0]):
             codes, scales, zeros = (None if stack is None else _matrix(stack, number) for stack in stacks)
             assert codes is not None, "every packed weight has codes"

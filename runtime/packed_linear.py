@@ -19,12 +19,14 @@ scale per row: our groups do not fit), decoding all and one fp32 product (2 G).
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import platform
 import sys
 import threading
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -95,10 +97,54 @@ class PackedWeight(Protocol):
         """
 
 
+class StoredWeight(Protocol):
+    """A weight that can be cut into slabs of rows and kept in a file as its kernel reads it.
+
+    Attributes:
+        rows: N.
+        nbytes: Bytes held.
+    """
+
+    rows: int
+    nbytes: int
+
+    @property
+    def granule(self) -> int:
+        """Rows at whose multiples it is cut."""
+
+    @property
+    def form(self) -> dict[str, int | str]:
+        """What with the parts makes the weight again, as JSON values."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `PackedWeight`."""
+
+    @classmethod
+    def of_form(cls, form: Mapping[str, Any]) -> StoredWeight:
+        """A weight of this form without its parts, to call `layout` and `with_parts` of."""
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each part of a weight of this form."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that its kernel reads."""
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> StoredWeight:
+        """The same form over other tensors, which are not copied; without rows to look up."""
+
+    def rows_between(self, start: int, stop: int) -> StoredWeight:
+        """Rows `[start, stop)` as a weight of their own.
+
+        Args:
+            start: A multiple of `granule`.
+            stop: Another one, or N.
+        """
+
+
 def pack_weight(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int, in_features: int, *, is_table: bool,
-    is_cut: bool = False,
-) -> PackedWeight | None:  # fmt: skip
+    is_cut: bool = False, whole_rows: int | None = None,
+) -> Int4Weight | BagWeight | None:  # fmt: skip
     """Copy a weight into the layout of its kernel, a few rows at a time.
 
     Args:
@@ -110,6 +156,7 @@ def pack_weight(
         in_features: K.
         is_table: Whether an embedding looks rows up too.
         is_cut: Whether `linear_of_rows` is called.
+        whole_rows: N of the weight of which this is a slab; None if it is the whole.
 
     Returns:
         The weight, or None if no kernel of this build of PyTorch on this processor reads it.
@@ -120,7 +167,8 @@ def pack_weight(
         return Int4Weight(codes, scales, zeros, group, in_features, is_table=is_table)
     # The layout of bags has zero points among the codes.
     if bits in (2, 8) and _has_bag_kernel() and (zeros is None or not zeros.is_floating_point()):
-        return BagWeight(codes, scales, zeros, bits, group, in_features, SLAB_ROWS if is_cut else _STRIP)
+        strip = SLAB_ROWS if is_cut else _STRIP
+        return BagWeight(codes, scales, zeros, bits, group, in_features, strip, whole_rows)
     return None
 
 
@@ -144,7 +192,7 @@ def _product_dtype() -> torch.dtype:
 
 
 @functools.cache
-def _int4_interleave() -> int:
+def int4_interleave() -> int:
     """Rows that the int4 kernel interleaves on this processor."""
     second_column = torch.tensor([[0, 1]] * _WIDEST_INTERLEAVE, dtype=torch.int32)
     packed = aten._convert_weight_to_int4pack_for_cpu(second_column, 2).flatten()
@@ -217,6 +265,53 @@ class Int4Weight:
         held = [self._codes, self._scales_offsets, *(self._table or ())]
         self.nbytes = sum(part.numel() * part.element_size() for part in held if part is not None)
 
+    @classmethod
+    def of_form(cls, form: Mapping[str, Any]) -> Int4Weight:
+        """See `StoredWeight`."""
+        made = cls.__new__(cls)
+        made.rows, made.columns, made.group = form["rows"], form["columns"], form["group"]
+        made._padding = -made.columns % made.group
+        made._table = None
+        return made
+
+    @property
+    def granule(self) -> int:
+        """See `StoredWeight`."""
+        return SLAB_ROWS
+
+    @property
+    def form(self) -> dict[str, int | str]:
+        """See `StoredWeight`."""
+        return {"rows": self.rows, "columns": self.columns, "group": self.group}
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """See `StoredWeight`."""
+        rows, columns = -(-self.rows // SLAB_ROWS) * SLAB_ROWS, self.columns + self._padding
+        return {
+            "codes": (torch.uint8, (rows, columns // 2)),
+            "scales_offsets": (torch.bfloat16, (columns // self.group, rows, 2)),
+        }
+
+    def parts(self) -> dict[str, Tensor]:
+        """See `StoredWeight`."""
+        return {"codes": self._codes, "scales_offsets": self._scales_offsets}
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> Int4Weight:
+        """See `StoredWeight`."""
+        made = copy.copy(self)
+        made._codes, made._scales_offsets, made._table = parts["codes"], parts["scales_offsets"], None
+        made.nbytes = made._codes.nbytes + made._scales_offsets.nbytes
+        return made
+
+    def rows_between(self, start: int, stop: int) -> Int4Weight:
+        """See `StoredWeight`."""
+        made = copy.copy(self)
+        made.rows = min(stop, self.rows) - start
+        rows = slice(start, -(-stop // SLAB_ROWS) * SLAB_ROWS)  # with the padding behind the last ones
+        return made.with_parts(
+            {"codes": self._codes[rows], "scales_offsets": self._scales_offsets[:, rows].contiguous()}
+        )
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `PackedWeight`; the rounding of the class applies to any number of rows."""
         flat = x.reshape(-1, self.columns)
@@ -236,7 +331,7 @@ class Int4Weight:
         """See `PackedWeight`."""
         assert self._table is not None, "packed without is_table"
         scales, zeros = self._table
-        flat, half = _checked_rows(indices, self.rows), _int4_interleave() // 2
+        flat, half = _checked_rows(indices, self.rows), int4_interleave() // 2
         lane = flat % (2 * half)
         blocks = self._codes.view(-1, 2 * self._codes.shape[1], half)
         found = blocks[flat // (2 * half), :, lane % half]
@@ -256,7 +351,7 @@ class Int4Weight:
 
     def linear_of_columns(self, x: Tensor, slabs: Tensor, columns: int) -> Tensor:
         """See `PackedWeight`."""
-        padded, half = len(self._codes), _int4_interleave() // 2
+        padded, half = len(self._codes), int4_interleave() // 2
         # A block of interleaved rows is `[K, half]` bytes: a slab of its columns is contiguous.
         blocks = self._codes.view(padded // (2 * half), -1, columns * half)[:, : self.columns // columns]
         scales = self._scales_offsets[: self.columns // self.group].unflatten(0, (-1, columns // self.group))
@@ -269,7 +364,7 @@ class Int4Weight:
 
     def _multiply_decoded(self, x: Tensor) -> Tensor:
         """`[M, K]` to `[M, N]` with padding, decoding `BLOCK_WEIGHTS` at a time."""
-        half = _int4_interleave() // 2
+        half = int4_interleave() // 2
         columns = self._codes.shape[1] * 2
         blocks = self._codes.view(-1, columns, half)
         pairs = self._scales_offsets.view(-1, 1, len(blocks), 2, half, 2)
@@ -322,6 +417,7 @@ class BagWeight:
         group: Columns that share a scale.
         in_features: K.
         strip: Rows of a strip, at most; `linear_of_rows` takes slabs of whole strips.
+        whole_rows: N of the weight of which this is a slab: strips as wide as those of the whole add up as those do.
     """
 
     def __init__(
@@ -333,13 +429,15 @@ class BagWeight:
         group: int,
         in_features: int,
         strip: int = _STRIP,
+        whole_rows: int | None = None,
     ) -> None:
         rows, blocks = scales.shape
         self.rows, self.columns, self.bits, self.group = rows, in_features, bits, group
         self._padding = blocks * group - in_features
         self._has_zeros = zeros is not None
-        width = min(strip, -(-rows // 4) * 4)
+        width = min(strip, -(-(whole_rows or rows) // 4) * 4)
         strips, bag = -(-rows // width), group + self._has_zeros
+        self._width = width
         # A row of the table ends with the scale and the bias that the kernel applies to it: 1 and minus the middle.
         dtype = torch.float32 if bits == 8 else torch.float16
         tail = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=dtype).view(torch.uint8)
@@ -357,6 +455,57 @@ class BagWeight:
             self._table[number, :, :, : self._codes_bytes] = pack_codes(column, bits)
             self._scales[number, :, 0, filled] = scales[part].T
         self.nbytes = self._table.nbytes + self._scales.nbytes
+
+    @classmethod
+    def of_form(cls, form: Mapping[str, Any]) -> BagWeight:
+        """See `StoredWeight`."""
+        made = cls.__new__(cls)
+        made.rows, made.columns, made.bits, made.group = (form[key] for key in ("rows", "columns", "bits", "group"))
+        made._padding = -made.columns % made.group
+        made._has_zeros = bool(form["has_zeros"])
+        made._width = form["width"]
+        made._codes_bytes = made._width * made.bits // 8
+        return made
+
+    @property
+    def granule(self) -> int:
+        """See `StoredWeight`: the rows of a strip."""
+        return self._width
+
+    @property
+    def form(self) -> dict[str, int | str]:
+        """See `StoredWeight`."""
+        return {
+            "rows": self.rows, "columns": self.columns, "bits": self.bits, "group": self.group,
+            "has_zeros": int(self._has_zeros), "width": self._width,
+        }  # fmt: skip
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """See `StoredWeight`."""
+        strips, blocks = -(-self.rows // self._width), (self.columns + self._padding) // self.group
+        row_bytes = self._codes_bytes + (8 if self.bits == 8 else 4)
+        return {
+            "table": (torch.uint8, (strips, blocks, self.group + self._has_zeros, row_bytes)),
+            "scales": (torch.float32, (strips, blocks, 1, self._width)),
+        }
+
+    def parts(self) -> dict[str, Tensor]:
+        """See `StoredWeight`."""
+        return {"table": self._table, "scales": self._scales}
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> BagWeight:
+        """See `StoredWeight`."""
+        made = copy.copy(self)
+        made._table, made._scales = parts["table"], parts["scales"]
+        made.nbytes = made._table.nbytes + made._scales.nbytes
+        return made
+
+    def rows_between(self, start: int, stop: int) -> BagWeight:
+        """See `StoredWeight`."""
+        strips = slice(start // self._width, -(-stop // self._width))
+        made = copy.copy(self)
+        made.rows = min(stop, self.rows) - start
+        return made.with_parts({"table": self._table[strips], "scales": self._scales[strips]})
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `PackedWeight`; fp32 up to the order of the sum."""

@@ -447,7 +447,7 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "constant not in the file": (_set("constants", "x", TENSOR), "constant x: found no such tensor"),
     "constant not declared": (_forward("constants", 0, "x"), "the name 'x'; needed a constant"),
     "packed": (_set("packed", "w", {"format": "int4", "shape": [1], "parts": {"codes": "x"}}), "the name 'x'"),
-    "packed parts": (_set("packed", "w", {"format": "int4", "shape": [1], "parts": {"codes": 1}}), "a list of str"),
+    "packed parts": (_set("packed", "w", {"format": "int4", "shape": [1], "parts": {"codes": 1}}), "needed str"),
     "state shape": (_set("states", "s", {"name": "s", "shape": ["x"], "dtype": "int8"}), "the size 'x'"),
     "state name": (_set("states", "s", {"name": "t", "shape": [], "dtype": "int8"}), "the name 's'"),
     "state not declared": (_forward("states", "s", ["s0"]), "a state of the program"),

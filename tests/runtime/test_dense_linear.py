@@ -56,3 +56,12 @@ def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_linear, "has_onednn", lambda: False)
     x, weight = drawn(64, 512), drawn(2048, 512)
     assert torch.equal(run_dense_linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 300])
+@pytest.mark.parametrize("height", [64, 192, 1024])
+def test_slabs_are_multiplied_as_the_whole_is(tokens: int, height: int) -> None:
+    x, weight, bias = drawn(tokens, 1024), drawn(3000, 1024), drawn(3000)
+    slabs = [slice(start, start + height) for start in range(0, 3000, height)]
+    found = [run_dense_linear(x, weight[rows], bias[rows], 3000) for rows in slabs]
+    assert torch.equal(torch.cat(found, -1), run_dense_linear(x, weight, bias))

@@ -192,7 +192,7 @@ def test_what_no_kernel_reads_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_kernel_interleaves_rows_as_assumed() -> None:
     """Row j in the low and row j + half in the high bits of byte j; decoding and lookups rely on it."""
     rows = torch.arange(64, dtype=torch.int32)[:, None].expand(-1, 4)
-    half = packed_linear._int4_interleave() // 2
+    half = packed_linear.int4_interleave() // 2
     low, high = (
         torch.ops.aten._convert_weight_to_int4pack_for_cpu(value.contiguous(), 2).view(-1, 4, half)
         for value in (rows % 16, rows // 16)

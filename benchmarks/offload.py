@@ -1,0 +1,240 @@
+"""Weights that do not fit: streamed from disk on the torch target, beside accelerate's disk offload and AirLLM.
+
+    python benchmarks/offload.py [--model HF_FOLDER] [--limits 1200 700] [--accelerate PYTHON] [--airllm PYTHON]
+        [--passes "" "quantize-weights{bits=4,group=128}"] [--rounds 5] [--new 8]
+
+Without --model, a random model of the shape of Llama-3.2-1B is made (2.47 GB in bf16). Each contender runs in a process
+of its own and decodes in turn; the page cache of its files is dropped before every token, outside of what is timed.
+Peers have no limit, and each runs in a virtual environment of its own (`pip install accelerate transformers torch`,
+and `airllm>=3`). jettison has `--limits`, in megabytes of resident memory, all of the process counted: what is left
+beside the interpreter, the ring and the states holds weights, spread evenly over the order in which they are read.
+
+`seconds_per_token` are medians over the rounds of medians over the tokens. `read_gb_per_s` is what the stream reached
+while it read, `direct_gb_per_s` what as many threads reach that only read the same file past the page cache, in the
+same round (fio's sequential read), `bandwidth_share` their ratio. `overlap` is the time in which reading and
+computing went on at once, over the shorter of the two. `rss_peak_bytes` and `anon_peak_bytes` are sampled every 10 ms
+over loading and all steps. `same_tokens` says that greedy tokens are those of the artifact with all weights in
+memory. Writes benchmarks/results/offload.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cpu_decode import Contender
+from random_models import make_llama
+from record import environment, write
+
+import jettison
+from jettison.api import parse_passes
+from jettison.ir.placement import Placement
+from jettison.ir.program import MissRecord, Program
+from jettison.passes.base import Pass
+from jettison.passes.cache_kv import CacheKV
+from jettison.runtime.streamed_reads import streamed_reads
+from jettison.runtime.weight_store import SEGMENT_BYTES
+from jettison.runtime.weight_stream import READERS
+
+TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "models" / "tiny-llama"
+# Of the interpreter with its libraries, scratch memory of kernels and states: what a process takes beside weights.
+BASE_BYTES = 330 << 20
+RING_BYTES = 48 << 20
+
+
+@dataclass(frozen=True)
+class PinWithin(Pass):
+    """Pin as many weights as fit a number of bytes, spread evenly over a step, and stream the others.
+
+    Attributes:
+        limit: Resident bytes.
+    """
+
+    name: ClassVar[str] = "pin-within"
+    limit: int
+
+    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
+        """Write the placement; no graph changes."""
+        matrices = {name for name, constant in program.used_constants().items() if len(constant.shape) > 1}
+        reads = _streamable(program, matrices)
+        sizes = [sum(program.constants[name].stored_bytes for name in read) for read in reads]
+        share = max(0, self.limit - BASE_BYTES - RING_BYTES) / sum(sizes)
+        tiers, due, pinned = {}, 0.0, 0
+        for read, size in zip(reads, sizes, strict=True):
+            due += share * size
+            if pinned + size <= due + SEGMENT_BYTES:
+                pinned += size
+            else:
+                tiers |= dict.fromkeys(read, "disk")
+        program.placement = Placement(tiers, limits={"device": self.limit}, ring_bytes=RING_BYTES)
+        return 0, []
+
+
+def _streamable(program: Program, names: set[str]) -> list[tuple[str, ...]]:
+    """Constants of each weight in the order of a step."""
+    trial = program.copy()
+    trial.placement = Placement(dict.fromkeys(names, "disk"))
+    return [read.constants for read in streamed_reads(trial)]
+
+
+class Sampler(Contender):
+    """A contender whose resident memory is sampled from the start of its process."""
+
+    def __init__(self, name: str, python: str, script: str, model: str, threads: int) -> None:
+        self.peaks = {"VmRSS": 0, "RssAnon": 0}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.process: Any = None
+        self._thread.start()
+        super().__init__(name, python, script, model, threads)
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.01):
+            if self.process is None:
+                continue
+            try:
+                lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            except OSError:
+                return
+            for line in lines:
+                key = line.split(":")[0]
+                if key in self.peaks:
+                    self.peaks[key] = max(self.peaks[key], int(line.split()[1]) * 1024)
+
+    def close(self) -> None:
+        """End the process and the sampling."""
+        super().close()
+        self._stop.set()
+        self._thread.join()
+
+
+def direct_gb_per_s(path: Path, threads: int) -> float:
+    """What threads reach that read a file in pieces of a segment past the page cache, and do nothing else."""
+    size, lock, places = path.stat().st_size // SEGMENT_BYTES, threading.Lock(), iter(range(1 << 40))
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def read() -> None:
+        buffer = memoryview(mmap.mmap(-1, SEGMENT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        while True:
+            with lock:
+                place = next(places)
+            if place >= size:
+                return
+            os.preadv(file, [buffer], place * SEGMENT_BYTES)
+
+    started = time.perf_counter()
+    readers = [threading.Thread(target=read) for _ in range(threads)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    os.close(file)
+    return size * SEGMENT_BYTES / (time.perf_counter() - started) / 1e9
+
+
+def make_artifacts(model: Path, pipelines: list[str], limits: list[int], scratch: Path) -> dict[str, Path]:
+    """An artifact with all weights in memory, and one for each limit, of every pipeline."""
+    made = {}
+    for number, text in enumerate(pipelines):
+        for limit in (0, *limits):
+            passes: list[Pass] = [*parse_passes(text), CacheKV()]
+            if limit:
+                passes.append(PinWithin(limit * 1_000_000))
+            name = f"{text or 'bf16'}{f' {limit} MB' if limit else ''}"
+            out = scratch / f"artifact{number}-{limit}"
+            optimized = jettison.optimize(model, passes, target="torch", dtype="bfloat16")
+            made[name] = optimized.save_pretrained(out)
+    return made
+
+
+def measure(contenders: list[Sampler], stores: dict[str, Path], prompt: int, new: int, rounds: int) -> dict[str, Any]:
+    """Medians by contender; the first round warms up."""
+    answers: dict[str, list[dict[str, Any]]] = {each.name: [] for each in contenders}
+    direct: dict[str, list[float]] = {name: [] for name in stores}
+    for number in range(1 + rounds):
+        for each in contenders:
+            if each.name in stores:
+                direct[each.name].append(direct_gb_per_s(stores[each.name], READERS))
+            answers[each.name].append(each.ask(1, prompt, new))
+            print(number, each.name, statistics.median(answers[each.name][-1]["step_seconds"]), flush=True)
+    figures: dict[str, Any] = {}
+    for each in contenders:
+        counted = answers[each.name][1:]
+        seconds = [statistics.median(answer["step_seconds"]) for answer in counted]
+        figures[each.name] = {
+            **each.about,
+            "seconds_per_token": round(statistics.median(seconds), 4),
+            "seconds_per_token_range": [round(min(seconds), 4), round(max(seconds), 4)],
+            "prefill_seconds": round(statistics.median(answer["prefill_seconds"] for answer in counted), 3),
+            "load_seconds": each.load_seconds,
+            "rss_peak_bytes": each.peaks["VmRSS"],
+            "anon_peak_bytes": each.peaks["RssAnon"],
+        }
+        if each.name in stores:
+            stream = {
+                key: round(statistics.median(answer[key] for answer in counted), 4)
+                for key in ("read_gb_per_s", "overlap", "read_bytes_per_step", "waiting_seconds_per_step")
+            }
+            plain = statistics.median(direct[each.name][1:])
+            resident = answers[each.name.rpartition(" ")[0].rpartition(" ")[0]]
+            figures[each.name] |= {
+                **stream,
+                "direct_gb_per_s": round(plain, 3),
+                "bandwidth_share": round(stream["read_gb_per_s"] / plain, 3),
+                "step_gb_per_s": round(stream["read_bytes_per_step"] / statistics.median(seconds) / 1e9, 3),
+                "same_tokens": all(answer["tokens"] == resident[0]["tokens"] for answer in answers[each.name]),
+            }
+    return figures
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--layers", type=int, default=16, help="of the random model")
+    parser.add_argument("--limits", type=int, nargs="+", default=[1200, 700])
+    parser.add_argument("--passes", nargs="+", default=["", "quantize-weights{bits=4,group=128}"])
+    parser.add_argument("--accelerate", metavar="PYTHON")
+    parser.add_argument("--airllm", metavar="PYTHON")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--new", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    before = environment()
+    with tempfile.TemporaryDirectory(prefix="jettison-bench-") as folder:
+        scratch = Path(folder)
+        model = arguments.model or scratch / "model"
+        if arguments.model is None:
+            make_llama(model, arguments.layers)
+            for name in ("tokenizer.json", "tokenizer_config.json"):  # AirLLM opens no folder without
+                shutil.copy(TOKENIZER / name, model)
+        artifacts = make_artifacts(model, arguments.passes, arguments.limits, scratch)
+        threads = arguments.threads
+        contenders = [
+            Sampler(name, sys.executable, "run_streamed.py", str(path), threads) for name, path in artifacts.items()
+        ]
+        for name, python in (("accelerate", arguments.accelerate), ("airllm", arguments.airllm)):
+            if python:
+                contenders.append(Sampler(name, python, f"run_{name}.py", str(model), threads))
+        stores = {name: path / "weights.stream" for name, path in artifacts.items()}
+        stores = {name: path for name, path in stores.items() if path.exists()}
+        figures = measure(contenders, stores, arguments.prompt, arguments.new, arguments.rounds)
+        for each in contenders:
+            each.close()
+    settings = {"threads": threads, "prompt": arguments.prompt, "new_tokens": arguments.new}
+    print(write("offload", {**settings, "readers": READERS, "ring_bytes": RING_BYTES, **figures}, before))
+
+
+if __name__ == "__main__":
+    main()
