@@ -12,6 +12,7 @@ from jettison.passes.factorize_linear import FactorizeLinear
 from jettison.passes.fold_constants import FoldConstants
 from jettison.passes.fuse_low_rank import FuseLowRank
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
+from jettison.passes.place_weights import PlaceWeights
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
 from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.passes.raise_attention import RaiseAttention
@@ -36,6 +37,7 @@ PASSES: tuple[type[Pass], ...] = (
     FoldConstants,
     FuseLowRank,
     MergeQkvProjections,
+    PlaceWeights,
     PredictMlpSparsity,
     QuantizeWeights,
     RaiseAttention,
@@ -56,6 +58,7 @@ USER_PASSES: tuple[type[Pass], ...] = (
     FactorizeLinear,
     FuseLowRank,
     MergeQkvProjections,
+    PlaceWeights,
     PredictMlpSparsity,
     QuantizeWeights,
     SparsifyInputs,

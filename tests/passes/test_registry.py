@@ -20,7 +20,7 @@ INFRASTRUCTURE = {
     "requirements", "residual_stream", "whitening",
 }  # fmt: skip
 VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "factorize", "fold",
-         "fuse", "lower", "merge", "plan", "predict", "quantize", "raise", "select", "sparsify", "split",
+         "fuse", "lower", "merge", "place", "plan", "predict", "quantize", "raise", "select", "sparsify", "split",
          "strip")  # fmt: skip
 
 

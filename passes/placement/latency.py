@@ -1,0 +1,177 @@
+"""Which weights are pinned so that a step waits least: an integer program over kinds of weights.
+
+Weights of the same bytes are as good as each other, so a variable counts how many of a kind are on a tier: a model has a
+dozen kinds, however many layers. Which of a kind are streamed is spread evenly over the layers, so that computing what is
+pinned leaves time to read what is not.
+
+A decode step reads all weights once in the same order. A window over them that moves on, as a least-recently-used cache
+has it, holds nothing that is asked for next; a fixed subset saves its bytes on every step.
+
+Source: FlexGen (arXiv 2303.06865) for placement as a linear program; TPI-LLM (arXiv 2410.00531) for what a window costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jettison.passes.placement.memory import MOST_RING_BYTES, Needs, least_ring, usual_ring
+from jettison.passes.placement.units import Unit
+
+# How much longer a byte takes from disk than from pinned host memory.
+_DISK_COST = 8.0
+# The solver stops here; it has found the best long before, and proves it for a few hundred kinds of weights.
+_MOST_NODES = 20_000
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that may be taken.
+
+    Attributes:
+        fast: Of the memory where products are computed.
+        host: Of the memory beside a GPU for weights; 0 where there is none.
+        disk: None for as many as there are.
+    """
+
+    fast: int
+    host: int | None = 0
+    disk: int | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Where weights are.
+
+    Attributes:
+        tiers: Of each unit that is streamed, by name.
+        ring_bytes: Of the buffers.
+    """
+
+    tiers: Mapping[str, str]
+    ring_bytes: int
+
+
+class DoesNotFit(Exception):
+    """No placement fits.
+
+    Attributes:
+        tier: Where room is missing: `fast` or `disk`.
+        needed: Bytes that would do there.
+        ring_bytes: Of the ring that is counted in.
+    """
+
+    def __init__(self, tier: str, needed: int, ring_bytes: int) -> None:
+        super().__init__(f"{tier} needs {needed:,} bytes")
+        self.tier, self.needed, self.ring_bytes = tier, needed, ring_bytes
+
+
+def place(units: Sequence[Unit], needs: Needs, room: Room) -> Chosen:
+    """The placement with which a step reads least over the slow links.
+
+    Args:
+        units: What can be streamed, in the order in which it is read.
+        needs: What is taken first.
+        room: What there is.
+
+    Raises:
+        DoesNotFit: Nothing can be left out any more, or the slower tiers are full.
+    """
+    left = room.fast - needs.total
+    if sum(unit.memory_bytes for unit in units) <= left:
+        return Chosen({}, 0)
+    tables = [unit for unit in units if unit.is_table]
+    whole = sum(unit.memory_bytes for unit in units if not unit.is_table)
+    if whole <= left:
+        # Rows that are looked up need no ring.
+        return Chosen(_solve(tables, left - whole, room, 0), 0)
+    least = least_ring(units)
+    if left < least:
+        raise DoesNotFit("fast", needs.total + least, least)
+    ring = min(left, usual_ring(units))
+    tiers = _solve(units, left - ring, room, ring)
+    pinned = sum(unit.memory_bytes for unit in units if unit.name not in tiers)
+    streamed = sum(unit.memory_bytes for unit in units if unit.name in tiers and not unit.is_table)
+    # Half of what is left over; the other half is for what no estimate knows.
+    return Chosen(tiers, max(ring, min(MOST_RING_BYTES, streamed, ring + (left - ring - pinned) // 2)))
+
+
+def _solve(units: Sequence[Unit], fast: int, room: Room, ring: int) -> dict[str, str]:
+    kinds: dict[tuple[int, int], list[Unit]] = {}
+    for unit in units:
+        kinds.setdefault((unit.memory_bytes, unit.read_bytes), []).append(unit)
+    everything = sum(unit.memory_bytes for unit in units)
+    limits = (fast, everything if room.host is None else room.host, everything if room.disk is None else room.disk)
+    if sum(max(0, limit) for limit in limits) < everything:
+        raise DoesNotFit("disk", everything - max(0, limits[0]) - max(0, limits[1]), ring)
+    counts = _counts([(*kind, len(each)) for kind, each in kinds.items()], limits)
+    if counts is None:
+        # Whole weights leave gaps in the faster tiers, so that disk must take more.
+        raise DoesNotFit("disk", everything, ring)
+    tiers: dict[str, str] = {}
+    for each, (_, on_host, on_disk) in zip(kinds.values(), counts, strict=True):
+        slow = spread(len(each), on_host + on_disk)
+        from_disk = {slow[index] for index in spread(len(slow), on_disk)}
+        tiers |= {each[index].name: "disk" if index in from_disk else "host" for index in slow}
+    order = [unit.name for unit in units]
+    return dict(sorted(tiers.items(), key=lambda item: order.index(item[0])))
+
+
+def spread(count: int, chosen: int) -> list[int]:
+    """Indices of some of several things, as evenly as can be.
+
+    Args:
+        count: How many there are.
+        chosen: How many of them.
+    """
+    return [(2 * index + 1) * count // (2 * chosen) for index in range(chosen)]
+
+
+def _counts(kinds: Sequence[tuple[int, int, int]], limits: Sequence[int]) -> list[tuple[int, ...]] | None:
+    """How many of each kind are on each tier.
+
+    Args:
+        kinds: Bytes in memory, bytes read by a step, and how many there are.
+        limits: Bytes of each tier.
+
+    Returns:
+        Three numbers for each kind; None if there is no such choice.
+    """
+    limit = list(limits)
+    while True:
+        found = _milp(kinds, limit)
+        if found is None:
+            return None
+        taken = [sum(size * row[tier] for (size, _, _), row in zip(kinds, found, strict=True)) for tier in range(3)]
+        # The solver may miss a constraint by a hair: then the next try has that much less.
+        over = [max(0, used - most) for used, most in zip(taken, limits, strict=True)]
+        if not any(over):
+            return found
+        limit = [most - excess for most, excess in zip(limit, over, strict=True)]
+
+
+def _milp(kinds: Sequence[tuple[int, int, int]], limits: Sequence[int]) -> list[tuple[int, ...]] | None:
+    # Not with the module: machines that only run kernels need no SciPy.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    sizes, reads, counts = (np.array(column, dtype=float) for column in zip(*kinds, strict=True))
+    n, scale = len(kinds), max(1.0, float(sizes.max()))
+    costs = np.concatenate([np.zeros(n), reads, _DISK_COST * reads])
+    every = np.concatenate([np.eye(n)] * 3, axis=1)
+    by_tier = np.kron(np.eye(3), sizes / scale)
+    result = milp(
+        costs / max(1.0, float(reads.max())),
+        integrality=np.ones(3 * n),
+        bounds=Bounds(0, np.tile(counts, 3)),
+        constraints=[
+            LinearConstraint(every, counts, counts),
+            LinearConstraint(by_tier, ub=np.array([max(0, limit) for limit in limits]) / scale),
+        ],
+        options={"mip_rel_gap": 0.0, "node_limit": _MOST_NODES},
+    )
+    if result.x is None:
+        return None
+    rows = np.rint(result.x).astype(int).reshape(3, n).T
+    return [tuple(int(count) for count in row) for row in rows]
