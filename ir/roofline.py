@@ -2,7 +2,8 @@
 
 An operator takes the longest of three times: to move its bytes, to do its arithmetic, and, where a kernel decodes
 weights, to decode them. A call is the sum of its operators. Streamed weights are read beside it, ahead through a ring of
-buffers, so a phase takes the longer of computing and streaming, and one slab that nothing hides.
+buffers and from one call to the next, so a phase takes the longer of computing and streaming, and what is computed of the
+last slab.
 
 Source: LLM-Viewer (arXiv 2402.16363); the third roof and overlapped reads are ours.
 """
@@ -17,7 +18,7 @@ from typing import Any
 from jettison.ir.cost import CallCost, NodeCost
 from jettison.ir.placement import Placement
 
-# Bytes that are streamed at once; the first of them are waited for.
+# Bytes that are streamed at once.
 SLAB_BYTES = 8 << 20
 # A direct read of single rows of a table, in seconds.
 ROW_READ_SECONDS = 1e-4
@@ -151,9 +152,12 @@ def predict(calls: Sequence[CallCost], rates: Rates, placement: Placement | None
         disk += tiers["disk"] / rates.disk
         copy += (tiers["host"] + tiers["disk"]) / rates.copy if rates.copy else 0.0
         fill += _lookup_seconds(call, placement)
-    if disk or copy:
-        fill += min(SLAB_BYTES / rates.disk, disk) if disk else min(SLAB_BYTES / rates.copy, copy)
-    return Time(sum(kinds.values()), disk, copy, fill, dict(kinds), dict(roofs))
+    compute, streamed = sum(kinds.values()), max(disk * rates.disk, copy * rates.copy)
+    if streamed and placement is not None:
+        # Reading goes on across calls, so what nothing hides is the computing of the last slab to arrive.
+        slab = min(SLAB_BYTES, placement.ring_bytes // 2)
+        fill += compute * min(1.0, slab / streamed)
+    return Time(compute, disk, copy, fill, dict(kinds), dict(roofs))
 
 
 def streamed_bytes(call: CallCost, placement: Placement | None) -> Counter[str]:

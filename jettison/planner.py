@@ -53,7 +53,7 @@ class Wanted:
     def placing(self, target: str, rates: Rates) -> PlaceWeights | None:
         """The pass that carries a plan out; None where nothing is limited."""
         if target == "triton":
-            limits = {"device": self.device, "host": self.host}
+            limits: dict[str, int | None] = {"device": self.device, "host": self.host}
         else:
             # Products are computed in main memory: it is both.
             given = [limit for limit in (self.device, self.host) if limit is not None]
@@ -62,7 +62,7 @@ class Wanted:
             return None
         return PlaceWeights(
             **limits, disk=self.disk, context=self.context, prompt=self.prompt, batch=self.batch,
-            objective=self.objective, reserve=rates.process_bytes,  # type: ignore[arg-type]
+            reserve=rates.process_bytes,
         )  # fmt: skip
 
 

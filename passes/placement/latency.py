@@ -17,11 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jettison.passes.placement.memory import MOST_RING_BYTES, Needs, least_ring, usual_ring
+from jettison.passes.placement.memory import MOST_RING_BYTES, Needs, usual_ring
 from jettison.passes.placement.units import Unit
 
-# How much longer a byte takes from disk than from pinned host memory.
-_DISK_COST = 8.0
+# What a byte costs from a tier: from disk some times more than from pinned host memory.
+_COSTS = {"host": 1.0, "disk": 8.0}
+# Sizes of slabs that are tried as the largest to be streamed.
+_MOST_CAPS = 8
 # The solver stops here; it has found the best long before, and proves it for a few hundred kinds of weights.
 _MOST_NODES = 20_000
 
@@ -82,34 +84,51 @@ def place(units: Sequence[Unit], needs: Needs, room: Room) -> Chosen:
     left = room.fast - needs.total
     if sum(unit.memory_bytes for unit in units) <= left:
         return Chosen({}, 0)
-    tables = [unit for unit in units if unit.is_table]
-    whole = sum(unit.memory_bytes for unit in units if not unit.is_table)
-    if whole <= left:
-        # Rows that are looked up need no ring.
-        return Chosen(_solve(tables, left - whole, room, 0), 0)
-    least = least_ring(units)
-    if left < least:
-        raise DoesNotFit("fast", needs.total + least, least)
-    ring = min(left, usual_ring(units))
-    tiers = _solve(units, left - ring, room, ring)
+    best: tuple[float, dict[str, str], int] | None = None
+    short: list[tuple[int, int]] = []
+    full: list[int] = []
+    for cap in _caps(units):
+        # Larger slabs are pinned, so that the ring can be small; rows that are looked up need no ring.
+        may_stream = [unit for unit in units if unit.is_table or unit.slab_bytes <= cap]
+        held = sum(unit.memory_bytes for unit in units) - sum(unit.memory_bytes for unit in may_stream)
+        if left < held + 2 * cap:
+            short.append((needs.total + held + 2 * cap, 2 * cap))
+            continue
+        ring = min(left - held, max(2 * cap, usual_ring(units))) if cap else 0
+        tiers = _solve(may_stream, left - held - ring, room)
+        if tiers is None:
+            full.append(sum(unit.memory_bytes for unit in may_stream) - (left - held - ring) - (room.host or 0))
+            continue
+        cost = sum(_COSTS[tiers[unit.name]] * unit.read_bytes for unit in units if unit.name in tiers)
+        if best is None or cost < best[0]:
+            best = cost, tiers, ring
+    if best is None:
+        # Whole weights leave gaps in the faster tiers, so a little more may be asked for than is missing.
+        raise DoesNotFit("disk", min(full), 0) if full else DoesNotFit("fast", *min(short))
+    _, tiers, ring = best
     pinned = sum(unit.memory_bytes for unit in units if unit.name not in tiers)
     streamed = sum(unit.memory_bytes for unit in units if unit.name in tiers and not unit.is_table)
     # Half of what is left over; the other half is for what no estimate knows.
     return Chosen(tiers, max(ring, min(MOST_RING_BYTES, streamed, ring + (left - ring - pinned) // 2)))
 
 
-def _solve(units: Sequence[Unit], fast: int, room: Room, ring: int) -> dict[str, str]:
+def _caps(units: Sequence[Unit]) -> list[int]:
+    """Bytes of the largest slab that may be streamed: a few to try, and 0 for none."""
+    sizes = sorted({unit.slab_bytes for unit in units if not unit.is_table})
+    step = -(-len(sizes) // _MOST_CAPS)
+    return [0, *sizes[:: -max(1, step)][::-1]]
+
+
+def _solve(units: Sequence[Unit], fast: int, room: Room) -> dict[str, str] | None:
+    """The tiers of those that are not pinned; None if none fit."""
     kinds: dict[tuple[int, int], list[Unit]] = {}
     for unit in units:
         kinds.setdefault((unit.memory_bytes, unit.read_bytes), []).append(unit)
     everything = sum(unit.memory_bytes for unit in units)
     limits = (fast, everything if room.host is None else room.host, everything if room.disk is None else room.disk)
-    if sum(max(0, limit) for limit in limits) < everything:
-        raise DoesNotFit("disk", everything - max(0, limits[0]) - max(0, limits[1]), ring)
-    counts = _counts([(*kind, len(each)) for kind, each in kinds.items()], limits)
+    counts = _counts([(*kind, len(each)) for kind, each in kinds.items()], limits) if units else []
     if counts is None:
-        # Whole weights leave gaps in the faster tiers, so that disk must take more.
-        raise DoesNotFit("disk", everything, ring)
+        return None
     tiers: dict[str, str] = {}
     for each, (_, on_host, on_disk) in zip(kinds.values(), counts, strict=True):
         slow = spread(len(each), on_host + on_disk)
@@ -158,7 +177,7 @@ def _milp(kinds: Sequence[tuple[int, int, int]], limits: Sequence[int]) -> list[
 
     sizes, reads, counts = (np.array(column, dtype=float) for column in zip(*kinds, strict=True))
     n, scale = len(kinds), max(1.0, float(sizes.max()))
-    costs = np.concatenate([np.zeros(n), reads, _DISK_COST * reads])
+    costs = np.concatenate([np.zeros(n), _COSTS["host"] * reads, _COSTS["disk"] * reads])
     every = np.concatenate([np.eye(n)] * 3, axis=1)
     by_tier = np.kron(np.eye(3), sizes / scale)
     result = milp(

@@ -60,12 +60,7 @@ def step_of(program: Program, work: Workload) -> CallCost:
     return call_costs(program, phases(program)[-1], work)[-1]
 
 
-def least_ring(units: Sequence[Unit]) -> int:
-    """Bytes of the smallest ring: one slab is read while another is multiplied."""
-    return 2 * max((unit.slab_bytes for unit in units if not unit.is_table), default=0)
-
-
 def usual_ring(units: Sequence[Unit]) -> int:
     """Bytes of a ring that is worth having: of a small model no more than an eighth."""
     total = sum(unit.memory_bytes for unit in units if not unit.is_table)
-    return max(least_ring(units), min(USUAL_RING_BYTES, total // 8))
+    return min(USUAL_RING_BYTES, total // 8)
