@@ -379,10 +379,9 @@ class _Reader:
         read = arguments(node)
         if "codes" in read or "up_codes" in read or "gate_up_codes" in read:
             bits = next((int(read[key]) for key in ("bits", "up_bits", "gate_up_bits") if key in read), 8)
-            codes = sum(count for name, count in weights.items() if self.program.constants[name].dtype == torch.uint8)
-            is_integer = "lut" not in read
-            # Zero points are codes, too: a few in a hundred.
-            return (f"int{bits}" if is_integer else "table"), codes * 8 // max(1, bits)
+            stacks = {constant_name(operand) for key, operand in read.items() if key.endswith("codes")}
+            codes = sum(count for name, count in weights.items() if name in stacks)
+            return ("table" if "lut" in read else f"int{bits}"), codes * 8 // bits
         largest = max(weights, key=lambda name: weights[name])
         dtype = self.program.constants[largest].dtype
         return str(dtype).removeprefix("torch."), sum(weights.values()) // dtype.itemsize

@@ -182,9 +182,10 @@ class PlaceWeights(Pass):
         field = "device" if _has_gpu(program) else "host"
         limit = int(getattr(self, field))
         raise OptionError(
-            f"[place-weights] {field}={limit:,}: {error.needed - limit:,} bytes are missing. Before the first weight "
-            f"is pinned, {error.needed:,} are taken: process {needs.process:,}, states {needs.states:,}, activations "
-            f"{needs.activations:,}, weights that cannot be streamed {needs.weights:,}, buffers {error.ring_bytes:,}. "
+            f"[place-weights] {field}={limit:,}: {error.needed - limit:,} bytes are missing. At "
+            f"least {error.needed:,} are taken: process {needs.process:,}, states {needs.states:,}, activations "
+            f"{needs.activations:,}, weights that cannot be streamed {needs.weights:,}, buffers {error.ring_bytes:,}"
+            f"{f', weights too large for them {error.held:,}' if error.held else ''}. "
             f"{' '.join(self._remedies(program, error, needs, units, field, limit))}"
         ) from error
 
@@ -196,7 +197,7 @@ class PlaceWeights(Pass):
         work = self.workload(program)
 
         def fits(changed: Workload) -> bool:
-            return needs_of(program, changed, units, needs.process).total + error.ring_bytes <= limit
+            return needs_of(program, changed, units, needs.process).total + error.ring_bytes + error.held <= limit
 
         shorter = _largest(work.context, lambda n: fits(replace(work, context=n, prompt=min(work.prompt, n))))
         if shorter:

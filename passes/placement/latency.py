@@ -63,11 +63,12 @@ class DoesNotFit(Exception):
         tier: Where room is missing: `fast` or `disk`.
         needed: Bytes that would do there.
         ring_bytes: Of the ring that is counted in.
+        held: Bytes of weights that are pinned because a slab of them is more than that ring has room for.
     """
 
-    def __init__(self, tier: str, needed: int, ring_bytes: int) -> None:
+    def __init__(self, tier: str, needed: int, ring_bytes: int = 0, held: int = 0) -> None:
         super().__init__(f"{tier} needs {needed:,} bytes")
-        self.tier, self.needed, self.ring_bytes = tier, needed, ring_bytes
+        self.tier, self.needed, self.ring_bytes, self.held = tier, needed, ring_bytes, held
 
 
 def place(units: Sequence[Unit], needs: Needs, room: Room) -> Chosen:
@@ -85,14 +86,14 @@ def place(units: Sequence[Unit], needs: Needs, room: Room) -> Chosen:
     if sum(unit.memory_bytes for unit in units) <= left:
         return Chosen({}, 0)
     best: tuple[float, dict[str, str], int] | None = None
-    short: list[tuple[int, int]] = []
+    short: list[tuple[int, int, int]] = []
     full: list[int] = []
     for cap in _caps(units):
         # Larger slabs are pinned, so that the ring can be small; rows that are looked up need no ring.
         may_stream = [unit for unit in units if unit.is_table or unit.slab_bytes <= cap]
         held = sum(unit.memory_bytes for unit in units) - sum(unit.memory_bytes for unit in may_stream)
         if left < held + 2 * cap:
-            short.append((needs.total + held + 2 * cap, 2 * cap))
+            short.append((needs.total + held + 2 * cap, 2 * cap, held))
             continue
         ring = min(left - held, max(2 * cap, usual_ring(units))) if cap else 0
         tiers = _solve(may_stream, left - held - ring, room)
@@ -104,7 +105,7 @@ def place(units: Sequence[Unit], needs: Needs, room: Room) -> Chosen:
             best = cost, tiers, ring
     if best is None:
         # Whole weights leave gaps in the faster tiers, so a little more may be asked for than is missing.
-        raise DoesNotFit("disk", min(full), 0) if full else DoesNotFit("fast", *min(short))
+        raise DoesNotFit("disk", min(full)) if full else DoesNotFit("fast", *min(short))
     _, tiers, ring = best
     pinned = sum(unit.memory_bytes for unit in units if unit.name not in tiers)
     streamed = sum(unit.memory_bytes for unit in units if unit.name in tiers and not unit.is_table)
