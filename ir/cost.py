@@ -185,8 +185,7 @@ def call_costs(program: Program, phase: str, work: Workload) -> list[CallCost]:
         return [call_cost(program, "forward", work, work.prompt, work.prompt)]
     stops = [*range(PREFILL_CHUNK, work.prompt, PREFILL_CHUNK), work.prompt]
     return [
-        call_cost(program, "prefill", work, stop - start, stop)
-        for start, stop in zip([0, *stops], stops, strict=False)
+        call_cost(program, "prefill", work, stop - start, stop) for start, stop in zip([0, *stops], stops, strict=False)
     ]
 
 

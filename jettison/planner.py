@@ -148,7 +148,9 @@ def plan(program: Program, target: str, wanted: Wanted, rates: Rates | None = No
         record = placing.run(program)
         notes = [*record.notes, *(f"{miss.node} stays: {miss.reason}" for miss in record.misses)]
     work = (placing or PlaceWeights(context=wanted.context, prompt=wanted.prompt, batch=wanted.batch)).workload(program)
-    tables = [_phase(phase, call_costs(program, phase, work), rates, program.placement, work) for phase in phases(program)]
+    tables = [
+        _phase(phase, call_costs(program, phase, work), rates, program.placement, work) for phase in phases(program)
+    ]
     document = {
         "fits": True,
         "bound_by": tables[-1]["bound_by"],
@@ -225,9 +227,7 @@ def _memory(program: Program, work: Workload, rates: Rates, placing: PlaceWeight
     return {**kinds, "total": sum(kinds.values()), "limit": limit}
 
 
-def _throughput(
-    program: Program, target: str, work: Workload, rates: Rates, wanted: Wanted
-) -> dict[str, Any] | None:
+def _throughput(program: Program, target: str, work: Workload, rates: Rates, wanted: Wanted) -> dict[str, Any] | None:
     units, _ = find_units(program, step_of(program, work))
     needs = needs_of(program, work, units, rates.process_bytes)
     placing = wanted.placing(target, rates)

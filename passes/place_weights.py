@@ -58,9 +58,7 @@ class PlaceWeights(Pass):
     objective: Literal["latency", "throughput"] = option(
         "latency", doc="throughput also says which block of batches would be fastest; blocks are not executed yet"
     )
-    reserve: int | None = option(
-        None, doc="bytes of a process without a model; none for a usual size", unit="bytes"
-    )
+    reserve: int | None = option(None, doc="bytes of a process without a model; none for a usual size", unit="bytes")
 
     def __post_init__(self) -> None:
         for field in _SIZES:
@@ -145,7 +143,9 @@ class PlaceWeights(Pass):
         return Room(self.device, beside, self.disk)
 
     def _placement(self, program: Program, units: list[Unit], chosen: Chosen) -> Placement:
-        tiers = {name: chosen.tiers[unit.name] for unit in units if unit.name in chosen.tiers for name in unit.constants}
+        tiers = {
+            name: chosen.tiers[unit.name] for unit in units if unit.name in chosen.tiers for name in unit.constants
+        }
         limits = {name: size for name in ("device", "host", "disk") if (size := getattr(self, name)) is not None}
         return Placement(tiers, limits, chosen.ring_bytes)
 
@@ -185,7 +185,7 @@ class PlaceWeights(Pass):
             f"[place-weights] {field}={limit:,}: {error.needed - limit:,} bytes are missing. At "
             f"least {error.needed:,} are taken: process {needs.process:,}, states {needs.states:,}, activations "
             f"{needs.activations:,}, weights that cannot be streamed {needs.weights:,}, buffers {error.ring_bytes:,}"
-            f"{f', weights too large for them {error.held:,}' if error.held else ''}. "
+            f"{f', weights pinned for want of larger ones {error.held:,}' if error.held else ''}. "
             f"{' '.join(self._remedies(program, error, needs, units, field, limit))}"
         ) from error
 

@@ -162,9 +162,7 @@ def weight_rates() -> dict[str, float]:
         found[name] = WEIGHTS * rows * columns / seconds_of(call)
     for bits in (4, 8):
         codes, scales = _codes(rows, columns, bits)
-        packed = [
-            pack_weight(codes, scales, None, bits, 128, columns, is_table=False) for _ in range(WEIGHTS)
-        ]
+        packed = [pack_weight(codes, scales, None, bits, 128, columns, is_table=False) for _ in range(WEIGHTS)]
         x = torch.ones(1, columns)
         if None not in packed:
             call = _in_turn(packed, lambda weight, x=x: weight.linear(x, None))
@@ -172,8 +170,8 @@ def weight_rates() -> dict[str, float]:
     rows, columns = DECODED_SHAPE
     codes, scales = _codes(rows, columns, 3)
     x = torch.ones(1, columns)
-    found["decoded"] = rows * columns / seconds_of(
-        lambda: ops.quantized_linear(x, codes, scales, None, None, 3, 128, columns)
+    found["decoded"] = (
+        rows * columns / seconds_of(lambda: ops.quantized_linear(x, codes, scales, None, None, 3, 128, columns))
     )
     return found
 

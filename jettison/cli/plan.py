@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="text for passes that are calibrated; see `optimize`"
     )
-    parser.add_argument(
-        "--remeasure", action="store_true", help="measure the machine again, which takes some seconds"
-    )
+    parser.add_argument("--remeasure", action="store_true", help="measure the machine again, which takes some seconds")
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -138,9 +136,7 @@ def _print_phases(tables: list[dict[str, Any]], terminal: Terminal) -> None:
 
 def _print_memory(document: dict[str, Any], terminal: Terminal) -> None:
     memory, placement = document["memory"], document["placement"]
-    terminal.table(
-        ("memory at its peak", "bytes"), [(kind, size) for kind, size in memory.items() if size is not None]
-    )
+    terminal.table(("memory at its peak", "bytes"), [(kind, size) for kind, size in memory.items() if size is not None])
     terminal.line()
     for tier in ("pinned", "host", "disk"):
         held = placement[tier]

@@ -146,8 +146,10 @@ def _memory(block: Block, room: Room) -> Iterator[tuple[np.ndarray, float]]:
 
 def _seconds(block: Block, rates: Rates) -> Iterator[tuple[np.ndarray, float]]:
     """A layer takes as long as each of its streams: rows of the program that say `stream - seconds <= 0`."""
-    states = block.all_rows / block.layers * np.array(
-        [[0.0, block.state_row], [block.state_read_row, block.state_written_row]]
+    states = (
+        block.all_rows
+        / block.layers
+        * np.array([[0.0, block.state_row], [block.state_read_row, block.state_written_row]])
     )
     hidden = block.all_rows * block.hidden_row * np.array([block.prompt, 1])
     computing_seconds = (block.prefill_seconds, block.decode_seconds)
@@ -168,9 +170,7 @@ def _seconds(block: Block, rates: Rates) -> Iterator[tuple[np.ndarray, float]]:
         yield computing, -block.batches * computing_seconds[index] / block.layers
 
 
-def block_of(
-    program: Program, work: Workload, units: Sequence[Unit], needs: Needs, rates: Rates, rows: int
-) -> Block:
+def block_of(program: Program, work: Workload, units: Sequence[Unit], needs: Needs, rates: Rates, rows: int) -> Block:
     """The sizes of a block of one batch."""
     one = Workload(rows, work.context, work.prompt)
     middle = Workload(rows, (work.prompt + work.context) // 2, work.prompt)
@@ -228,7 +228,8 @@ def block_note(program: Program, work: Workload, units: Sequence[Unit], needs: N
 def block_text(plan: BlockPlan) -> str:
     """A plan as a sentence."""
     shares = "; ".join(
-        f"{what} " + ", ".join(f"{share:.0%} on {tier}" for share, tier in zip(each, _TIERS, strict=True) if share > 5e-3)
+        f"{what} "
+        + ", ".join(f"{share:.0%} on {tier}" for share, tier in zip(each, _TIERS, strict=True) if share > 5e-3)
         for what, each in (("weights", plan.weights), ("states", plan.states), ("hidden states", plan.hidden))
     )
     return (

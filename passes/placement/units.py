@@ -19,7 +19,8 @@ from jettison.ir.roofline import SLAB_BYTES
 from jettison.ir.text import target_text
 
 aten = torch.ops.aten
-_PAGE = 4096
+_PAGE, _LINE = 4096, 64
+_OTHER_OPERANDS = ("input", "x", "indices", "bias")
 # Rows that packed layouts can be cut at.
 _ROWS_TOGETHER = 64
 
@@ -77,13 +78,13 @@ def _unit(names: tuple[str, ...], program: Program, read: Counter[str], *, is_ta
     dense = names[0].rpartition(".")[0]
     return Unit(
         dense if dense in program.packed else names[0], names, total + _kept_twice(names, program),
-        sum(read[name] for name in names), _pages(min(total, max(SLAB_BYTES, least))), is_table,
+        sum(read[name] for name in names), _pages(min(total, max(SLAB_BYTES, least)), len(names)), is_table,
     )  # fmt: skip
 
 
-def _pages(count: int) -> int:
-    """Whole pages, and one for what is aligned within."""
-    return (-(-count // _PAGE) + 1) * _PAGE
+def _pages(count: int, parts: int) -> int:
+    """Whole pages for some parts that begin at cache lines."""
+    return -(-(count + parts * _LINE) // _PAGE) * _PAGE
 
 
 def _kept_twice(names: tuple[str, ...], program: Program) -> int:
@@ -156,9 +157,9 @@ def _together(program: Program, used: Mapping[str, Constant]) -> list[tuple[str,
     for entry in program.entries.values():
         for node in entry.graph.nodes:
             if is_call(node, *_operators()):
-                bias = arguments(node).get("bias")
-                names = [constant_name(each) for each in node.all_input_nodes if each is not bias]
-                join([name for name in names if name is not None])
+                # What is multiplied with the weight is no part of it.
+                parts = [each for key, each in arguments(node).items() if key not in _OTHER_OPERANDS]
+                join([name for name in map(constant_name, parts) if name is not None])
     for joint in joint_weights(program):
         join([parts.codes for parts in joint.parts])
     groups: dict[str, list[str]] = {}
