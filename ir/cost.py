@@ -241,7 +241,7 @@ class _Sizes:
         counts = slot_counts(program.retentions.values(), program.storages.values(), total, min(work.prompt, total))
         if entry == "prefill":
             # Tokens of a prompt leave their slots behind it.
-            counts |= {name: total for name in program.retentions} | {name: 0 for name in program.storages}
+            counts |= dict.fromkeys(program.retentions, total) | dict.fromkeys(program.storages, 0)
         masks = {kept.mask: counts[kept.name] for kept in program.retentions.values()}
         lengths = {"attention_mask": total, "logits_positions": 1, **masks}
         self._numbers: dict[sympy.Symbol, sympy.Integer] = {}
@@ -481,7 +481,7 @@ def _peak(graph: fx.Graph, reader: _Reader) -> int:
     alive = peak = 0
     held: dict[fx.Node, int] = {}
     for index, node in enumerate(nodes):
-        if owner.get(node) is node and node not in reader.states and not reader.is_view(node):
+        if node in owner and owner[node] is node and node not in reader.states and not reader.is_view(node):
             held[node] = reader.sizes.bytes(node.meta["val"])
             alive += held[node]
         peak = max(peak, alive + _scratch(node, reader))

@@ -1,10 +1,10 @@
 """Where a program's weights are while it runs: the annotation that `place-weights` writes and runtimes obey.
 
 A *tier* is `device` (where products are computed: memory of the GPU, or of the machine for the CPU targets), `host`
-(memory of the machine beside a GPU) or `disk`. A constant that has no tier here is on the device all the time, *pinned*.
-Others are *streamed*: they pass through a ring of buffers on the device, in the order in which entries read them, from
-the file of the artifact that `runtime/weight_store.py` writes. A cyclic window of them would hit nothing, since a decode
-step reads every weight once in the same order: that is why a fixed subset is pinned.
+(memory of the machine beside a GPU) or `disk`. A constant that has no tier here is on the device all the time, that is
+*pinned*. Others are *streamed*: they pass through a ring of buffers on the device, in the order in which entries read
+them, from the file of the artifact that `runtime/weight_store.py` writes. A cyclic window of them would hit nothing,
+since a decode step reads every weight once in the same order: that is why a fixed subset is pinned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Placement:
 
     Attributes:
         tiers: `host` or `disk`, by the name of a constant; all parts of a packed weight are on one tier.
-        limits: Bytes that may be taken on a tier, by its name, as the user stated them; nothing where there is no limit.
+        limits: Bytes that may be taken on a tier, by its name, as the user stated them; none where there is no limit.
             On the tier where the process lives it counts all of its resident memory.
         ring_bytes: Of the buffers that streamed weights pass through; how far reading runs ahead of computing.
         states: Tier of each state of the cache that is not on the device.

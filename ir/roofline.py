@@ -1,16 +1,16 @@
 """How long the calls of `cost.py` take on a machine of known rates, with some of the weights streamed.
 
 An operator takes the longest of three times: to move its bytes, to do its arithmetic, and, where a kernel decodes
-weights, to decode them. A call is the sum of its operators. Streamed weights are read beside it, ahead through a ring of
-buffers and from one call to the next, so a phase takes the longer of computing and streaming, and what is computed of the
-last slab.
+weights, to decode them. A call is the sum of its operators. Streamed weights are read beside it, ahead through a ring
+of buffers and from one call to the next, so a phase takes the longer of computing and streaming, and what is computed
+of the last slab.
 
 Source: LLM-Viewer (arXiv 2402.16363); the third roof and overlapped reads are ours.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -136,8 +136,8 @@ def predict(calls: Sequence[CallCost], rates: Rates, placement: Placement | None
     Returns:
         Their time. Reading runs ahead from one call to the next, so the sum of the calls counts.
     """
-    kinds: Counter[str] = Counter()
-    roofs: Counter[str] = Counter()
+    kinds: defaultdict[str, float] = defaultdict(float)
+    roofs: defaultdict[str, float] = defaultdict(float)
     disk = copy = fill = 0.0
     for call in calls:
         for node in call.nodes:

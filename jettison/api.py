@@ -72,7 +72,7 @@ def pipeline_text(passes: Sequence[Pass]) -> str:
 
 
 def with_cache(passes: Sequence[Pass], program: Program) -> list[Pass]:
-    """The passes, with `cache-kv{policy=full}` behind them, but before `place-weights`, for a decoder without a cache."""
+    """The passes, with `cache-kv{policy=full}` behind them (before `place-weights`) for a decoder without a cache."""
     needs_cache = program.info.kind == "decoder" and not any(isinstance(pass_, CacheKV) for pass_ in passes)
     if not needs_cache:
         return list(passes)

@@ -53,15 +53,15 @@ class Wanted:
     def placing(self, target: str, rates: Rates) -> PlaceWeights | None:
         """The pass that carries a plan out; None where nothing is limited."""
         if target == "triton":
-            limits: dict[str, int | None] = {"device": self.device, "host": self.host}
+            device, host = self.device, self.host
         else:
             # Products are computed in main memory: it is both.
             given = [limit for limit in (self.device, self.host) if limit is not None]
-            limits = {"host": min(given, default=None)}
-        if limits.get("device" if target == "triton" else "host") is None:
+            device, host = None, min(given, default=None)
+        if (device if target == "triton" else host) is None:
             return None
         return PlaceWeights(
-            **limits, disk=self.disk, context=self.context, prompt=self.prompt, batch=self.batch,
+            device=device, host=host, disk=self.disk, context=self.context, prompt=self.prompt, batch=self.batch,
             reserve=rates.process_bytes,
         )  # fmt: skip
 
@@ -94,8 +94,8 @@ def open_program(
             )
         if own == "onnx":
             raise UnsupportedError(
-                f"[plan] {model}: the graphs of an ONNX artifact hold no program to plan. Plan the model that it was made "
-                f"from, with --passes '{artifact.manifest['pipeline']}' --target onnx."
+                f"[plan] {model}: the graphs of an ONNX artifact hold no program to plan. Plan the model that it was "
+                f"made from, with --passes '{artifact.manifest['pipeline']}' --target onnx."
             )
         return load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE)), own
     chosen = parse_passes(passes)
@@ -247,5 +247,5 @@ def _throughput(program: Program, target: str, work: Workload, rates: Rates, wan
 
 
 def folder_of(model: str | Path) -> Path:
-    """The folder whose file system streamed weights would be read from: that of an artifact, else of temporary files."""
+    """The folder whose disk streamed weights would be read from: that of an artifact, else of temporary files."""
     return Path(model) if (Path(model) / MANIFEST_NAME).is_file() else Path(tempfile.gettempdir())

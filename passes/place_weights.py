@@ -14,8 +14,8 @@ Fires when: not everything fits the memory that the options name: `host` for the
     pinned; the rest passes through a ring of buffers (`Program.placement`, see `ir/placement.py`).
 Declines when: a weight is read by anything but linears and embeddings, or no kernel holds its format: it is pinned.
 Numerics: exact.
-Saves: memory: all bytes of what is streamed but those of the ring. Costs their bytes over the bandwidth of the tier, for
-    each token, unless computing takes longer.
+Saves: memory: all bytes of what is streamed but those of the ring. Costs their bytes over the bandwidth of the tier,
+    for each token, unless computing takes longer.
 Method: an integer program over kinds of weights (`placement/latency.py`). Taken first: the process (`reserve`, which
     `jettison plan` measures), states for `context` tokens and `batch` rows, activations at their peak, constants that
     cannot be streamed, and the ring.
@@ -35,7 +35,7 @@ from jettison.ir.program import MissRecord, PassRecord, Program
 from jettison.ir.roofline import TYPICAL_CPU, TYPICAL_GPU
 from jettison.passes.base import Pass
 from jettison.passes.options import option
-from jettison.passes.placement.latency import Chosen, DoesNotFit, Room, place
+from jettison.passes.placement.latency import Chosen, DoesNotFitError, Room, place
 from jettison.passes.placement.memory import Needs, needs_of, step_of
 from jettison.passes.placement.throughput import block_note
 from jettison.passes.placement.units import Unit, find_units
@@ -121,7 +121,7 @@ class PlaceWeights(Pass):
         needs = needs_of(program, work, units, self.process_bytes(program))
         try:
             chosen = place(units, needs, self._room(program))
-        except DoesNotFit as error:
+        except DoesNotFitError as error:
             self._refuse(program, error, needs, units)
         before = {} if program.placement is None else program.placement.tiers
         program.placement = self._placement(program, units, chosen)
@@ -172,10 +172,10 @@ class PlaceWeights(Pass):
             notes.append(block_note(program, self.workload(program), units, needs, self._room(program)))
         return notes
 
-    def _refuse(self, program: Program, error: DoesNotFit, needs: Needs, units: list[Unit]) -> NoReturn:
+    def _refuse(self, program: Program, error: DoesNotFitError, needs: Needs, units: list[Unit]) -> NoReturn:
         if error.tier == "disk":
             raise OptionError(
-                f"[place-weights] disk={self.disk:,}: weights that do not fit memory take {error.needed:,} bytes there, "
+                f"[place-weights] disk={self.disk:,}: weights that do not fit memory take {error.needed:,} bytes, "
                 f"{error.needed - (self.disk or 0):,} more. Give disk={error.needed}, more memory, or put "
                 "quantize-weights{bits=4} in front."
             ) from error
@@ -190,7 +190,7 @@ class PlaceWeights(Pass):
         ) from error
 
     def _remedies(
-        self, program: Program, error: DoesNotFit, needs: Needs, units: list[Unit], field: str, limit: int
+        self, program: Program, error: DoesNotFitError, needs: Needs, units: list[Unit], field: str, limit: int
     ) -> list[str]:
         """What would make it fit, for each what it comes to."""
         remedies = [f"Give {field}={error.needed} at least."]

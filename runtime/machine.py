@@ -1,13 +1,14 @@
 """What this machine does in a second, measured once and kept in the user's cache.
 
 A few seconds: memory, large products, products with one row as the kernels of `packed_linear.py` run them, direct reads
-of the disk, and the memory of a process that holds no model. The file is a JSON object of `machine`, which says what was
-measured on, and figures by name; it is advice, and what does not fit is measured again.
+of the disk, and the memory of a process that holds no model. The file is a JSON object of `machine`, which says what
+was measured on, and figures by name; it is advice, and what does not fit is measured again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def machine_rates(folder: Path | None = None, *, remeasure: bool = False) -> Rat
     place, kind = _mount(folder)
     if kind in _IN_MEMORY:
         raise UnsupportedError(
-            f"[machine] {folder}: found {kind}, a file system in memory; needed one on a disk, because streamed weights "
-            "are there to leave memory free. Set TMPDIR to a folder on a disk, or put the artifact on one."
+            f"[machine] {folder}: found {kind}, a file system in memory; needed one on a disk, because streamed "
+            "weights are there to leave memory free. Set TMPDIR to a folder on a disk, or put the artifact on one."
         )
     path = _cache_path()
     known = {} if remeasure else _read(path)
@@ -108,7 +109,9 @@ def gpu_rates(cpu: Rates) -> tuple[Rates, bool]:
     m = n = k = 4096
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         a, b = (torch.ones(size, dtype=dtype, device="cuda") for size in ((m, k), (k, n)))
-        products[str(dtype).removeprefix("torch.")] = 2 * m * n * k / seconds_of(waited(lambda a=a, b=b: a @ b))
+        products[str(dtype).removeprefix("torch.")] = (
+            2 * m * n * k / seconds_of(waited(functools.partial(torch.matmul, a, b)))
+        )
     return Rates(
         MEMORY_BYTES / seconds_of(waited(on_device.sum)), products, {}, cpu.disk,
         MEMORY_BYTES / seconds_of(waited(lambda: on_device.view(torch.uint8).copy_(on_host, non_blocking=True))),
@@ -158,15 +161,15 @@ def weight_rates() -> dict[str, float]:
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
         weights, x = torch.ones(WEIGHTS, rows, columns, dtype=dtype), torch.ones(1, columns, dtype=dtype)
-        call = _in_turn(weights, lambda weight, x=x: F.linear(x, weight))
+        call = _in_turn(functools.partial(F.linear, x), weights)
         found[name] = WEIGHTS * rows * columns / seconds_of(call)
     for bits in (4, 8):
         codes, scales = _codes(rows, columns, bits)
-        packed = [pack_weight(codes, scales, None, bits, 128, columns, is_table=False) for _ in range(WEIGHTS)]
-        x = torch.ones(1, columns)
-        if None not in packed:
-            call = _in_turn(packed, lambda weight, x=x: weight.linear(x, None))
-            found[f"int{bits}"] = WEIGHTS * rows * columns / seconds_of(call)
+        made = (pack_weight(codes, scales, None, bits, 128, columns, is_table=False) for _ in range(WEIGHTS))
+        packed = [weight for weight in made if weight is not None]
+        if packed:
+            call = _in_turn(lambda linear: linear(torch.ones(1, WEIGHT_SHAPE[1]), None), [w.linear for w in packed])
+            found[f"int{bits}"] = len(packed) * rows * columns / seconds_of(call)
     rows, columns = DECODED_SHAPE
     codes, scales = _codes(rows, columns, 3)
     x = torch.ones(1, columns)
@@ -180,8 +183,8 @@ def _codes(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tens
     return torch.zeros(rows, columns // 128, 16 * bits, dtype=torch.uint8), torch.ones(rows, columns // 128)
 
 
-def _in_turn(weights: Any, multiply: Callable[[Any], object]) -> Callable[[], object]:
-    return lambda: [multiply(weight) for weight in weights]
+def _in_turn(call: Callable[[Any], object], operands: Iterable[Any]) -> Callable[[], object]:
+    return lambda: [call(each) for each in operands]
 
 
 def call_seconds() -> float:

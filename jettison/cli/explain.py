@@ -54,7 +54,14 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     if fired:
         terminal.table(("fired", "at"), fired)
         terminal.line()
-    columns = ("layer", "weights", "weight bytes", "KV policy", "state bytes per token", "state bytes fixed")
+    columns: tuple[str, ...] = (
+        "layer",
+        "weights",
+        "weight bytes",
+        "KV policy",
+        "state bytes per token",
+        "state bytes fixed",
+    )
     rows = [_layer_row(layer) for layer in document["layers"]]
     is_placed = document["streamed_bytes"] > 0
     if is_placed:

@@ -1,4 +1,4 @@
-"""`jettison plan`: predict bytes, time and memory of a model on this machine, and what to stream where it does not fit."""
+"""`jettison plan`: predict bytes, time and memory of a model on this machine, and what to stream if it does not fit."""
 
 from __future__ import annotations
 

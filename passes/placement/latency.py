@@ -1,13 +1,13 @@
 """Which weights are pinned so that a step waits least: an integer program over kinds of weights.
 
-Weights of the same bytes are as good as each other, so a variable counts how many of a kind are on a tier: a model has a
-dozen kinds, however many layers. Which of a kind are streamed is spread evenly over the layers, so that computing what is
-pinned leaves time to read what is not.
+Weights of the same bytes are as good as each other, so a variable counts how many of a kind are on a tier: a model has
+a dozen kinds, however many layers. Which of a kind are streamed is spread evenly over the layers, so that computing
+what is pinned leaves time to read what is not.
 
 A decode step reads all weights once in the same order. A window over them that moves on, as a least-recently-used cache
 has it, holds nothing that is asked for next; a fixed subset saves its bytes on every step.
 
-Source: FlexGen (arXiv 2303.06865) for placement as a linear program; TPI-LLM (arXiv 2410.00531) for what a window costs.
+Source: FlexGen (arXiv 2303.06865) for placement as a linear program; TPI-LLM (arXiv 2410.00531) for what windows cost.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Chosen:
     ring_bytes: int
 
 
-class DoesNotFit(Exception):
+class DoesNotFitError(Exception):
     """No placement fits.
 
     Attributes:
@@ -80,7 +80,7 @@ def place(units: Sequence[Unit], needs: Needs, room: Room) -> Chosen:
         room: What there is.
 
     Raises:
-        DoesNotFit: Nothing can be left out any more, or the slower tiers are full.
+        DoesNotFitError: Nothing can be left out any more, or the slower tiers are full.
     """
     left = room.fast - needs.total
     if sum(unit.memory_bytes for unit in units) <= left:
@@ -105,7 +105,7 @@ def place(units: Sequence[Unit], needs: Needs, room: Room) -> Chosen:
             best = cost, tiers, ring
     if best is None:
         # Whole weights leave gaps in the faster tiers, so a little more may be asked for than is missing.
-        raise DoesNotFit("disk", min(full)) if full else DoesNotFit("fast", *min(short))
+        raise DoesNotFitError("disk", min(full)) if full else DoesNotFitError("fast", *min(short))
     _, tiers, ring = best
     pinned = sum(unit.memory_bytes for unit in units if unit.name not in tiers)
     streamed = sum(unit.memory_bytes for unit in units if unit.name in tiers and not unit.is_table)

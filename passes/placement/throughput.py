@@ -234,6 +234,6 @@ def block_text(plan: BlockPlan) -> str:
     )
     return (
         f"A block of {plan.block.batches} batches of {plan.block.rows} rows would generate "
-        f"{plan.tokens_per_second:,.1f} tokens per second ({shares}). Blocks are planned, not executed yet: the placement "
-        "is that of single steps."
+        f"{plan.tokens_per_second:,.1f} tokens per second ({shares}). Blocks are planned, not executed yet: the "
+        "placement is that of single steps."
     )

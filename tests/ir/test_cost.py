@@ -86,7 +86,8 @@ def test_packed_weights_are_as_many_bytes_as_in_the_file(tmp_path):
     }
     call = decode(program)
     read = call.bytes_by_constant()
-    assert linears and {name: read[name] for name in linears} == linears
+    assert linears
+    assert {name: read[name] for name in linears} == linears
     forms = {node.form for node in of_kind(call, "linear")}
     assert forms == {"int4"}
     weights = sum(node.elements for node in [*of_kind(call, "linear"), *of_kind(call, "head")])

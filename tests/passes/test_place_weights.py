@@ -320,7 +320,8 @@ def test_too_little_memory_names_what_is_missing_and_what_would_do():
     for what in ("process 1,000", "states", "activations", "weights that cannot be streamed", "buffers"):
         assert what in text
     assert f"Give host={needed} at least." in text
-    assert "kivi" in text and "quantize-weights" in text
+    assert "kivi" in text
+    assert "quantize-weights" in text
     # Each remedy works.
     context, batch = (int(re.search(rf"take {key}=(\d+)", text)[1]) for key in ("context", "batch"))
     for changed in ({"host": needed}, {"context": context}, {"batch": batch}):

@@ -12,7 +12,7 @@ import pytest
 from jettison.ir.cost import Workload
 from jettison.ir.roofline import Rates
 from jettison.passes.cache_kv import CacheKV
-from jettison.passes.placement.latency import DoesNotFit, Room, place, spread
+from jettison.passes.placement.latency import DoesNotFitError, Room, place, spread
 from jettison.passes.placement.memory import MOST_RING_BYTES, USUAL_RING_BYTES, Needs, needs_of, step_of, usual_ring
 from jettison.passes.placement.throughput import Block, best_block, block_text, solve_block
 from jettison.passes.placement.units import Unit, find_units
@@ -117,18 +117,18 @@ def test_rings_of_large_models_are_of_the_usual_size():
 
 def test_too_little_memory_says_how_much_would_do():
     units = [unit("a", 1000, slab=100), unit("b", 30)]
-    with pytest.raises(DoesNotFit) as caught:
+    with pytest.raises(DoesNotFitError) as caught:
         place(units, Needs(10, 20, 30, 40), Room(150))
     assert (caught.value.tier, caught.value.needed, caught.value.ring_bytes) == ("fast", 300, 200)
     # With that it fits, and with a byte less it does not.
     assert place(units, Needs(10, 20, 30, 40), Room(300)).ring_bytes >= 200
-    with pytest.raises(DoesNotFit):
+    with pytest.raises(DoesNotFitError):
         place(units, Needs(10, 20, 30, 40), Room(299))
 
 
 def test_a_full_disk_says_how_much_would_do():
     units = [unit("a", 1000, slab=100), unit("b", 500, slab=100)]
-    with pytest.raises(DoesNotFit) as caught:
+    with pytest.raises(DoesNotFitError) as caught:
         place(units, Needs(0, 0, 0, 0), Room(900, 0, 100))
     assert caught.value.tier == "disk"
     assert cost(units, place(units, Needs(0, 0, 0, 0), Room(900, 0, 1000)).tiers) == 8 * 1000
@@ -247,7 +247,8 @@ def test_the_best_block_of_a_program_fits_its_memory():
     small, large = (
         best_block(program, work, units, needs, Room(needs.total + room, 0), rates) for room in (90_000, 900_000)
     )
-    assert small is not None and large is not None
+    assert small is not None
+    assert large is not None
     assert large.block.all_rows > small.block.all_rows
     assert large.tokens_per_second > small.tokens_per_second
     assert large.block.all_rows * large.block.state_row * large.states[0] < needs.total + 900_000
