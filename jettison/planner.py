@@ -141,6 +141,11 @@ def plan(program: Program, target: str, wanted: Wanted, rates: Rates | None = No
         rates = machine_rates(**measuring)
         if target == "triton":
             rates, is_measured = gpu_rates(rates)
+    if wanted.context is not None and wanted.context > program.info.context:
+        raise OptionError(
+            f"[plan] context={wanted.context}: needs at most {program.info.context}, the positions that "
+            f"{program.info.name} has."
+        )
     placing = wanted.placing(target, rates)
     program.target = target
     notes: list[str] = []
