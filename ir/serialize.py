@@ -312,11 +312,11 @@ class _Reader:
             self.refuse(where, f"the keys {', '.join(value) or 'of an empty table'}", f"the keys {', '.join(keys)}")
         return value
 
-    def items(self, value: Any, kind: type, where: str) -> list[Any]:
+    def items(self, value: Any, kind: type, where: str, *, may_repeat: bool = False) -> list[Any]:
         """`value`, if it is a list of `kind`, without repetition where they are names."""
         if not isinstance(value, list) or not all(type(item) is kind for item in value):
             self.refuse(where, f"{type(value).__name__} {short(value)}", f"a list of {kind.__name__}")
-        if kind is str and len(set(value)) != len(value):
+        if kind is str and not may_repeat and len(set(value)) != len(value):
             self.refuse(where, f"the name {Counter(value).most_common(1)[0][0]!r} twice", "names that differ")
         return value
 
@@ -357,7 +357,8 @@ class _Reader:
             table = self.table(value, where)
             return {name: self._field(held, each, f"{where}: {short(name)}", names) for name, each in table.items()}
         if origin is dict:
-            return dict(zip(self.table(value, where), self.items([*value.values()], str, where), strict=True))
+            texts = self.items([*self.table(value, where).values()], str, where, may_repeat=True)
+            return dict(zip(value, texts, strict=True))
         found = _DTYPES.get(str(value)) if hint is torch.dtype else value
         if float in choices and isinstance(value, dict | int):
             found = self.argument(value, {}, where)
