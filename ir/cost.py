@@ -67,6 +67,14 @@ _VIEWS = {
     "unflatten", "flatten", "t", "detach", "getitem", "sym_size", "split", "chunk", "unbind",
 }  # fmt: skip
 
+# Library calls that operators come to, where they are more than one; counted in traces of decode steps on PyTorch.
+_CALLS: Mapping[Any, float] = {
+    aten.rms_norm.default: 6, aten.layer_norm.default: 2, ops.rotary_embedding: 9, ops.write_slots: 2,
+    ops.gated_activation: 2, ops.quantized_embedding: 12, ops.quantize_slots: 8, ops.dequantize_slots: 6,
+} | dict.fromkeys(_ATTENTIONS, 12)  # fmt: skip
+_CALLS_BY_BITS = {2: 14, 4: 5, 8: 14}  # of linears with packed weights
+_VIEW_CALLS = 0.5
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -105,6 +113,7 @@ class NodeCost:
         state_written: Bytes of states written.
         activation_bytes: Of other values, read and written.
         operations: Multiplications and additions, counted singly.
+        calls: Of a library, that it comes to.
     """
 
     name: str
@@ -118,6 +127,7 @@ class NodeCost:
     state_written: int = 0
     activation_bytes: int = 0
     operations: int = 0
+    calls: float = 1.0
 
     @property
     def weight_bytes(self) -> int:
@@ -132,7 +142,7 @@ class CallCost:
     Attributes:
         entry: Which.
         tokens: New tokens of all rows together.
-        nodes: Operators that do something, in order.
+        nodes: Operators, in order.
         peak_activation_bytes: Most bytes of values alive at once, states and constants apart; an estimate, since
             kernels have memory of their own.
     """
@@ -303,8 +313,11 @@ class _Reader:
         return name in _VIEWS or node.target is operator.getitem
 
     def costs(self, node: fx.Node) -> Iterator[NodeCost]:
-        """Nothing for what moves no bytes."""
+        """One for each operator; views move no bytes, and are called all the same."""
+        if node.target is operator.getitem:
+            return
         if self.is_view(node):
+            yield NodeCost(str(node.meta.get("where") or node.name), "other", calls=_VIEW_CALLS)
             return
         weights = self._weights(node)
         products = self._products(node)
@@ -313,7 +326,7 @@ class _Reader:
         yield NodeCost(
             self._name(node, weights), self._kind(node), form, self._rows(node), weights,
             frozenset(name for name in weights if name in lookups), elements, *self._state_bytes(node),
-            self._activations(node), self._elementwise(node) if products is None else products,
+            self._activations(node), self._elementwise(node) if products is None else products, _calls(node),
         )  # fmt: skip
 
     def _name(self, node: fx.Node, weights: Mapping[str, int]) -> str:
@@ -446,6 +459,12 @@ class _Reader:
             keys += self.shape(read[stored])[2] if stored in read else 0
         window = int(read.get("window") or 0)
         return 4 * batch * heads * steps * min(keys, window + steps - 1 if window else keys) * dim
+
+
+def _calls(node: fx.Node) -> float:
+    if is_call(node, ops.quantized_linear):
+        return _CALLS_BY_BITS.get(arguments(node)["bits"], 8)
+    return _CALLS.get(node.target, 1)
 
 
 def _is_linear(node: fx.Node) -> bool:

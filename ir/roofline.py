@@ -37,7 +37,7 @@ class Rates:
             those that no kernel reads as they are.
         disk: Bytes of direct reads from the file system of the artifact.
         copy: Bytes from host memory to the device; 0 where they are one.
-        call_seconds: That an operator takes to be called, whatever it does.
+        call_seconds: That a call of a library takes, whatever it does.
         process_bytes: Resident memory of a process that has imported the runtime and holds no model.
     """
 
@@ -109,7 +109,7 @@ def node_seconds(node: NodeCost, rates: Rates) -> dict[str, float]:
     """Seconds that an operator takes on each of its roofs; the longest is how long it takes."""
     moved = node.weight_bytes + node.state_read + node.state_written + node.activation_bytes
     product = node.operations / rates.product(node.form)
-    seconds = {"memory": moved / rates.read, "arithmetic": product, "calls": rates.call_seconds}
+    seconds = {"memory": moved / rates.read, "arithmetic": product, "calls": node.calls * rates.call_seconds}
     if not node.elements or node.kind == "embedding" or not rates.weights:
         return seconds
     if node.form in rates.weights and node.form in rates.products:

@@ -15,6 +15,7 @@ import mmap
 import os
 import platform
 import secrets
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -188,15 +189,23 @@ def _in_turn(call: Callable[[Any], object], operands: Iterable[Any]) -> Callable
 
 
 def call_seconds() -> float:
-    """That an operator on a few values takes."""
-    x, count = torch.ones(1, 1, 64), 500
+    """That a call on a few values takes, the mean of several kinds."""
+    few, halves = torch.ones(1, 1, 64), torch.ones(1, 1, 64, dtype=torch.bfloat16)
 
-    def calls() -> None:
-        for _ in range(count):
-            torch.add(x, x)
-            torch.rms_norm(x, [64], None, 1e-6)
+    def small_ones() -> None:
+        torch.add(few, few)
+        torch.mul(few, few)
+        torch.cat([few, few], -1)
+        few.to(torch.bfloat16)
+        torch.add(halves, halves)
+        few.mean(-1, keepdim=True)
 
-    return seconds_of(calls) / (2 * count)
+    times = []
+    for _ in range(50 * REPEATS):
+        started = time.perf_counter()
+        small_ones()
+        times.append(time.perf_counter() - started)
+    return max(statistics.median(times), 1e-7) / 6
 
 
 def process_bytes() -> int:
