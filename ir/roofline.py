@@ -1,9 +1,9 @@
 """How long the calls of `cost.py` take on a machine of known rates, with some of the weights streamed.
 
 An operator takes the longest of three times: to move its bytes, to do its arithmetic, and, where a kernel decodes
-weights, to decode them. A call is the sum of its operators. Streamed weights are read beside it, ahead through a ring
-of buffers and from one call to the next, so a phase takes the longer of computing and streaming, and what is computed
-of the last slab.
+weights, to decode them; and the time of its calls. A call of an entry is the sum of its operators. Streamed weights are
+read beside it, ahead through a ring of buffers and from one call to the next, so a phase takes the longer of computing
+and streaming, and what is computed of the last slab.
 
 Source: LLM-Viewer (arXiv 2402.16363); the third roof and overlapped reads are ours.
 """
@@ -55,9 +55,9 @@ class Rates:
 
     def product(self, form: str) -> float:
         """Operations of large products with weights in a form."""
-        if form in self.products:
-            return self.products[form]
-        return self.products.get("bfloat16", max(self.products.values()))
+        # Without kernels of its own for codes, a machine decodes them to what is fastest.
+        usual = "bfloat16" if form == "int4" or not self.weights else "float32"
+        return self.products.get(form) or self.products.get(usual) or max(self.products.values())
 
 
 # Of no machine in particular: where nothing was measured. A core or two and an NVMe disk; a GPU behind PCIe 4.
@@ -109,7 +109,7 @@ def node_seconds(node: NodeCost, rates: Rates) -> dict[str, float]:
     """Seconds that an operator takes on each of its roofs; the longest is how long it takes."""
     moved = node.weight_bytes + node.state_read + node.state_written + node.activation_bytes
     product = node.operations / rates.product(node.form)
-    seconds = {"memory": moved / rates.read, "arithmetic": product, "calls": node.calls * rates.call_seconds}
+    seconds = {"memory": moved / rates.read, "arithmetic": product}
     if not node.elements or node.kind == "embedding" or not rates.weights:
         return seconds
     if node.form in rates.weights and node.form in rates.products:
@@ -121,7 +121,7 @@ def node_seconds(node: NodeCost, rates: Rates) -> dict[str, float]:
     for_each, once = rows * node.elements / rate, _DECODED_ONCE * node.elements / rate
     return {
         "memory": seconds["memory"], "decoding": for_each if for_each <= once + product else once,
-        "arithmetic": 0.0 if for_each <= once + product else product, "calls": seconds["calls"],
+        "arithmetic": 0.0 if for_each <= once + product else product,
     }  # fmt: skip
 
 
@@ -145,9 +145,11 @@ def predict(calls: Sequence[CallCost], rates: Rates, placement: Placement | None
             roof = max(seconds, key=lambda name: seconds[name])
             # What is decoded once is multiplied afterwards.
             spent = seconds["arithmetic"] + seconds["decoding"] if "decoding" in seconds else seconds[roof]
-            spent = max(spent, seconds["memory"], seconds["calls"])
-            kinds[node.kind] += spent
+            spent = max(spent, seconds["memory"])
+            calling = node.calls * rates.call_seconds
+            kinds[node.kind] += spent + calling
             roofs[roof] += spent
+            roofs["calls"] += calling
         tiers = streamed_bytes(call, placement)
         disk += tiers["disk"] / rates.disk
         copy += (tiers["host"] + tiers["disk"]) / rates.copy if rates.copy else 0.0

@@ -62,6 +62,9 @@ def test_codes_take_as_long_as_their_kernel_for_a_row_and_are_decoded_once_for_m
     assert few == pytest.approx(4 * one["decoding"])
     # Sixteen times decoding, and the product.
     assert many == pytest.approx(16 * one["decoding"] + 2 * 4000 * 1e6 / 2e12)
+    # What kernels of eight bits decode is multiplied in fp32.
+    bytes_ = replace(RATES, weights={**RATES.weights, "int8": 4e9})
+    assert seconds(linear(4000, form="int8", itemsize=1), bytes_) == pytest.approx(4e-3 + 2 * 4000 * 1e6 / 1e12)
 
 
 def test_weights_that_no_kernel_reads_are_decoded():

@@ -139,7 +139,7 @@ def test_a_returned_state_is_fine():
 
 def test_a_placement_of_whole_weights_is_fine():
     sound = program()
-    sound.placement = Placement({name: "disk" for name in sound.used_constants()})
+    sound.placement = Placement(dict.fromkeys(sound.used_constants(), "disk"))
     verify(sound)
 
 

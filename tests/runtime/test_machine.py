@@ -116,7 +116,7 @@ def test_without_a_cache_to_write_to_it_is_measured_each_time(
 
 def test_a_folder_in_memory_is_refused(quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_mount", lambda folder: ("/dev/shm", "tmpfs"))
-    with pytest.raises(UnsupportedError, match="found tmpfs, a file system in memory; needed one on a disk.*TMPDIR"):
+    with pytest.raises(UnsupportedError, match=r"found tmpfs, a file system in memory; needed one on a disk.*TMPDIR"):
         machine_rates(tmp_path)
     assert quick == []
 
@@ -149,15 +149,15 @@ def test_reads_without_direct_ones_are_buffered(
     assert machine.disk_rate(tmp_path) > 0
 
 
-def test_the_fastest_call_counts() -> None:
-    times = iter([0.0, 0.02, 0.0, 0.05])
+def test_the_median_counts_and_the_first_call_does_not() -> None:
+    times = iter([0.2, 0.01, 0.0, 0.1])
 
     def wait() -> None:
         import time
 
         time.sleep(next(times))
 
-    assert seconds_of(wait, 3) < 0.02
+    assert 0.01 <= seconds_of(wait, 3) < 0.1
 
 
 def test_a_process_takes_memory_before_it_holds_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
