@@ -4,8 +4,8 @@
 
 Random models in two shapes (a small one, and Llama-3.2-1B with fewer layers) are optimised in bf16, in fp32, and with
 4- and 8-bit weights; `jettison plan` predicts each with the machine's rates, measured at the start of this run, and
-then it is run. Measured figures are medians over the rounds, which go through all models in turn. `error` is predicted over
-measured, less one; `worst_error` is the largest of decode steps, without its sign.
+then it is run. Measured figures are medians over the rounds, which go through all models in turn. `error` is predicted
+over measured, less one; `worst_error` is the largest of decode steps, without its sign.
 Writes benchmarks/results/plan_error.json.
 """
 
