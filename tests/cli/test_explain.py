@@ -128,7 +128,7 @@ def test_where_8_bits_would_be_smaller_is_told(run, tmp_path):
 
 
 def test_what_is_streamed_is_said_by_layer(run, small_model, tmp_path):
-    limit = "place-weights{host=1170KB,reserve=600KB,context=64,prompt=16}"
+    limit = "place-weights{host=1175KB,reserve=600KB,context=64,prompt=16}"
     placed = optimized(small_model, tmp_path / "placed", "--target", "torch", "--passes", limit)
     document = explained(run, placed)
     tiers = {weight["name"]: weight["tier"] for layer in document["layers"] for weight in layer["weights"]}
