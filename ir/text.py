@@ -147,6 +147,8 @@ def program_text(program: Program, *, by_identity: bool = False) -> str:
             f"storage {name}: of {storage.retention} {storage.count} tokens={storage.tokens} keep={storage.keep} "
             f"residual={storage.residual} takes={'dropped' if storage.takes_dropped else 'oldest'}"
         )
+    tiers = {} if program.placement is None else program.placement.tiers
+    lines += [f"stream @{name}: {tier}" for name, tier in sorted(tiers.items())]
     namer = _Namer()
     for name, entry in program.entries.items():
         lines += _entry_lines(name, entry, namer)

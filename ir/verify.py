@@ -116,6 +116,22 @@ def _retentions_have_entries(program: Program) -> Failure | None:
     return None
 
 
+def _placement_known(program: Program) -> Failure | None:
+    placement = program.placement
+    if placement is None or not program.entries:
+        return None
+    name, entry = next(iter(program.entries.items()))
+    used = program.used_constants()
+    strange = [each for each in placement.tiers if each not in used]
+    strange += [each for each in placement.states if each not in program.states]
+    if strange:
+        return name, output_node(entry), f"is placed with {strange[0]}, which no entry reads"
+    for dense, packed in program.packed.items():
+        if len({placement.of(part) for part in packed.parts.values() if part in used}) > 1:
+            return name, output_node(entry), f"is placed with parts of {dense} on several tiers"
+    return None
+
+
 INVARIANTS: tuple[tuple[str, Predicate], ...] = (
     ("graphs hold only calls of functions", _only_calls),
     ("values are defined before use", _defined_before_use),
@@ -125,6 +141,7 @@ INVARIANTS: tuple[tuple[str, Predicate], ...] = (
     ("constants exist with the type the graph sees", _constants_known),
     ("every state taken is returned", _states_returned),
     ("states that tokens leave have the entries that move them", _retentions_have_entries),
+    ("a placement names what the program reads, weights as wholes", _placement_known),
 )
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jettison.passes.cluster_neurons import ClusterNeurons
     from jettison.passes.factorize_linear import FactorizeLinear
     from jettison.passes.merge_qkv_projections import MergeQkvProjections
+    from jettison.passes.place_weights import PlaceWeights
     from jettison.passes.policies import Full, Window
     from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
     from jettison.passes.quantize_weights import QuantizeWeights
@@ -42,6 +43,7 @@ __all__ = [
     "Full",
     "MergeQkvProjections",
     "OptimizedModel",
+    "PlaceWeights",
     "PredictMlpSparsity",
     "QuantizeWeights",
     "Report",
@@ -59,6 +61,7 @@ _HOMES = {
     "Full": "jettison.passes.policies",
     "MergeQkvProjections": "jettison.passes.merge_qkv_projections",
     "OptimizedModel": "jettison.optimized_model",
+    "PlaceWeights": "jettison.passes.place_weights",
     "PredictMlpSparsity": "jettison.passes.predict_mlp_sparsity",
     "QuantizeWeights": "jettison.passes.quantize_weights",
     "Report": "jettison.report",

@@ -28,6 +28,7 @@ from jettison.passes.grammar import format_pipeline, parse_pipeline
 from jettison.passes.methods import METHODS, Method
 from jettison.passes.options import build, lookup, to_spec
 from jettison.passes.pipeline import apply, prepare
+from jettison.passes.place_weights import PlaceWeights
 from jettison.passes.policies import POLICIES, Policy
 from jettison.passes.predictors import PREDICTORS, Predictor
 from jettison.passes.pruners import PRUNERS, Pruner
@@ -72,9 +73,13 @@ def pipeline_text(passes: Sequence[Pass]) -> str:
 
 
 def with_cache(passes: Sequence[Pass], program: Program) -> list[Pass]:
-    """The passes, with `cache-kv{policy=full}` appended for a decoder without a cache."""
+    """The passes, with `cache-kv{policy=full}` behind them (before `place-weights`) for a decoder without a cache."""
     needs_cache = program.info.kind == "decoder" and not any(isinstance(pass_, CacheKV) for pass_ in passes)
-    return [*passes, CacheKV()] if needs_cache else list(passes)
+    if not needs_cache:
+        return list(passes)
+    # What is placed is what runs: placing comes last.
+    last = next((index for index, pass_ in enumerate(passes) if isinstance(pass_, PlaceWeights)), len(passes))
+    return [*passes[:last], CacheKV(), *passes[last:]]
 
 
 def optimize(

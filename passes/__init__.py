@@ -12,6 +12,7 @@ from jettison.passes.factorize_linear import FactorizeLinear
 from jettison.passes.fold_constants import FoldConstants
 from jettison.passes.fuse_low_rank import FuseLowRank
 from jettison.passes.merge_qkv_projections import MergeQkvProjections
+from jettison.passes.place_weights import PlaceWeights
 from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
 from jettison.passes.prune_weights import PruneWeights
 from jettison.passes.quantize_weights import QuantizeWeights
@@ -37,6 +38,7 @@ PASSES: tuple[type[Pass], ...] = (
     FoldConstants,
     FuseLowRank,
     MergeQkvProjections,
+    PlaceWeights,
     PredictMlpSparsity,
     PruneWeights,
     QuantizeWeights,
@@ -58,6 +60,7 @@ USER_PASSES: tuple[type[Pass], ...] = (
     FactorizeLinear,
     FuseLowRank,
     MergeQkvProjections,
+    PlaceWeights,
     PredictMlpSparsity,
     PruneWeights,
     QuantizeWeights,

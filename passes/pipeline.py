@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from jettison.ir.errors import PassError
+from jettison.ir.errors import OptionError, PassError
 from jettison.ir.match import arguments, is_call
 from jettison.ir.ops import attention
 from jettison.ir.program import PassRecord, Program
@@ -14,6 +14,7 @@ from jettison.passes.canonicalize_linear import CanonicalizeLinear
 from jettison.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from jettison.passes.eliminate_no_ops import EliminateNoOps
 from jettison.passes.fold_constants import FoldConstants
+from jettison.passes.place_weights import PlaceWeights
 from jettison.passes.raise_attention import RaiseAttention
 from jettison.passes.raise_gated_mlp import RaiseGatedMlp
 from jettison.passes.raise_rms_norm import RaiseRmsNorm
@@ -95,9 +96,17 @@ def apply(
 
     Returns:
         One record per pass.
+
+    Raises:
+        OptionError: A pass stands behind `place-weights`.
     """
     records = []
     for pass_ in passes:
+        if program.placement is not None and type(pass_) is not PlaceWeights:
+            raise OptionError(
+                f"[{pass_.name}] behind place-weights: it may replace weights that have their place already. Put "
+                "place-weights last."
+            )
         record = pass_.run(program, strict=strict)
         canonicalize(program)
         if after_each is not None:

@@ -55,10 +55,24 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     if fired:
         terminal.table(("fired", "at"), fired)
         terminal.line()
-    columns = ("layer", "weights", "weight bytes", "KV policy", "state bytes per token", "state bytes fixed")
-    terminal.table(columns, [_layer_row(layer) for layer in document["layers"]])
+    columns: tuple[str, ...] = (
+        "layer",
+        "weights",
+        "weight bytes",
+        "KV policy",
+        "state bytes per token",
+        "state bytes fixed",
+    )
+    rows = [_layer_row(layer) for layer in document["layers"]]
+    is_placed = document["streamed_bytes"] > 0
+    if is_placed:
+        columns = (*columns, "streamed bytes")
+        rows = [[*row, layer["streamed_bytes"]] for row, layer in zip(rows, document["layers"], strict=True)]
+    terminal.table(columns, rows)
     terminal.line()
     terminal.line(f"weights    {size_text(document['weight_bytes'])}")
+    if is_placed:
+        terminal.line(f"streamed   {size_text(document['streamed_bytes'])} of them are not kept in memory")
     terminal.line(
         f"states     {size_text(document['state_bytes_per_token'])} per token and "
         f"{size_text(document['state_bytes_fixed'])} per sequence"
@@ -112,6 +126,7 @@ def _document(artifact: Artifact) -> dict[str, Any]:
         "not_recognised": report["not_recognised"],
         "layers": layers,
         "weight_bytes": manifest["weight_bytes"],
+        "streamed_bytes": sum(layer["streamed_bytes"] for layer in layers),
         **_state_bytes(states, manifest),
         "run_by_torch": manifest.get("run_by_torch", {}),
         "decode_limit": _decode_limit(manifest["target"], {weight.format for weight in graph.weights}),
@@ -139,6 +154,7 @@ def _layer(
             "format": weight.format,
             "shape": list(weight.shape),
             "bytes": weight.bytes,
+            "tier": weight.tier,
         }
         for weight in weights
     ]
@@ -146,6 +162,7 @@ def _layer(
         "layer": number,
         "weights": listed,
         "weight_bytes": sum(weight["bytes"] for weight in listed),
+        "streamed_bytes": sum(weight["bytes"] for weight in listed if weight["tier"] is not None),
         "kv_policy": policies.of(number) if states else None,
         **_state_bytes(states, manifest),
     }

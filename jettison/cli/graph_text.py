@@ -9,11 +9,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 _CONSTANT = re.compile(r"constant @(\S+): (\w+)\[([\d,]*)\](?: stored (\w+))?")
 _PACKED = re.compile(r"packed @(\S+): (.+)\[([\d,]*)\]$")
+_STREAM = re.compile(r"stream @(\S+): (\w+)$")
 _ENTRY = re.compile(r"entry (\w+)\(")
 _CALL = re.compile(r"  %\d+: .*? = ([\w.]+)\(")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -28,12 +29,14 @@ class Weight:
         format: The dtype it is held in, or the text of a weight format.
         shape: Of the dense weight.
         bytes: Of all its parts.
+        tier: Where it is read from for each token, `host` or `disk`; None where it stays in memory.
     """
 
     name: str
     format: str
     shape: tuple[int, ...]
     bytes: int
+    tier: str | None = None
 
     @property
     def layer(self) -> int | None:
@@ -106,6 +109,7 @@ def read_graph(text: str, target: str) -> GraphText:
     graph = GraphText()
     constants: dict[str, Weight] = {}
     packed: dict[str, tuple[str, tuple[int, ...]]] = {}
+    tiers: dict[str, str] = {}
     entry: Counter[str] = Counter()
     for line in text.splitlines():
         if found := _CALL.match(line):
@@ -116,9 +120,11 @@ def read_graph(text: str, target: str) -> GraphText:
             constants[name] = Weight(name, held, shape, int(math.prod(shape) * dtype_bytes(held)))
         elif found := _PACKED.match(line):
             packed[found[1]] = found[2], _sizes(found[3])
+        elif found := _STREAM.match(line):
+            tiers[found[1]] = found[2]
         elif found := _ENTRY.match(line):
             entry = graph.entries.setdefault(found[1], Counter())
-    graph.weights = _joined(constants, packed)
+    graph.weights = _joined(constants, packed, tiers)
     return graph
 
 
@@ -126,11 +132,15 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split(",") if size)
 
 
-def _joined(constants: dict[str, Weight], packed: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Weight]:
+def _joined(
+    constants: dict[str, Weight], packed: Mapping[str, tuple[str, tuple[int, ...]]], tiers: Mapping[str, str]
+) -> list[Weight]:
     """Weights, the parts of a packed one added up."""
     weights = []
     for name, (weight_format, shape) in packed.items():
         parts = [part for part in constants if part.rpartition(".")[0] == name]
         count = sum(constants.pop(part).bytes for part in parts)
-        weights.append(Weight(name, weight_format, shape, count))
-    return sorted([*weights, *constants.values()], key=lambda weight: weight.name)
+        tier = next((tiers[part] for part in parts if part in tiers), None)
+        weights.append(Weight(name, weight_format, shape, count, tier))
+    dense = [replace(weight, tier=tiers.get(weight.name)) for weight in constants.values()]
+    return sorted([*weights, *dense], key=lambda weight: weight.name)

@@ -12,7 +12,7 @@ from typing import NoReturn
 from jettison.ir.errors import OptionError
 
 # In the order of `--help`; each is the module of its name.
-COMMANDS = ("demo", "optimize", "generate", "eval", "bench", "diff", "explain", "passes", "inspect", "verify",
+COMMANDS = ("demo", "optimize", "generate", "eval", "bench", "diff", "explain", "passes", "inspect", "verify", "plan",
             "prepare")  # fmt: skip
 _DESCRIPTION = "A pass compiler that fits language models into the memory you have."
 _EPILOG = """\

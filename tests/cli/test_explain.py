@@ -7,13 +7,16 @@ import json
 import pytest
 
 from jettison.cli.explain import _decode_limit
+from tests.cli.running import optimized
 from tests.conftest import TINY_LLAMA
 
 KEYS = {
     "artifact", "pipeline", "passes", "not_recognised", "layers", "weight_bytes", "state_bytes_per_token",
-    "state_bytes_fixed", "decode_limit", "run_by_torch",
+    "state_bytes_fixed", "decode_limit", "run_by_torch", "streamed_bytes",
 }  # fmt: skip
-LAYER_KEYS = {"layer", "weights", "weight_bytes", "kv_policy", "state_bytes_per_token", "state_bytes_fixed"}
+LAYER_KEYS = {
+    "layer", "weights", "weight_bytes", "streamed_bytes", "kv_policy", "state_bytes_per_token", "state_bytes_fixed",
+}  # fmt: skip
 
 
 def explained(run, artifact):
@@ -123,3 +126,21 @@ def test_where_8_bits_would_be_smaller_is_told(run, tmp_path):
         assert (note in run("explain", out).out) is is_told
         (record,) = [each for each in explained(run, out)["passes"] if each["name"] == "factorize-linear"]
         assert [note in each for each in record["notes"]] == ([True] if is_told else [])
+
+
+def test_what_is_streamed_is_said_by_layer(run, small_model, tmp_path):
+    limit = "place-weights{host=1175KB,reserve=600KB,context=64,prompt=16}"
+    placed = optimized(small_model, tmp_path / "placed", "--target", "torch", "--passes", limit)
+    document = explained(run, placed)
+    tiers = {weight["name"]: weight["tier"] for layer in document["layers"] for weight in layer["weights"]}
+    assert tiers["model.layers.0.input_layernorm.weight"] is None
+    assert set(tiers.values()) == {None, "disk"}
+    streamed = [w for layer in document["layers"] for w in layer["weights"] if w["tier"]]
+    assert document["streamed_bytes"] == sum(weight["bytes"] for weight in streamed)
+    assert f"streamed   {document['streamed_bytes']:,} bytes" in run("explain", placed).out
+    assert "are on the disk" in run("explain", placed).out
+
+
+def test_nothing_is_said_about_streaming_where_nothing_is(run, torch_artifact):
+    assert explained(run, torch_artifact)["streamed_bytes"] == 0
+    assert "streamed" not in run("explain", torch_artifact).out

@@ -26,6 +26,7 @@ from jettison.ir.capture import capture
 from jettison.ir.constants import Constant, scratch_tensor
 from jettison.ir.errors import ArtifactError, UnsupportedError, VerifyError
 from jettison.ir.huggingface import open_checkpoint, source_from_model
+from jettison.ir.placement import Placement
 from jettison.ir.program import MissRecord, PassRecord, Program, input_placeholders
 from jettison.ir.safetensors_file import ALIGNMENT, DTYPES, read_constants, write_constants
 from jettison.ir.serialize import load_program, save_program
@@ -139,6 +140,34 @@ def test_saving_a_loaded_program_gives_the_same_bytes(name: str, tmp_path: Path)
     (tmp_path / "again").mkdir()
     again = saved(load_program(*files), tmp_path / "again")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in files]
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement(),
+        Placement({"embed": "disk", "mlp": "disk"}, {"host": 1 << 30}, 1 << 26),
+        Placement({"mlp": "host"}, {"device": 5, "host": 6, "disk": 7}, 1, {"past_key_values.0.key": "host"}),
+    ],
+)
+def test_a_placement_is_saved_and_loaded(placement: Placement, tmp_path: Path) -> None:
+    program = built("full").copy()
+    tiers = {name: tier for part, tier in placement.tiers.items() for name in program.used_constants() if part in name}
+    assert len(tiers) >= len(placement.tiers)
+    placement = dataclasses.replace(placement, tiers=tiers)
+    program.placement = placement
+    loaded = load_program(*saved(program, tmp_path))
+    assert loaded.placement == placement
+    assert str(loaded) == str(program)
+    assert str(loaded).count("\nstream @") == len(tiers)
+    without = load_program(*saved(program, tmp_path), metadata=False)
+    assert without.placement == placement
+
+
+def test_a_program_without_a_placement_says_nothing_of_it(tmp_path: Path) -> None:
+    files = saved(built("full"), tmp_path)
+    assert "placement" not in json.loads(files[0].read_text())
+    assert load_program(*files).placement is None
 
 
 def test_how_long_passes_took_does_not_change_the_file(tmp_path: Path) -> None:
@@ -419,6 +448,10 @@ def _add_input(name: str) -> Callable[[Json], None]:
     return _forward("inputs", name, {"dtype": "int64", "shape": [2]})
 
 
+def _place(**fields: Any) -> Callable[[Json], None]:
+    return _set("placement", {"tiers": {}, "limits": {}, "ring_bytes": 0, "states": {}, **fields})
+
+
 NESTED: Any = "%input_ids"
 for _ in range(20):
     NESTED = [NESTED]
@@ -451,6 +484,18 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "state shape": (_set("states", "s", {"name": "s", "shape": ["x"], "dtype": "int8"}), "the size 'x'"),
     "state name": (_set("states", "s", {"name": "t", "shape": [], "dtype": "int8"}), "the name 's'"),
     "state not declared": (_forward("states", "s", ["s0"]), "a state of the program"),
+    "placement": (_set("placement", []), "placement: found list .*needed a table"),
+    "placement of a constant that is none": (_place(tiers={"x": "disk"}), "the name 'x'; needed constants, states"),
+    "placement on a tier that is none": (_place(tiers={"embed.weight": "tape"}), "the name 'tape'"),
+    "placement of a state that is none": (_place(states={"s": "disk"}), "the name 's'"),
+    "limit of a tier that is none": (_place(limits={"tape": 1}), "the name 'tape'"),
+    "limit below zero": (_place(limits={"host": -1}), "placement: found a negative size"),
+    "limit that is no number": (_place(limits={"host": "1GB"}), "limits: 'host': found '1GB'; needed int"),
+    "limit that is a bool": (_place(limits={"host": True}), "limits: 'host': found True; needed int"),
+    "ring below zero": (_place(ring_bytes=-4096), "placement: found a negative size"),
+    "ring that is no number": (_place(ring_bytes=1.5), "ring_bytes: found 1.5; needed int"),
+    "tier that is no text": (_place(tiers={"embed.weight": 1}), "a list of str"),
+    "a key of a placement too many": (_place(x=1), "placement: found the keys"),
     "entry name": (_set("entries", "x y", {}), "a name of small letters"),
     "entry": (_set("entries", "forward", []), "forward: found list .*needed a table"),
     "symbol range": (_set("symbols", "s1", {"min": 9, "max": 3, "hint": 5}), "2 <= min <= hint <= max"),

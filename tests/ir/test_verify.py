@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from jettison.ir.constants import Constant
+from jettison.ir.constants import Constant, Packed
 from jettison.ir.edit import Edit
 from jettison.ir.errors import VerifyError
+from jettison.ir.placement import Placement
 from jettison.ir.program import Program, Retention, State, output_node, placeholders
 from jettison.ir.verify import INVARIANTS, verify
 from tests.helpers import export_body
 
 aten = torch.ops.aten
+PLACED = "a placement names what the program reads, weights as wholes"
 
 
 def program() -> Program:
@@ -89,6 +91,21 @@ def drop_without_an_entry(broken: Program) -> None:
     broken.retentions["evict"] = Retention("evict", "slot_mask", 8, None, (0,))
 
 
+def place_what_nothing_reads(broken: Program) -> None:
+    broken.constants["other"] = Constant("other", torch.zeros(8))
+    broken.placement = Placement({"other": "disk"})
+
+
+def place_a_state_that_is_none(broken: Program) -> None:
+    broken.placement = Placement(states={"slots": "host"})
+
+
+def tear_a_weight_apart(broken: Program) -> None:
+    scale, embed = (next(name for name in broken.constants if part in name) for part in ("body", "embed"))
+    broken.packed["both"] = Packed("int4", (8, 8), {"codes": embed, "scales": scale})
+    broken.placement = Placement({embed: "disk"})
+
+
 BREAKAGES = {
     "call_a_module": (call_a_module, "graphs hold only calls of functions"),
     "use_before_definition": (use_before_definition, "values are defined before use"),
@@ -104,6 +121,9 @@ BREAKAGES = {
     "state_of_another_rank": (lambda p: take_a_state(p, "other_rank"), "every state taken is returned"),
     "unknown_state": (take_an_unknown_state, "every state taken is returned"),
     "drop_without_an_entry": (drop_without_an_entry, "states that tokens leave have the entries that move them"),
+    "place_what_nothing_reads": (place_what_nothing_reads, PLACED),
+    "place_a_state_that_is_none": (place_a_state_that_is_none, PLACED),
+    "tear_a_weight_apart": (tear_a_weight_apart, PLACED),
 }
 
 
@@ -114,6 +134,12 @@ def test_a_captured_program_holds_every_invariant():
 def test_a_returned_state_is_fine():
     sound = program()
     take_a_state(sound, "same")
+    verify(sound)
+
+
+def test_a_placement_of_whole_weights_is_fine():
+    sound = program()
+    sound.placement = Placement(dict.fromkeys(sound.used_constants(), "disk"))
     verify(sound)
 
 

@@ -20,8 +20,8 @@ INFRASTRUCTURE = {
     "requirements", "residual_stream", "whitening",
 }  # fmt: skip
 VERBS = ("allocate", "annotate", "approximate", "cache", "canonicalize", "cluster", "eliminate", "factorize", "fold",
-         "fuse", "lower", "merge", "plan", "predict", "prune", "quantize", "raise", "select", "sparsify", "split",
-         "strip")  # fmt: skip
+         "fuse", "lower", "merge", "place", "plan", "predict", "prune", "quantize", "raise", "select", "sparsify",
+         "split", "strip")  # fmt: skip
 
 
 def pass_modules():
