@@ -94,7 +94,8 @@ class WeightStream:
     """
 
     def __init__(self, file: SegmentFile, order: Sequence[int], ring_bytes: int) -> None:
-        largest = max((file.segments[number].padded for number in order), default=mmap.PAGESIZE)
+        # Tables whose rows are looked up need no ring.
+        largest = max((file.segments[number].padded for number in order), default=0)
         if ring_bytes < largest:
             raise OptionError(
                 f"[placement] ring_bytes={ring_bytes:,}: needed at least {largest:,}, one segment of {file.shown}, and "

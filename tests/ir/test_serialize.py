@@ -494,7 +494,7 @@ BAD: dict[str, tuple[Callable[[Json], None], str]] = {
     "limit that is a bool": (_place(limits={"host": True}), "limits: 'host': found True; needed int"),
     "ring below zero": (_place(ring_bytes=-4096), "placement: found a negative size"),
     "ring that is no number": (_place(ring_bytes=1.5), "ring_bytes: found 1.5; needed int"),
-    "tier that is no text": (_place(tiers={"embed.weight": 1}), "a list of str"),
+    "tier that is no text": (_place(tiers={"embed.weight": 1}), "needed str"),
     "a key of a placement too many": (_place(x=1), "placement: found the keys"),
     "entry name": (_set("entries", "x y", {}), "a name of small letters"),
     "entry": (_set("entries", "forward", []), "forward: found list .*needed a table"),
