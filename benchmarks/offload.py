@@ -1,20 +1,21 @@
 """Weights that do not fit: streamed from disk on the torch target, beside accelerate's disk offload and AirLLM.
 
-    python benchmarks/offload.py [--model HF_FOLDER] [--limits 1200 700] [--accelerate PYTHON] [--airllm PYTHON]
-        [--passes "" "quantize-weights{bits=4,group=128}"] [--rounds 5] [--new 8]
+    python benchmarks/offload.py [--model HF_FOLDER] [--only bf16 int4 bitmap] [--accelerate PYTHON] [--airllm PYTHON]
+        [--rounds 5] [--new 8]
 
 Without --model, a random model of the shape of Llama-3.2-1B is made (2.47 GB in bf16). Each contender runs in a process
 of its own and decodes in turn; the page cache of its files is dropped before every token, outside of what is timed.
 Peers have no limit, and each runs in a virtual environment of its own (`pip install accelerate transformers torch`,
-and `airllm>=3`). jettison has `--limits`, in megabytes of resident memory, all of the process counted: what is left
-beside the interpreter, the ring and the states holds weights, spread evenly over the order in which they are read.
+and `airllm>=3`). jettison has those of `PIPELINES`, in megabytes of resident memory, all of the process counted; what
+is pinned is what `place-weights` chose for them, with the rates of this machine (`jettison plan`), and what was
+predicted stands beside what was measured.
 
 `seconds_per_token` are medians over the rounds of medians over the tokens. `read_gb_per_s` is what the stream reached
 while it read, `direct_gb_per_s` what as many threads reach that only read the same file past the page cache, in the
-same round (fio's sequential read), `bandwidth_share` their ratio. `overlap` is the time in which reading and
-computing went on at once, over the shorter of the two. `rss_peak_bytes` and `anon_peak_bytes` are sampled every 10 ms
-over loading and all steps. `same_tokens` says that greedy tokens are those of the artifact with all weights in
-memory. Writes benchmarks/results/offload.json.
+same round, by turns before and after (fio's sequential read), `bandwidth_share` their ratio. `overlap` is the time in
+which reading and computing went on at once, over the shorter of the two. `rss_peak_bytes` and `anon_peak_bytes` are
+sampled every 10 ms over loading and all steps. `same_tokens` says that greedy tokens are those of the artifact with
+all weights in memory. Writes benchmarks/results/offload.json.
 """
 
 from __future__ import annotations
@@ -28,63 +29,35 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from cpu_decode import Contender
 from random_models import make_llama
 from record import environment, write
 
 import jettison
 from jettison.api import parse_passes
-from jettison.ir.placement import Placement
-from jettison.ir.program import MissRecord, Program
-from jettison.passes.base import Pass
+from jettison.ir.roofline import Rates
 from jettison.passes.cache_kv import CacheKV
-from jettison.runtime.streamed_reads import streamed_reads
+from jettison.planner import Wanted, open_program, plan
+from jettison.runtime.machine import machine_rates
 from jettison.runtime.weight_store import SEGMENT_BYTES
 from jettison.runtime.weight_stream import READERS
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "models" / "tiny-llama"
-# Of the interpreter with its libraries, scratch memory of kernels and states: what a process takes beside weights.
-BASE_BYTES = 330 << 20
-RING_BYTES = 48 << 20
-
-
-@dataclass(frozen=True)
-class PinWithin(Pass):
-    """Pin as many weights as fit a number of bytes, spread evenly over a step, and stream the others.
-
-    Attributes:
-        limit: Resident bytes.
-    """
-
-    name: ClassVar[str] = "pin-within"
-    limit: int
-
-    def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
-        """Write the placement; no graph changes."""
-        matrices = {name for name, constant in program.used_constants().items() if len(constant.shape) > 1}
-        reads = _streamable(program, matrices)
-        sizes = [sum(program.constants[name].stored_bytes for name in read) for read in reads]
-        share = max(0, self.limit - BASE_BYTES - RING_BYTES) / sum(sizes)
-        tiers, due, pinned = {}, 0.0, 0
-        for read, size in zip(reads, sizes, strict=True):
-            due += share * size
-            if pinned + size <= due + SEGMENT_BYTES:
-                pinned += size
-            else:
-                tiers |= dict.fromkeys(read, "disk")
-        program.placement = Placement(tiers, limits={"device": self.limit}, ring_bytes=RING_BYTES)
-        return 0, []
-
-
-def _streamable(program: Program, names: set[str]) -> list[tuple[str, ...]]:
-    """Constants of each weight in the order of a step."""
-    trial = program.copy()
-    trial.placement = Placement(dict.fromkeys(names, "disk"))
-    return [read.constants for read in streamed_reads(trial)]
+INT4 = "quantize-weights{bits=4,group=128}"
+# Passes, and limits in megabytes.
+PIPELINES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "bf16": ("", (1200, 700)),
+    "int4": (INT4, (500,)),
+    "bitmap": (
+        "prune-weights{method=magnitude},quantize-weights{format=bitmap{of=int4,group=128},skip='embed'}," + INT4,
+        (500,),
+    ),
+}
 
 
 class Sampler(Contender):
@@ -142,30 +115,52 @@ def direct_gb_per_s(path: Path, threads: int) -> float:
     return size * SEGMENT_BYTES / (time.perf_counter() - started) / 1e9
 
 
-def make_artifacts(model: Path, pipelines: list[str], limits: list[int], scratch: Path) -> dict[str, Path]:
-    """An artifact with all weights in memory, and one for each limit, of every pipeline."""
-    made = {}
-    for number, text in enumerate(pipelines):
+def make_artifacts(
+    model: Path, names: list[str], scratch: Path, wanted: Wanted, rates: Rates
+) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    """An artifact with all weights in memory, and one for each limit, of every pipeline; and the plan of each."""
+    made: dict[str, Path] = {}
+    planned: dict[str, dict[str, Any]] = {}
+    for pipeline in names:
+        text, limits = PIPELINES[pipeline]
         for limit in (0, *limits):
-            passes: list[Pass] = [*parse_passes(text), CacheKV()]
+            name, passes = f"{pipeline} {limit} MB" if limit else pipeline, [*parse_passes(text), CacheKV()]
             if limit:
-                passes.append(PinWithin(limit * 1_000_000))
-            name = f"{text or 'bf16'}{f' {limit} MB' if limit else ''}"
-            out = scratch / f"artifact{number}-{limit}"
+                program, _ = open_program(model, text, "torch", "bfloat16")
+                found = plan(program, "torch", replace(wanted, host=limit * 1_000_000), rates)
+                planned[name] = {
+                    "predicted_ms_per_token": round(found["predicted_ms_per_token"], 1),
+                    "bound_by": found["bound_by"],
+                    "pinned_bytes": found["placement"]["pinned"]["bytes"],
+                    "ring_bytes": found["placement"]["ring_bytes"],
+                }
+                del program
+                passes += parse_passes(found["placement"]["pass"])
+                print(name, planned[name], flush=True)
             optimized = jettison.optimize(model, passes, target="torch", dtype="bfloat16")
-            made[name] = optimized.save_pretrained(out)
-    return made
+            made[name] = optimized.save_pretrained(scratch / name.replace(" ", "-"))
+    return made, planned
 
 
-def measure(contenders: list[Sampler], stores: dict[str, Path], prompt: int, new: int, rounds: int) -> dict[str, Any]:
+def measure(
+    contenders: list[Sampler],
+    stores: dict[str, Path],
+    planned: dict[str, dict[str, Any]],
+    prompt: int,
+    new: int,
+    rounds: int,
+) -> dict[str, Any]:
     """Medians by contender; the first round warms up."""
     answers: dict[str, list[dict[str, Any]]] = {each.name: [] for each in contenders}
     direct: dict[str, list[float]] = {name: [] for name in stores}
     for number in range(1 + rounds):
         for each in contenders:
-            if each.name in stores:
-                direct[each.name].append(direct_gb_per_s(stores[each.name], READERS))
-            answers[each.name].append(each.ask(1, prompt, new))
+            # Whoever reads first warms what caches the disk beneath this machine.
+            for is_direct in (True, False) if number % 2 else (False, True):
+                if not is_direct:
+                    answers[each.name].append(each.ask(1, prompt, new))
+                elif each.name in stores:
+                    direct[each.name].append(direct_gb_per_s(stores[each.name], READERS))
             print(number, each.name, statistics.median(answers[each.name][-1]["step_seconds"]), flush=True)
     figures: dict[str, Any] = {}
     for each in contenders:
@@ -180,6 +175,10 @@ def measure(contenders: list[Sampler], stores: dict[str, Path], prompt: int, new
             "rss_peak_bytes": each.peaks["VmRSS"],
             "anon_peak_bytes": each.peaks["RssAnon"],
         }
+        if each.name in planned:
+            predicted = planned[each.name]["predicted_ms_per_token"] / 1e3
+            error = round(predicted / statistics.median(seconds) - 1, 3)
+            figures[each.name] |= {**planned[each.name], "prediction_error": error}
         if each.name in stores:
             stream = {
                 key: round(statistics.median(answer[key] for answer in counted), 4)
@@ -202,8 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--layers", type=int, default=16, help="of the random model")
-    parser.add_argument("--limits", type=int, nargs="+", default=[1200, 700])
-    parser.add_argument("--passes", nargs="+", default=["", "quantize-weights{bits=4,group=128}"])
+    parser.add_argument("--only", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     parser.add_argument("--accelerate", metavar="PYTHON")
     parser.add_argument("--airllm", metavar="PYTHON")
     parser.add_argument("--threads", type=int, default=2)
@@ -219,8 +217,11 @@ def main() -> None:
             make_llama(model, arguments.layers)
             for name in ("tokenizer.json", "tokenizer_config.json"):  # AirLLM opens no folder without
                 shutil.copy(TOKENIZER / name, model)
-        artifacts = make_artifacts(model, arguments.passes, arguments.limits, scratch)
         threads = arguments.threads
+        torch.set_num_threads(threads)
+        rates = machine_rates(scratch, remeasure=True)
+        wanted = Wanted(context=arguments.prompt + arguments.new + 8, prompt=arguments.prompt)
+        artifacts, planned = make_artifacts(model, arguments.only, scratch, wanted, rates)
         contenders = [
             Sampler(name, sys.executable, "run_streamed.py", str(path), threads) for name, path in artifacts.items()
         ]
@@ -229,11 +230,11 @@ def main() -> None:
                 contenders.append(Sampler(name, python, f"run_{name}.py", str(model), threads))
         stores = {name: path / "weights.stream" for name, path in artifacts.items()}
         stores = {name: path for name, path in stores.items() if path.exists()}
-        figures = measure(contenders, stores, arguments.prompt, arguments.new, arguments.rounds)
+        figures = measure(contenders, stores, planned, arguments.prompt, arguments.new, arguments.rounds)
         for each in contenders:
             each.close()
     settings = {"threads": threads, "prompt": arguments.prompt, "new_tokens": arguments.new}
-    print(write("offload", {**settings, "readers": READERS, "ring_bytes": RING_BYTES, **figures}, before))
+    print(write("offload", {**settings, "readers": READERS, "rates": rates.as_dict(), **figures}, before))
 
 
 if __name__ == "__main__":

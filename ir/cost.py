@@ -389,6 +389,8 @@ class _Reader:
         if not weights:
             return "", 0
         read = arguments(node)
+        if is_call(node, ops.bitmap_linear):
+            return "bitmap", self.shape(read["bitmap"])[0] * int(read["in_features"])
         if "codes" in read or "up_codes" in read or "gate_up_codes" in read:
             bits = next((int(read[key]) for key in ("bits", "up_bits", "gate_up_bits") if key in read), 8)
             stacks = {constant_name(operand) for key, operand in read.items() if key.endswith("codes")}

@@ -33,8 +33,8 @@ class Rates:
     Attributes:
         read: Bytes of the memory that products read from.
         products: Operations of large products, by dtype.
-        weights: Weights that a product with one row reads, by their form: a dtype, `int4`, `int8` or `decoded` for
-            those that no kernel reads as they are.
+        weights: Weights that a product with one row reads, by their form: a dtype, `int4`, `int8`, `bitmap` (zeros
+            included), or `decoded` for those that no kernel reads as they are.
         disk: Bytes of direct reads from the file system of the artifact.
         copy: Bytes from host memory to the device; 0 where they are one.
         call_seconds: That a call of a library takes, whatever it does.
@@ -56,14 +56,14 @@ class Rates:
     def product(self, form: str) -> float:
         """Operations of large products with weights in a form."""
         # Without kernels of its own for codes, a machine decodes them to what is fastest.
-        usual = "bfloat16" if form == "int4" or not self.weights else "float32"
+        usual = "bfloat16" if form in ("int4", "bitmap") or not self.weights else "float32"
         return self.products.get(form) or self.products.get(usual) or max(self.products.values())
 
 
 # Of no machine in particular: where nothing was measured. A core or two and an NVMe disk; a GPU behind PCIe 4.
 TYPICAL_CPU = Rates(
     2e10, {"float32": 1e11, "bfloat16": 2e11}, {"float32": 5e9, "bfloat16": 1e10, "int4": 2e10, "int8": 2e10,
-    "decoded": 1e9},
+    "bitmap": 1e10, "decoded": 1e9},
 )  # fmt: skip
 TYPICAL_GPU = Rates(
     1.5e12, {"float32": 1.5e13, "bfloat16": 2e14, "float16": 2e14}, disk=3e9, copy=2e10, process_bytes=1 << 30,

@@ -32,7 +32,9 @@ from jettison.ir import ops
 from jettison.ir.errors import UnsupportedError
 from jettison.ir.roofline import TYPICAL_CPU, TYPICAL_GPU, Rates
 from jettison.runtime.artifact import library_versions
+from jettison.runtime.bitmap_weight import BitmapWeight, pack_bitmap
 from jettison.runtime.cache_folder import cache_folder
+from jettison.runtime.dense_linear import run_dense_linear
 from jettison.runtime.packed_linear import pack_weight
 
 # What is read must not fit the last cache of a processor.
@@ -152,7 +154,7 @@ def product_rate(dtype: torch.dtype) -> float:
     """Operations of a large product in a second."""
     rows, columns, outputs = PRODUCT_SHAPE
     x, weight = torch.ones(rows, columns, dtype=dtype), torch.ones(outputs, columns, dtype=dtype)
-    return 2 * rows * columns * outputs / seconds_of(lambda: F.linear(x, weight))
+    return 2 * rows * columns * outputs / seconds_of(lambda: run_dense_linear(x, weight))
 
 
 def weight_rates() -> dict[str, float]:
@@ -162,7 +164,7 @@ def weight_rates() -> dict[str, float]:
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
         weights, x = torch.ones(WEIGHTS, rows, columns, dtype=dtype), torch.ones(1, columns, dtype=dtype)
-        call = _in_turn(functools.partial(F.linear, x), weights)
+        call = _in_turn(functools.partial(run_dense_linear, x), weights)
         found[name] = WEIGHTS * rows * columns / seconds_of(call)
     for bits in (4, 8):
         codes, scales = _codes(rows, columns, bits)
@@ -171,6 +173,11 @@ def weight_rates() -> dict[str, float]:
         if packed:
             call = _in_turn(lambda linear: linear(torch.ones(1, WEIGHT_SHAPE[1]), None), [w.linear for w in packed])
             found[f"int{bits}"] = len(packed) * rows * columns / seconds_of(call)
+    pruned = [_pruned(rows, columns) for _ in range(WEIGHTS)]
+    bitmaps = [weight for weight in pruned if weight is not None]
+    if bitmaps:
+        call = _in_turn(lambda linear: linear(torch.ones(1, WEIGHT_SHAPE[1]), None), [w.linear for w in bitmaps])
+        found["bitmap"] = len(bitmaps) * rows * columns / seconds_of(call)
     rows, columns = DECODED_SHAPE
     codes, scales = _codes(rows, columns, 3)
     x = torch.ones(1, columns)
@@ -182,6 +189,14 @@ def weight_rates() -> dict[str, float]:
 
 def _codes(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(rows, columns // 128, 16 * bits, dtype=torch.uint8), torch.ones(rows, columns // 128)
+
+
+def _pruned(rows: int, columns: int) -> BitmapWeight | None:
+    """Every second weight, in 4 bits."""
+    bitmap = torch.full((rows, columns // 8), 0x55, dtype=torch.uint8)
+    starts = torch.arange(0, rows + 1, 64) * (columns // 4)
+    values = torch.zeros(rows * columns // 4, dtype=torch.uint8)
+    return pack_bitmap(bitmap, starts, values, torch.ones(rows, columns // 128, dtype=torch.bfloat16), 4, 128, columns)
 
 
 def _in_turn(call: Callable[[Any], object], operands: Iterable[Any]) -> Callable[[], object]:

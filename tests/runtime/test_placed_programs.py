@@ -65,4 +65,4 @@ def test_what_is_placed_can_be_streamed(family, passes):
         assert torch.equal(found, expected)
     # Where no kernel holds the weights, they are in memory.
     assert (executor.stream is None) == (not program.placement.tiers)
-    assert bool(program.placement.tiers) == ("nf4" not in passes)
+    assert bool(program.placement.tiers) == ("nf4" not in passes and "bits=3" not in passes)
