@@ -24,6 +24,7 @@ import onnx_ir
 from torch import Tensor
 
 from jettison.codegen.onnx.external_data import DTYPES, SMALLEST_EXTERNAL_BYTES, ExternalDataWriter
+from jettison.codegen.onnx.split_products import Streamed, split_products
 from jettison.ir.constants import Constant
 from jettison.ir.errors import CodegenError, UnsupportedError
 from jettison.ir.placement import Placement
@@ -98,14 +99,14 @@ class SegmentWriter(ExternalDataWriter):
             if placement.of(name) == "disk"
             for block in constant.blocks
         )
-        self._waiting: dict[str, tuple[tuple[int, ...], Constant]] = {}
-        self._files: dict[tuple[type[Constant], int | str], tuple[str, int, int]] = {}
+        self._waiting: dict[str, Streamed] = {}
+        self._files: dict[tuple[type[Constant], int], tuple[str, int]] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...], constant: Constant) -> onnx_ir.TensorProtocol:
         """See `ExternalDataWriter.tensor`; a streamed one says where it lies when the graph is saved."""
         if constant.nbytes < SMALLEST_EXTERNAL_BYTES or not any(map(self._streamed.has, constant.blocks)):
             return super().tensor(name, shape, constant)
-        self._waiting[name] = (shape, constant)
+        self._waiting[name] = Streamed(constant, 0, constant.nbytes)
         return onnx_ir.ExternalTensor(
             _UNDECIDED, 0, constant.nbytes, DTYPES[constant.dtype], shape=onnx_ir.Shape(shape), name=name,
             base_dir=str(self.path.parent),
@@ -117,7 +118,8 @@ class SegmentWriter(ExternalDataWriter):
         if not streamed:
             return super().save(model, path)
         proto = onnx_ir.to_proto(model)
-        nodes, constants = _describe(proto, {name: constant.nbytes for name, (_, constant) in streamed.items()})
+        split_products(proto.graph, streamed, self._ring_bytes // 2, _bytes_of)
+        nodes, constants = _describe(proto, streamed)
         self._check(nodes)
         types = _types(proto)
         segments = []
@@ -143,26 +145,26 @@ class SegmentWriter(ExternalDataWriter):
             if needed > self._ring_bytes:
                 raise UnsupportedError(
                     f"[onnx] {next(iter(node.streamed))}: ONNX Runtime reads a weight as a whole, here {needed:,} "
-                    f"bytes, and the ring has {self._ring_bytes:,}. Give it at least that many, pin the weight, or use "
-                    'target="torch", which reads weights in slabs.'
+                    f"bytes, and the ring has {self._ring_bytes:,}. Give it at least that many, or pin the weight."
                 )
 
-    def _store(self, model: onnx.ModelProto, file: Path, streamed: dict[str, tuple[tuple[int, ...], Constant]]) -> None:
+    def _store(self, model: onnx.ModelProto, file: Path, streamed: dict[str, Streamed]) -> None:
         """Write what no segment before this one wrote, and tell every streamed initializer where it lies."""
         data = file.with_name(f"{file.name}.data")
-        mine = [each for each in model.graph.initializer if each.name in streamed and _location(each) == _UNDECIDED]
-        keys = {each.name: _key(streamed[each.name][1]) for each in mine}
-        if any(key not in self._files for key in keys.values()):
+        mine = [each for each in model.graph.initializer if each.name in streamed]
+        new = {_key(streamed[each.name].constant): streamed[each.name].constant for each in mine}
+        new = {key: constant for key, constant in new.items() if key not in self._files}
+        if new:
             with ExternalDataWriter(data, self._on_bytes) as writer:
-                for name, key in keys.items():
-                    if key not in self._files:
-                        offset, length = writer.append(streamed[name][1])
-                        self._files[key] = (data.name, offset, length)
+                for key, constant in new.items():
+                    self._files[key] = (data.name, writer.append(constant)[0])
         for each in mine:
-            location, offset, length = self._files[keys[each.name]]
+            part = streamed[each.name]
+            location, offset = self._files[_key(part.constant)]
             del each.external_data[:]
-            for name, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-                each.external_data.add(key=name, value=value)
+            where = {"location": location, "offset": offset + part.offset, "length": part.length}
+            for name, value in where.items():
+                each.external_data.add(key=name, value=str(value))
 
 
 def writer_for(program: Program, folder: Path, on_bytes: Callable[[int], None] | None = None) -> ExternalDataWriter:
@@ -191,15 +193,15 @@ class _Addresses:
         return place >= 0 and tensor.data_ptr() < self._spans[place][1]
 
 
-def _key(constant: Constant) -> tuple[type[Constant], int | str]:
+def _key(constant: Constant) -> tuple[type[Constant], int]:
     return type(constant), constant.serial
 
 
-def _location(tensor: onnx.TensorProto) -> str | None:
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+def _bytes_of(node: onnx.NodeProto, stored: int) -> float:
+    return stored * _PACKED.get(node.op_type, 1.0)
 
 
-def _describe(proto: onnx.ModelProto, sizes: dict[str, int]) -> tuple[list[_Node], dict[str, onnx.NodeProto]]:
+def _describe(proto: onnx.ModelProto, streamed: dict[str, Streamed]) -> tuple[list[_Node], dict[str, onnx.NodeProto]]:
     """Nodes in order, and those that are constants, which each segment that reads one has a copy of."""
     nodes, constants = [], {}
     for each in proto.graph.node:
@@ -207,11 +209,10 @@ def _describe(proto: onnx.ModelProto, sizes: dict[str, int]) -> tuple[list[_Node
             constants[each.output[0]] = each
             continue
         node = _Node(each, _names_read(each), {name for name in each.output if name})
-        node.is_gather = each.op_type in GATHERS and bool(node.reads & sizes.keys())
+        node.is_gather = each.op_type in GATHERS and bool(node.reads & streamed.keys())
         if not node.is_gather:
-            node.streamed = {
-                name: sizes[name] * _PACKED.get(each.op_type, 1.0) for name in sorted(node.reads & sizes.keys())
-            }
+            read = sorted(node.reads & streamed.keys())
+            node.streamed = {name: _bytes_of(each, streamed[name].length) for name in read}
         nodes.append(node)
     return nodes, constants
 
