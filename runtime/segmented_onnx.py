@@ -20,7 +20,7 @@ from jettison.codegen.onnx.segments import GATHERS, PINNED_FILE, Segment
 from jettison.ir.errors import ArtifactError, OptionError
 from jettison.ir.program import ModelInfo, Retention, State, Storage
 from jettison.runtime.executor import CPU, EntrySignature
-from jettison.runtime.mapped_weights import MappedFile, Piece
+from jettison.runtime.mapped_weights import WRITE_AGAIN, MappedFile, Piece, added
 from jettison.runtime.onnx_executor import (
     NUMPY_DTYPES,
     OnnxExecutor,
@@ -32,6 +32,8 @@ from jettison.runtime.onnx_executor import (
 )
 from jettison.runtime.prepared import KnownFile
 from jettison.runtime.read_ahead import ReadAhead, ReadStatistics
+
+_PREPARE_AGAIN = "Run `jettison prepare` on the artifact: it writes its packed weights again."
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class _OpenSegment:
         segment: Which.
         path: Of the graph to load, its own or the prepared one.
         known: Every file of weights that it may map, by path.
+        read: Those of them whose contents were checked; what it checks is added.
         threads: See `SegmentedOnnxExecutor`.
-        files: Files of weights that are open, by path; those that it maps are added.
 
     Attributes:
         pieces: What is read before it runs, in order.
@@ -73,43 +75,53 @@ class _OpenSegment:
     """
 
     def __init__(
-        self, chain: OnnxChain, segment: Segment, path: Path, known: Mapping[Path, KnownFile], threads: int | None
+        self,
+        chain: OnnxChain,
+        segment: Segment,
+        path: Path,
+        known: Mapping[Path, KnownFile],
+        read: set[Path],
+        threads: int | None,
     ) -> None:
         import onnxruntime
 
-        self.segment, self.path = segment, path
+        self.segment, self.path, own = segment, path, chain.folder / segment.file
         self.inputs, self.outputs = segment.inputs, segment.outputs
         self.over: tuple[str, ...] = ()
         options = session_options(threads, allow_spinning=False)
         # Every session would keep what its largest run needed.
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        if path.parent != chain.folder:  # optimised when it was prepared
+        if path != own:  # optimised when it was prepared
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         elif segment.is_streamed:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        ranges = _streamed_ranges(chain.folder / segment.file, path) if segment.is_streamed else {}
-        self._files = {}
+        ranges = _streamed_ranges(own, path) if segment.is_streamed else {}
+        self._files: list[MappedFile] = []
         for each in ranges:
             if each not in known:
                 raise ArtifactError(f"[onnx] {path}: names weights in {each.name}, which is not part of the artifact.")
-            file = self._files[each] = MappedFile(each, known[each].size)
-            file.check_contents(known[each].sha256)
+            self._files.append(MappedFile(each, known[each].size, WRITE_AGAIN if path == own else _PREPARE_AGAIN))
+            if each not in read:
+                self._files[-1].check_contents(known[each].sha256)
+                read.add(each)
+        # Another session may have mapped a part of the same file: a table, and slabs of it.
+        before = [file.mappings() for file in self._files]
         self.session = open_session(path, options)
         self.pieces: list[Piece] = []
         self.on_demand: list[Piece] = []
-        for each, (whole, some) in ranges.items():
-            file = self._files[each]
+        for file, old in zip(self._files, before, strict=True):
             file.owner = self.session
-            self.pieces += file.pieces(whole)
-            self.on_demand += file.pieces(some)
+            mapped, (whole, some) = added(old, file.mappings()), ranges[file.path]
+            self.pieces += file.pieces(whole, mapped)
+            self.on_demand += file.pieces(some, mapped)
         for piece in (*self.pieces, *self.on_demand):
             piece.drop()
-        for file in self._files.values():
+        for file in self._files:
             file.forget(0, 0)
 
     def check(self) -> None:
         """Raise ArtifactError if a file that it maps has changed."""
-        for file in self._files.values():
+        for file in self._files:
             file.check()
 
 
@@ -200,10 +212,12 @@ class SegmentedOnnxExecutor:
         self._whole = OnnxExecutor(graphs, info, states, weight_bytes, threads=threads, allow_spinning=False)
         self.entries = dict(self._whole.entries)
         self._chains: dict[str, tuple[OnnxChain, list[_OpenSegment], list[list[Piece]]]] = {}
+        read: set[Path] = set()
         for chain in chains:
+            paths = [prepared.get(each.file, chain.folder / each.file) for each in chain.segments]
             opened = [
-                _OpenSegment(chain, segment, prepared.get(segment.file, chain.folder / segment.file), files, threads)
-                for segment in chain.segments
+                _OpenSegment(chain, segment, path, files, read, threads)
+                for segment, path in zip(chain.segments, paths, strict=True)
             ]
             _note_last_readers(opened, chain)
             pieces = [each.pieces for each in opened]

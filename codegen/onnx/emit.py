@@ -23,7 +23,7 @@ from jettison.codegen.onnx.lowered_graph import LoweredGraph
 from jettison.codegen.onnx.lowerings import require_kernels
 from jettison.codegen.onnx.packed_projections import pack_projections
 from jettison.codegen.onnx.routed_experts import spell_out_experts
-from jettison.codegen.onnx.segments import Segment, writer_for
+from jettison.codegen.onnx.segments import Segment, SegmentWriter, writer_for
 from jettison.codegen.onnx.sparse_mlp import cut_into_slabs, is_group_mixture
 from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
@@ -368,6 +368,11 @@ def emit_program(
     """
     require_kernels(program)
     writer = writer_for(program, folder, on_bytes)
+    if prefill == "fast" and isinstance(writer, SegmentWriter):
+        raise UnsupportedError(
+            '[onnx] prefill="fast" keeps a second copy of the weights in memory, and these are to be read from disk. '
+            'Use prefill="exact", or pin all weights.'
+        )
     program = pack_projections(cut_into_slabs(spell_out_experts(program)))
     entries = [name for name in program.entries if name not in program.state_entries]
     is_one_graph = len(entries) == 1 or (len(entries) == 2 and _same_graph(*map(program.entries.get, entries)))
