@@ -20,7 +20,7 @@ from jettison.codegen.onnx.segments import GATHERS, PINNED_FILE, Segment
 from jettison.ir.errors import ArtifactError, OptionError
 from jettison.ir.program import ModelInfo, Retention, State, Storage
 from jettison.runtime.executor import CPU, EntrySignature
-from jettison.runtime.mapped_weights import WRITE_AGAIN, MappedFile, Piece, added
+from jettison.runtime.mapped_weights import WRITE_AGAIN, MappedFile, Piece, added, trim_heap
 from jettison.runtime.onnx_executor import (
     NUMPY_DTYPES,
     OnnxExecutor,
@@ -118,6 +118,8 @@ class _OpenSegment:
             piece.drop()
         for file in self._files:
             file.forget(0, 0)
+        # ONNX Runtime has packed every weight once more, to compare.
+        trim_heap()
 
     def check(self) -> None:
         """Raise ArtifactError if a file that it maps has changed."""
