@@ -26,7 +26,7 @@ class ReadStatistics:
 
     Attributes:
         bytes_read: Of weights that were read ahead.
-        read_seconds: That the reading thread spent reading.
+        read_seconds: During which the reading thread had something to read or to drop.
         waited_seconds: That the computing thread waited for it.
         most_bytes: That were in memory at once.
     """
@@ -161,12 +161,15 @@ class _Ring:
     def read(self) -> None:
         """What the thread does until it is stopped."""
         asked: deque[tuple[int, int, Piece]] = deque()
+        started = time.perf_counter()
         while True:
             with self._changed:
+                self._statistics.read_seconds += time.perf_counter() - started
                 while not (self._is_stopped or self._over or asked or self._next() is not None):
                     self._changed.wait()
                 if self._is_stopped:
                     return
+                started = time.perf_counter()
                 over, self._over = self._over, []
             for piece in over:
                 piece.drop()
@@ -206,14 +209,12 @@ class _Ring:
         return new
 
     def _read(self, begun: int, number: int, piece: Piece) -> None:
-        started = time.perf_counter()
         error: BaseException | None = None
         try:
             piece.read()
         except BaseException as raised:
             error = raised  # for the thread that waits
         with self._changed:
-            self._statistics.read_seconds += time.perf_counter() - started
             if begun == self._restarts and error is None:
                 self._statistics.bytes_read += piece.length
                 self._missing[number] -= 1
