@@ -72,6 +72,11 @@ class _Node:
     streamed: dict[str, float] = field(default_factory=dict)
     is_gather: bool = False
 
+    @property
+    def is_unpreparable(self) -> bool:
+        """Whether it may not be in a segment with weights that stream."""
+        return self.proto.op_type == _UNPREPARABLE
+
 
 class SegmentWriter(ExternalDataWriter):
     """Keeps streamed constants out of the weight file until the graph that reads them is cut.
@@ -120,7 +125,7 @@ class SegmentWriter(ExternalDataWriter):
         proto = onnx_ir.to_proto(model)
         split_products(proto.graph, streamed, self._ring_bytes // 2, _bytes_of)
         nodes, constants = _describe(proto, streamed)
-        self._check(nodes)
+        self._check(nodes, {each.name for each in proto.graph.initializer} | constants.keys())
         types = _types(proto)
         segments = []
         for index, (start, stop) in enumerate(_cuts(nodes, self._ring_bytes // 2)):
@@ -134,9 +139,14 @@ class SegmentWriter(ExternalDataWriter):
             segments.append(Segment(file.name, tuple(given), tuple(returned), is_streamed, is_packed))
         return segments
 
-    def _check(self, nodes: Sequence[_Node]) -> None:
+    def _check(self, nodes: Sequence[_Node], known: set[str]) -> None:
         for node in nodes:
-            if node.proto.op_type == _UNPREPARABLE and node.streamed:
+            if node.streamed and node.reads <= known:
+                raise UnsupportedError(
+                    f"[onnx] {next(iter(node.streamed))}: ONNX Runtime decodes this format when it loads a model, into "
+                    'memory, and the weight is to be read from disk. Pin it, or use target="torch" or another format.'
+                )
+            if node.is_unpreparable and node.streamed:
                 raise UnsupportedError(
                     f"[onnx] {next(iter(node.streamed))}: ONNX Runtime can hold quantised experts ({_UNPREPARABLE}) in "
                     'memory only, and this weight is to be read from disk. Pin it, or use target="torch".'
@@ -238,27 +248,32 @@ def _cuts(nodes: Sequence[_Node], most_bytes: int) -> list[tuple[int, int]]:
     crossing = _crossing(nodes)
     runs, start = [], 0
     while start < len(nodes):
-        held: dict[str, float] = {}
-        places: list[tuple[int, float]] = []
-        for index in range(start, len(nodes)):
-            node = nodes[index]
-            wanted = {**held, **node.streamed}
-            if held and sum(wanted.values()) > most_bytes:
-                break
-            held = wanted
-            places.append((index + 1, sum(held.values())))
-            if node.is_gather and node.proto.op_type == "GatherBlockQuantized":
-                break  # packed weights in this segment would have the table copied to where they are
-        else:
-            runs.append((start, len(nodes)))
-            break
-        full = places[-1][1]
-        stop = places[-1][0]
-        if not nodes[stop - 1].is_gather:
+        places = _places(nodes, start, most_bytes)
+        stop, full = places[-1]
+        is_free = stop < len(nodes) and not nodes[stop - 1].is_gather
+        if is_free and not any(node.is_unpreparable for node in nodes[start:stop]):
             stop = min((place for place in places if place[1] >= full / 2), key=lambda p: (crossing[p[0]], -p[0]))[0]
         runs.append((start, stop))
         start = stop
     return runs
+
+
+def _places(nodes: Sequence[_Node], start: int, most_bytes: int) -> list[tuple[int, float]]:
+    """Where a run may end, and the streamed bytes that it then has."""
+    held: dict[str, float] = {}
+    places: list[tuple[int, float]] = []
+    is_held = False
+    for index in range(start, len(nodes)):
+        node = nodes[index]
+        wanted = {**held, **node.streamed}
+        streams = bool(node.streamed) or node.is_gather
+        if (held and (sum(wanted.values()) > most_bytes or node.is_unpreparable)) or (is_held and streams):
+            break
+        held, is_held = wanted, is_held or node.is_unpreparable
+        places.append((index + 1, sum(held.values())))
+        if node.is_gather and node.proto.op_type == "GatherBlockQuantized":
+            break  # packed weights in this segment would have the table copied to where they are
+    return places
 
 
 def _crossing(nodes: Sequence[_Node]) -> list[int]:

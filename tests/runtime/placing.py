@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,17 @@ from jettison.ir.placement import Placement
 from jettison.ir.program import Program
 
 
-def on_disk(ring_bytes: int, *, share: float = 1.0, seed: int = 0, smallest: int = 4097) -> Callable[..., None]:
+def on_disk(
+    ring_bytes: int, *, share: float = 1.0, seed: int = 0, smallest: int = 4097, pinned: str = "^$"
+) -> Callable[..., None]:
     """For `after_each` of `optimize`: a random share of the weights that are not small is on disk.
 
-    Parts of a packed weight are on one tier.
+    Args:
+        ring_bytes: Of the placement.
+        share: Of the weights.
+        seed: Of the choice.
+        smallest: Bytes of the largest part of a weight that is taken; the parts are on one tier.
+        pinned: Regular expression of names that are left in memory.
     """
 
     def place(_pass: Any, _record: Any, program: Program) -> None:
@@ -22,7 +30,11 @@ def on_disk(ring_bytes: int, *, share: float = 1.0, seed: int = 0, smallest: int
         sizes: dict[str, int] = {}
         for name, constant in program.used_constants().items():
             sizes[whole.get(name, name)] = max(sizes.get(whole.get(name, name), 0), constant.nbytes)
-        taken = {name for name, size in sizes.items() if size >= smallest and chosen.random() < share}
+        taken = {
+            name
+            for name, size in sizes.items()
+            if size >= smallest and chosen.random() < share and not re.search(pinned, name)
+        }
         tiers = {name: "disk" for name in program.used_constants() if whole.get(name, name) in taken}
         program.placement = Placement(tiers, ring_bytes=ring_bytes)
 
