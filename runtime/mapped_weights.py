@@ -219,10 +219,3 @@ def _madvise(address: int, length: int, advice: int) -> int:
     ctypes.set_errno(0)
     failed = library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(advice))
     return ctypes.get_errno() if failed else 0
-
-
-def trim_heap() -> None:
-    """Give back what the allocator keeps of memory that was freed: packed weights leave a lot of it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-    if trim is not None:
-        trim(0)

@@ -7,6 +7,7 @@ segment runs (`read_ahead.py`), and what has run is dropped, so that streamed we
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from jettison.codegen.onnx.segments import GATHERS, PINNED_FILE, Segment
+from jettison.ir.allocator import give_back
 from jettison.ir.errors import ArtifactError, OptionError
 from jettison.ir.program import ModelInfo, Retention, State, Storage
 from jettison.runtime.executor import CPU, EntrySignature
-from jettison.runtime.mapped_weights import WRITE_AGAIN, MappedFile, Piece, added, trim_heap
+from jettison.runtime.mapped_weights import WRITE_AGAIN, MappedFile, Piece, added
 from jettison.runtime.onnx_executor import (
     NUMPY_DTYPES,
     OnnxExecutor,
@@ -119,7 +121,7 @@ class _OpenSegment:
         for file in self._files:
             file.forget(0, 0)
         # ONNX Runtime has packed every weight once more, to compare.
-        trim_heap()
+        give_back()
 
     def check(self) -> None:
         """Raise ArtifactError if a file that it maps has changed."""
@@ -231,6 +233,7 @@ class SegmentedOnnxExecutor:
         ]
         self.ring_bytes = max([ring_bytes, *sizes])
         self._reader = ReadAhead(self.ring_bytes)
+        self._turn = threading.Lock()
 
     @property
     def statistics(self) -> ReadStatistics:
@@ -238,7 +241,7 @@ class SegmentedOnnxExecutor:
         return self._reader.statistics
 
     def close(self) -> None:
-        """End the thread that reads; nothing can be run afterwards."""
+        """End the thread that reads. What runs afterwards waits for every page that it touches."""
         self._reader.close()
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,6 +250,10 @@ class SegmentedOnnxExecutor:
             if entry not in self.entries:
                 raise OptionError(f"[onnx] no entry {entry!r}: this artifact has {', '.join(self.entries)}.")
             return self._whole.run(entry, inputs, states)
+        with self._turn:  # the weights of one step at a time
+            return self._run(entry, inputs, states)
+
+    def _run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         chain, opened, pieces = self._chains[entry]
         # Tensors are bound by address: kept until the step is over.
         values: dict[str, Any] = {name: inputs[name].contiguous() for name in chain.inputs}

@@ -135,7 +135,8 @@ class SegmentWriter(ExternalDataWriter):
             onnx.save(made, str(file))
             given, returned = ([value.name for value in part] for part in (made.graph.input, made.graph.output))
             is_streamed = any(each.name in streamed for each in made.graph.initializer)
-            is_packed = any(node.proto.op_type in _PACKED for node in nodes[start:stop])
+            # Names of operators stand in a file as they are, also in functions; weights are in another.
+            is_packed = any(name.encode() in made.SerializeToString() for name in _PACKED)
             segments.append(Segment(file.name, tuple(given), tuple(returned), is_streamed, is_packed))
         return segments
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ import torch
 import jettison
 from jettison.artifact_files import _onnx_executor
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
+from jettison.runtime import mapped_weights
 from jettison.runtime.artifact import Artifact
 from jettison.runtime.executor import Executor
 from jettison.runtime.mapped_weights import MappedFile, Mapping, added
@@ -272,15 +275,52 @@ def test_damaged_packed_weights_are_found(two_layers, tmp_path):
     assert jettison.load(tmp_path / "out", threads=1).generate(PROMPT, max_new_tokens=3) == tokens
 
 
-def test_what_cannot_be_read_is_an_error_and_no_signal(chain, monkeypatch):
+@pytest.mark.parametrize("is_old", [False, True])
+def test_what_cannot_be_read_is_an_error_and_no_signal(is_old, tmp_path, monkeypatch):
     """The file is cut off between the check of its size and the reading."""
-    model = jettison.load(chain, threads=1)
-    model.generate(PROMPT, max_new_tokens=1)
+    path = tmp_path / "weights.data"
+    path.write_bytes(bytes(range(256)) * 4096)
+    file = MappedFile(path, 1 << 20)
+    with path.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    (piece,) = file.pieces([(0, 1 << 20)], file.mappings())
+    if is_old:
+        monkeypatch.setattr(mapped_weights, "_madvise", lambda *_: errno.EINVAL)
+    piece.request()
+    piece.read()
+    assert mapped[257] == 1
     monkeypatch.setattr(MappedFile, "check", lambda self: None)
-    for path in segment_files(chain):
-        os.truncate(path, 0)
-    with pytest.raises(ArtifactError, match="cannot be read: the disk failed, or the file has been cut off"):
-        model.generate(PROMPT, max_new_tokens=1)
+    os.truncate(path, 4096)
+    with pytest.raises(ArtifactError, match="ends at 4,096" if is_old else "the disk failed, or the file has been cut"):
+        piece.read()
+
+
+def test_an_older_kernel_reads_through_a_buffer(chain, monkeypatch):
+    model = jettison.load(chain, threads=1)
+    tokens = model.generate(PROMPT, max_new_tokens=3)
+    real, refused = mapped_weights._madvise, []
+
+    def madvise(address: int, length: int, advice: int) -> int:
+        if advice == mapped_weights._POPULATE_READ:
+            refused.append(length)
+            return errno.EINVAL
+        return real(address, length, advice)
+
+    monkeypatch.setattr(mapped_weights, "_madvise", madvise)
+    model = jettison.load(chain, threads=1)
+    assert model.generate(PROMPT, max_new_tokens=3) == tokens
+    assert refused
+
+
+def test_two_threads_take_turns(chain):
+    model = jettison.load(chain, threads=1)
+    expected, found = model.generate(PROMPT, max_new_tokens=8), []
+    both = [threading.Thread(target=lambda: found.append(model.generate(PROMPT, max_new_tokens=8))) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert found == [expected, expected]
 
 
 def test_after_an_error_within_a_step_the_next_one_runs(chain):
