@@ -13,6 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from jettison.ir.allocator import give_back
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
 from jettison.ir.program import ModelInfo, Retention, State, Storage
 from jettison.runtime.executor import CPU, EntrySignature
@@ -105,6 +106,8 @@ class OnnxExecutor:
             for entry in graph.entries:
                 self._sessions[entry] = (session, graph)
                 self.entries[entry] = EntrySignature(graph.inputs, tuple(graph.states), graph.outputs)
+        if self.is_prepared:  # ONNX Runtime has packed every weight once more, to compare
+            give_back()
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Executor.run`."""

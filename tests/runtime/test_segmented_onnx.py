@@ -189,25 +189,24 @@ print(status("RssAnon") - before, most, executor.statistics.most_bytes)
 """
 
 
-@pytest.mark.parametrize("passes", ["", INT4])
-def test_memory_stays_below_the_ring(passes, tmp_path):
-    """Layers of 100 MB (fp32), next to which what sessions hold anyway is small."""
+@pytest.mark.parametrize(("passes", "layers", "ring"), [("", 2, 30 * MB), (INT4, 4, 14 * MB)])
+def test_memory_stays_below_the_ring(passes, layers, ring, tmp_path):
+    """Layers of 80 MB (fp32) or 13 MB, beside which what sessions hold anyway is small."""
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=1024, intermediate_size=5120, num_hidden_layers=2 if not passes else 8,
+        vocab_size=256, hidden_size=1024, intermediate_size=5120, num_hidden_layers=layers,
         num_attention_heads=8, max_position_embeddings=64,
     )  # fmt: skip
-    ring = 30 * MB
     made = jettison.optimize(transformers.LlamaForCausalLM(config), passes, after_each=on_disk(ring))
     made.save_pretrained(tmp_path / "out")
     streamed = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.segment.*.data"))
-    assert streamed > 80 * MB
+    assert streamed > 3 * ring
     jettison.load(tmp_path / "out").executor  # noqa: B018  (packs, which is done once)
     measure = [sys.executable, "-c", MEASURE, tmp_path / "out"]
     done = subprocess.run(measure, capture_output=True, text=True, check=True)
     anonymous, most, counted = map(int, done.stdout.split())
-    assert anonymous < 20 * MB, "what sessions and activations take"
+    assert anonymous < min(20 * MB, streamed // 2), "what sessions and activations take"
     assert counted <= ring
     assert 0 < most <= ring + MB, "pages are mapped in blocks of 64 KB, also beside what is read"
 
