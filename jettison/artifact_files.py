@@ -29,6 +29,7 @@ from jettison.runtime.tokenizer import load_tokenizer
 from jettison.runtime.torch_executor import TorchExecutor
 from jettison.runtime.triton_executor import TritonExecutor
 from jettison.runtime.weight_store import table_as_dict, table_from_dict, write_store
+from jettison.segment_files import open_segments, segments_dict
 from jettison.source import ModelSource
 
 DATA_FILE = "model.onnx.data"
@@ -99,10 +100,10 @@ def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = Fa
 
 def _check_placement(contents: ArtifactContents) -> None:
     target, streamed = contents.report.target, constants_on_disk(contents.program)
-    if streamed and target != "torch":
+    if streamed and target == "triton":
         raise UnsupportedError(
-            f"[placement] {len(streamed)} constants are on disk, and target={target!r} streams none yet. Use "
-            "target='torch', or leave the placement out."
+            f"[placement] {len(streamed)} constants are on disk, and target={target!r} streams from the host's memory "
+            "alone. Use target='torch' or 'onnx', or place them on the host."
         )
 
 
@@ -158,10 +159,12 @@ def _write_onnx(contents: ArtifactContents, writer: ArtifactWriter, manifest: di
         else:
             emitted = emit_program(program, writer.folder, prefill=contents.report.prefill, on_bytes=advance)
             contents.emitted = emitted
-    manifest["graphs"] = [_graph_dict(graph) for graph in emitted]
+    manifest["graphs"] = [_graph_dict(graph) for graph in emitted if not graph.segments]
+    if len(manifest["graphs"]) < len(emitted):
+        manifest |= segments_dict([graph for graph in emitted if graph.segments], program)
     manifest["requires"] = {"onnxruntime": max((g.minimum_ort for g in emitted), key=_version)}
     manifest["weight_bytes"] = total
-    if len(emitted[0].entries) == 2 and not program.retentions:
+    if len(emitted[0].entries) == 2 and not program.retentions and not emitted[0].segments:
         from jettison.codegen.onnx.genai_config import genai_config
         from jettison.codegen.onnx.scoring_graph import write_scoring_graph
 
@@ -198,7 +201,7 @@ def temporary_executor(contents: ArtifactContents, *, allow_spinning: bool = Tru
     path = Path(folder.name) / "artifact"
     save_artifact(contents, path)
     contents.emitted = [replace(graph, path=path / graph.path.name) for graph in contents.emitted]
-    executor = _onnx_executor(Artifact.open(path), None, allow_spinning)
+    executor = _onnx_executor(Artifact.open(path), None, allow_spinning, path.with_name("prepared"))
     weakref.finalize(executor, folder.cleanup)
     return executor
 
@@ -207,7 +210,10 @@ _DTYPES = {dtype_text(dtype): dtype for dtype in (torch.float32, torch.float16, 
                                                  torch.uint8, torch.bool, torch.bfloat16)}  # fmt: skip
 
 
-def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool) -> OnnxExecutor:
+def _onnx_executor(
+    artifact: Artifact, threads: int | None, allow_spinning: bool, prepared: Path | None = None
+) -> Executor:
+    """Open the graphs of an artifact; `prepared` is where packed weights go, if not to the user's cache."""
     manifest = artifact.manifest
     states = {
         entry["name"]: State(entry["name"], tuple(entry["shape"]), _DTYPES[entry["dtype"]])
@@ -222,11 +228,18 @@ def _onnx_executor(artifact: Artifact, threads: int | None, allow_spinning: bool
         if not graph.get("is_fast") or multiplies_int8()
     ]  # fmt: skip
     artifact.path(DATA_FILE)  # listed and inside the folder
+    moved: dict[str, Any] = {
+        "retentions": [
+            Retention(**{**each, "layers": tuple(each["layers"])}) for each in manifest.get("retentions", [])
+        ],
+        "storages": [Storage(**each) for each in manifest.get("storages", [])],
+    }
+    if "chains" in manifest:
+        return open_segments(artifact, graphs, states, threads, prepared, moved)
     return OnnxExecutor(
         graphs, ModelInfo(**manifest["model"]), states, manifest["weight_bytes"], threads=threads,
         allow_spinning=allow_spinning, prepared=find_prepared(artifact),
-        retentions=[Retention(**{**each, "layers": tuple(each["layers"])}) for each in manifest.get("retentions", [])],
-        storages=[Storage(**each) for each in manifest.get("storages", [])],
+        **moved,
     )  # fmt: skip
 
 

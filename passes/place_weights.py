@@ -41,7 +41,7 @@ from jettison.passes.placement.throughput import block_note
 from jettison.passes.placement.units import Unit, find_units
 
 _SIZES = ("device", "host", "disk", "reserve")
-_NO_RUNTIME = "reads all weights of an artifact into memory and cannot stream them yet; target torch can"
+_NO_RUNTIME = "streams only what is placed by hand (Program.placement) as yet; targets torch and onnx obey a plan"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PlaceWeights(Pass):
 
     def unsupported_on(self, target: str) -> str | None:
         """See `Pass`: who obeys a placement."""
-        return None if target == "torch" else f"target {target} {_NO_RUNTIME}"
+        return None if target in ("torch", "onnx") else f"target {target} {_NO_RUNTIME}"
 
     def requires(self, program: Program) -> None:
         """The memory of the target, and entries as they will run."""

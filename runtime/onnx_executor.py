@@ -13,11 +13,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from jettison.ir.allocator import give_back
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
 from jettison.ir.program import ModelInfo, Retention, State, Storage
 from jettison.runtime.executor import CPU, EntrySignature
 
-_NUMPY_DTYPES = {
+NUMPY_DTYPES = {
     torch.float32: numpy.float32, torch.float16: numpy.float16, torch.int64: numpy.int64, torch.int32: numpy.int32,
     torch.int8: numpy.int8, torch.uint8: numpy.uint8, torch.bool: numpy.bool_,
 }  # fmt: skip
@@ -105,6 +106,8 @@ class OnnxExecutor:
             for entry in graph.entries:
                 self._sessions[entry] = (session, graph)
                 self.entries[entry] = EntrySignature(graph.inputs, tuple(graph.states), graph.outputs)
+        if self.is_prepared:  # ONNX Runtime has packed every weight once more, to compare
+            give_back()
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Executor.run`."""
@@ -115,21 +118,21 @@ class OnnxExecutor:
         # Bound by address: kept until the call is over.
         given = [inputs[name].contiguous() for name in graph.inputs]
         for name, tensor in zip(graph.inputs, given, strict=True):
-            _bind_input(binding, name, tensor)
+            bind_input(binding, name, tensor)
         for name in graph.outputs:
             # Without a buffer of ours, so that every call returns tensors of its own.
             binding.bind_output(name, "cpu")
         for state, (past, present) in graph.states.items():
             tensor = states[state]
-            _bind_input(binding, past, tensor)
+            bind_input(binding, past, tensor)
             if present is not None:
-                dtype = _NUMPY_DTYPES[tensor.dtype]
+                dtype = NUMPY_DTYPES[tensor.dtype]
                 binding.bind_output(present, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
         try:
             session.run_with_iobinding(binding)
         except RuntimeError as error:
             raise ArtifactError(
-                f"[onnx] {graph.path}: {entry} failed: {_first_line(error)}\nRun `jettison verify` on the "
+                f"[onnx] {graph.path}: {entry} failed: {first_line(error)}\nRun `jettison verify` on the "
                 "folder; if it finds nothing, this is a bug in jettison."
             ) from error
         # In the order they were bound; the new states are where the caller has them.
@@ -137,8 +140,9 @@ class OnnxExecutor:
         return {name: torch.from_numpy(value.numpy()) for name, value in zip(graph.outputs, values, strict=True)}
 
 
-def _bind_input(binding: object, name: str, tensor: Tensor) -> None:
-    binding.bind_input(name, "cpu", 0, _NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())  # type: ignore[attr-defined]
+def bind_input(binding: object, name: str, tensor: Tensor) -> None:
+    """Give a run the memory of a tensor, which has to be kept until it is over."""
+    binding.bind_input(name, "cpu", 0, NUMPY_DTYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())  # type: ignore[attr-defined]
 
 
 def session_options(threads: int | None, *, allow_spinning: bool) -> Any:
@@ -178,11 +182,11 @@ def open_session(path: Path, options: Any) -> Any:
     ) as error:  # fmt: skip
         if _TOO_OLD.search(str(error)):
             raise UnsupportedError(
-                f"[onnx] {path.name}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}\n"
+                f"[onnx] {path.name}: onnxruntime {onnxruntime.__version__} cannot run it: {first_line(error)}\n"
                 "Upgrade with: pip install -U onnxruntime"
             ) from error
         raise ArtifactError(
-            f"[onnx] {path}: cannot be loaded: {_first_line(error)}\nRun `jettison verify` on the folder to find the "
+            f"[onnx] {path}: cannot be loaded: {first_line(error)}\nRun `jettison verify` on the folder to find the "
             "damaged file."
         ) from error
 
@@ -202,5 +206,6 @@ def multiplies_int8() -> bool:
     return re.search(r"^flags\b.*\b(avx512_vnni|avx_vnni|amx_int8)\b", flags, re.MULTILINE) is not None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What ONNX Runtime says first: what follows names its internals."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]

@@ -18,11 +18,32 @@ import platform
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jettison.ir.errors import ArtifactError, UnsupportedError
 from jettison.runtime.artifact import Artifact
 from jettison.runtime.cache_folder import cache_folder
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """What a file of weights was when it was written.
+
+    Attributes:
+        size: Bytes.
+        sha256: Of its contents.
+    """
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> KnownFile:
+        """Of a file as it is now."""
+        with path.open("rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
 
 _LISTING = "prepared.json"
 # Packed and plain form, with sums and padding between them: 2.25 times the weights was seen for int4 in groups of 128.
@@ -51,30 +72,46 @@ def _cpu() -> list[str]:
     return [platform.machine(), " ".join(sorted(flags.partition(":")[2].split()))]
 
 
-def find_prepared(artifact: Artifact) -> dict[str, Path]:
+def find_prepared(artifact: Artifact, folder: Path | None = None) -> dict[str, Path]:
     """The prepared graphs of an artifact, by the names of its own.
+
+    Args:
+        artifact: Of the ONNX target.
+        folder: Where they are, if not where every load finds them.
 
     Returns:
         Empty if there are none, or if a file of them does not have the size it was written with: a mapping that is
         shorter than it should be ends the process.
     """
-    folder = prepared_folder(artifact)
+    folder = folder or prepared_folder(artifact)
     try:
-        sizes = json.loads((folder / _LISTING).read_text())
-        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+        listed = known_files(folder)
+        if any(path.stat().st_size != each.size for path, each in listed.items()):
             return {}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
-    return {name: folder / name for name in sizes if name.endswith(".onnx")}
+    return {path.name: path for path in listed if path.suffix == ".onnx"}
 
 
-def prepare(artifact: Artifact, graphs: Sequence[str], advance: Callable[[float], None] = lambda _: None) -> Path:
+def known_files(folder: Path) -> dict[Path, KnownFile]:
+    """What the files of a prepared form were when they were written, by path."""
+    listed = json.loads((folder / _LISTING).read_text())
+    return {folder / name: KnownFile(**each) for name, each in listed.items()}
+
+
+def prepare(
+    artifact: Artifact,
+    graphs: Sequence[str],
+    advance: Callable[[float], None] = lambda _: None,
+    folder: Path | None = None,
+) -> Path:
     """Write the prepared form of an artifact, whole or not at all; one that is there is replaced.
 
     Args:
         artifact: Of the ONNX target.
         graphs: Names of its graphs.
         advance: Called with 1 after each graph.
+        folder: Where to, if it is not to be found by other loads.
 
     Returns:
         Its folder.
@@ -89,9 +126,9 @@ def prepare(artifact: Artifact, graphs: Sequence[str], advance: Callable[[float]
             f"[prepare] {artifact.path(graphs[0]).parent}: it has quantised experts ({_UNPREPARABLE}), and ONNX "
             "Runtime crashes on their prepared form. Run the artifact as it is: it is packed at every start."
         )
-    folder = prepared_folder(artifact)
+    folder = folder or prepared_folder(artifact)
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    needed = int(_BYTES_PER_WEIGHT_BYTE * artifact.path("model.onnx.data").stat().st_size) * len(graphs)
+    needed = int(_BYTES_PER_WEIGHT_BYTE * sum(_weight_bytes(artifact, name) for name in graphs))
     try:
         aside.mkdir(parents=True)
         free = shutil.disk_usage(aside).free
@@ -103,8 +140,8 @@ def prepare(artifact: Artifact, graphs: Sequence[str], advance: Callable[[float]
         for name in graphs:
             _save_packed(artifact.path(name), aside / name)
             advance(1)
-        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-        (aside / _LISTING).write_text(json.dumps(sizes))
+        listed = {path.name: asdict(KnownFile.of(path)) for path in sorted(aside.iterdir())}
+        (aside / _LISTING).write_text(json.dumps(listed))
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except OSError as error:
@@ -115,6 +152,12 @@ def prepare(artifact: Artifact, graphs: Sequence[str], advance: Callable[[float]
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _weight_bytes(artifact: Artifact, graph: str) -> int:
+    """Bytes of the weight file of a graph: its own if it is a segment, else that of all graphs."""
+    own = f"{graph}.data"
+    return artifact.path(own if own in artifact.manifest["files"] else "model.onnx.data").stat().st_size
 
 
 def remove_prepared(artifact: Artifact) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from worker import drop_page_cache, prompt_tokens, serve
 folder, threads = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(threads or torch.get_num_threads())
 scratch = tempfile.TemporaryDirectory(prefix="jettison-bench-")
-model = AutoModel.from_pretrained(folder, device="cpu", dtype=torch.bfloat16, layer_shards_saving_path=scratch.name)
+with contextlib.redirect_stdout(sys.stderr):  # what it prints is no answer
+    model = AutoModel.from_pretrained(folder, device="cpu", dtype=torch.bfloat16, layer_shards_saving_path=scratch.name)
 
 
 @torch.inference_mode()

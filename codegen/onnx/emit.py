@@ -23,6 +23,7 @@ from jettison.codegen.onnx.lowered_graph import LoweredGraph
 from jettison.codegen.onnx.lowerings import require_kernels
 from jettison.codegen.onnx.packed_projections import pack_projections
 from jettison.codegen.onnx.routed_experts import spell_out_experts
+from jettison.codegen.onnx.segments import Segment, SegmentWriter, writer_for
 from jettison.codegen.onnx.sparse_mlp import cut_into_slabs, is_group_mixture
 from jettison.ir import ops
 from jettison.ir.errors import CodegenError, JettisonError, UnsupportedError
@@ -63,6 +64,7 @@ class EmittedGraph:
         minimum_ort: Oldest ONNX Runtime that has every operator.
         is_fast: Whether it is the fast form of an entry that another graph serves too.
         is_mapped: Whether its weights are better read from the file than packed in memory.
+        segments: The files that it was cut into, in order, where it reads weights that are streamed; `path` is none.
     """
 
     path: Path
@@ -73,6 +75,7 @@ class EmittedGraph:
     minimum_ort: str = MINIMUM_ORT["default"]
     is_fast: bool = False
     is_mapped: bool = False
+    segments: list[Segment] = field(default_factory=list)
 
 
 @contextmanager
@@ -190,8 +193,7 @@ def emit_entry(
     _strip_debris(model)
     _leave_out_statistics(model)
     add_functions(model)
-    onnx_ir.save(model, path)
-    emitted = EmittedGraph(path, serves, names, outputs, is_fast=is_fast)
+    emitted = EmittedGraph(path, serves, names, outputs, is_fast=is_fast, segments=data.save(model, path))
     # A head that is asked now and then has been packed for `prefill` already, and packed again it is in memory twice. A
     # quantised weight that is not packed is decoded at each call.
     is_packed = any(is_call(node, ops.quantized_linear) for node in entry.graph.nodes)
@@ -365,6 +367,12 @@ def emit_program(
         CodegenError: A graph cannot be lowered.
     """
     require_kernels(program)
+    writer = writer_for(program, folder, on_bytes)
+    if prefill == "fast" and isinstance(writer, SegmentWriter):
+        raise UnsupportedError(
+            '[onnx] prefill="fast" keeps a second copy of the weights in memory, and these are to be read from disk. '
+            'Use prefill="exact", or pin all weights.'
+        )
     program = pack_projections(cut_into_slabs(spell_out_experts(program)))
     entries = [name for name in program.entries if name not in program.state_entries]
     is_one_graph = len(entries) == 1 or (len(entries) == 2 and _same_graph(*map(program.entries.get, entries)))
@@ -375,7 +383,7 @@ def emit_program(
     plan += [(name, f"{name}.onnx", (name,), False) for name in program.state_entries]
     if prefill == "fast" and "prefill" in entries:
         plan.append(("prefill", "prefill.fast.onnx", ("prefill",), True))
-    with ExternalDataWriter(folder / "model.onnx.data", on_bytes) as data:
+    with writer as data:
         return [
             emit_entry(program, name, folder / file, data, serves=serves, accuracy_level=accuracy_level, is_fast=fast)
             for name, file, serves, fast in plan

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 import torch
@@ -96,7 +97,7 @@ class ExternalDataWriter:
         identity = constant.digest if isinstance(constant, ComputedConstant) else constant.serial
         key = (type(constant), identity)
         if key not in self._where:
-            self._where[key] = self._append(constant)
+            self._where[key] = self.append(constant)
         offset, length = self._where[key]
         return onnx_ir.ExternalTensor(
             self.path.name,
@@ -108,7 +109,13 @@ class ExternalDataWriter:
             base_dir=str(self.path.parent),
         )
 
-    def _append(self, constant: Constant) -> tuple[int, int]:
+    def save(self, model: onnx_ir.Model, path: Path) -> list[Any]:
+        """Write a graph whose tensors are from here; returns the segments that it was cut into, none."""
+        onnx_ir.save(model, path)
+        return []
+
+    def append(self, constant: Constant) -> tuple[int, int]:
+        """Write a constant, also one that is there; returns its offset and its bytes."""
         assert self._file is not None, "entered"
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()

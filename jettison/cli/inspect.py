@@ -95,6 +95,11 @@ def _entries(artifact: Artifact) -> list[dict[str, Any]]:
     """Entries with their operators as the canonical text counts them, and the names at their surface."""
     counts = read_graph(artifact.path("graph/after.txt").read_text(), artifact.manifest["target"]).entries
     files = {entry: graph for graph in artifact.manifest.get("graphs", []) for entry in graph["entries"]}
+    for chain in artifact.manifest.get("chains", []):
+        first, *_, last = [segment["file"] for segment in chain["segments"]] * 2
+        files |= {
+            entry: {**chain, "file": first if first == last else f"{first} to {last}"} for entry in chain["entries"]
+        }
     return [
         {
             "name": name,

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _packed(args: argparse.Namespace, artifact: Artifact) -> tuple[dict[str, Any], str]:
     from jettison.runtime import prepared
+    from jettison.segment_files import packed_segments
 
     folder = prepared.prepared_folder(artifact)
     document = {"artifact": str(args.artifact), "folder": str(folder), "bytes": 0, "removed": False}
@@ -50,6 +51,13 @@ def _packed(args: argparse.Namespace, artifact: Artifact) -> tuple[dict[str, Any
         text = f"removed {folder}" if was_there else f"{args.artifact} was not prepared"
         return {**document, "removed": was_there}, text
     graphs = [graph["file"] for graph in artifact.manifest["graphs"]]
+    if "chains" in artifact.manifest:
+        graphs = packed_segments(artifact)
+        if not graphs:
+            raise OptionError(
+                f"[prepare] {args.artifact}: its weights are read from disk as they are stored, and nothing of it is "
+                "packed. Use it as it is."
+            )
     with track("pack weights", len(graphs)) as advance:
         folder = prepared.prepare(artifact, graphs, advance)
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -125,9 +125,9 @@ def test_saving_again_gives_the_same_bytes(saved: Path, two_layers: Path, passes
                 assert (folder / path.relative_to(saved)).read_bytes() == path.read_bytes(), path.name
 
 
-def test_other_targets_refuse(two_layers: Path, tmp_path: Path) -> None:
-    model = jettison.optimize(two_layers, [CacheKV(), OnDisk()], target="onnx")
-    with pytest.raises(UnsupportedError, match=r"constants are on disk, and target='onnx' streams none yet"):
+def test_a_gpu_reads_no_disk(two_layers: Path, tmp_path: Path) -> None:
+    model = jettison.optimize(two_layers, [CacheKV(), OnDisk()], target="triton")
+    with pytest.raises(UnsupportedError, match=r"constants are on disk, and target='triton' streams from the host's"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -229,11 +229,10 @@ def test_a_gpu_places_in_host_memory_before_disk():
     assert ["are on the host" in record.notes[1], "are on the disk" in record.notes[2]] == [True, True]
 
 
-def test_only_torch_obeys_a_placement():
-    assert PlaceWeights().unsupported_on("torch") is None
-    for target in ("onnx", "triton"):
-        with pytest.raises(UnsupportedError, match="cannot stream them yet; target torch can"):
-            optimize(nn.Linear(1, 1), [PlaceWeights(host=1 << 30)], target=target)
+def test_targets_that_obey_a_placement():
+    assert PlaceWeights().unsupported_on("torch") is PlaceWeights().unsupported_on("onnx") is None
+    with pytest.raises(UnsupportedError, match="targets torch and onnx obey a plan"):
+        optimize(nn.Linear(1, 1), [PlaceWeights(host=1 << 30)], target="triton")
 
 
 def test_throughput_says_which_block_is_fastest():
