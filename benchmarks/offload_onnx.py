@@ -100,6 +100,8 @@ def placed(limit: int, ring: int) -> Callable[..., None]:
     """Pin whole weights while they fit; for `after_each` of `optimize`."""
 
     def place(_pass: Any, _record: Any, program: Program) -> None:
+        if "decode" not in program.entries:
+            return  # no pass comes behind a placement
         whole = {part: name for name, packed in program.packed.items() for part in packed.parts.values()}
         sizes: dict[str, int] = {}
         for name, constant in program.used_constants().items():

@@ -154,6 +154,10 @@ class TorchExecutor:
         weight = pack_bitmap(bitmap, starts, values, scales, parts.bits, parts.group, parts.columns)
         if weight is not None:
             self._values[parts.bitmap] = weight
+        if self._is_placed:
+            for name in parts.names:
+                for block in program.constants[name].blocks:
+                    forget_pages(block)
         return weight is not None
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class OnDisk(Pass):
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
         names = [name for name, constant in program.used_constants().items() if len(constant.shape) > 1]
         program.placement = Placement(dict.fromkeys(names, "disk"), ring_bytes=self.ring_bytes)
-        return 0, []
+        return len(names), []
 
 
 @pytest.fixture(scope="module", params=[(), (QuantizeWeights(bits=4, group=32),)], ids=["dense", "int4"])

@@ -25,6 +25,8 @@ def on_disk(
     """
 
     def place(_pass: Any, _record: Any, program: Program) -> None:
+        if program.info.kind == "decoder" and "decode" not in program.entries:
+            return  # no pass comes behind a placement
         chosen = random.Random(seed)
         whole = {part: name for name, packed in program.packed.items() for part in packed.parts.values()}
         sizes: dict[str, int] = {}
