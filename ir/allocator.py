@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from torch import Tensor
 
@@ -52,3 +55,27 @@ def forget_pages(tensor: Tensor) -> None:
     stop = (tensor.data_ptr() + tensor.nbytes) // page * page
     if advise is not None and stop > start:
         advise(start, stop - start, _PAGEOUT)
+
+
+def forget_library(name: str) -> None:
+    """Let go of the pages of a library that has done its work; they are read again if it is called once more.
+
+    Args:
+        name: Found in the file name of the library. What was written to of it stays.
+    """
+    advise = _advise()
+    if advise is None:
+        return
+    with contextlib.suppress(OSError):  # another system
+        for start, stop in _clean_pages(name, Path("/proc/self/smaps").read_text()):
+            advise(start, stop - start, mmap.MADV_DONTNEED)
+
+
+def _clean_pages(name: str, areas: str) -> Iterator[tuple[int, int]]:
+    """Where a mapped file lies that nothing was written to: after `MADV_DONTNEED` its pages are what they were."""
+    for area in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", areas, flags=re.MULTILINE):
+        heading = area.partition("\n")[0].split(maxsplit=5)
+        is_clean = re.search(r"^Anonymous: +0 kB$", area, re.MULTILINE) is not None
+        if len(heading) == 6 and name in Path(heading[5]).name and "w" not in heading[1] and is_clean:
+            start, stop = (int(edge, 16) for edge in heading[0].split("-"))
+            yield start, stop

@@ -7,13 +7,13 @@ program are read into memory of the process: pages mapped from a file could be d
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
-from jettison.ir.allocator import forget_pages
+from jettison.ir.allocator import forget_library, forget_pages, give_back
 from jettison.ir.constants import Constant
 from jettison.ir.errors import OptionError
 from jettison.ir.packed_parts import (
@@ -102,6 +102,9 @@ class TorchExecutor:
             if constant not in self._values and constant not in reads:
                 self._values[constant] = self._held(program.constants[constant], is_beside_packed=is_beside_packed)
         # The ring comes last: what loading takes for a moment and the ring are not held together.
+        if self._is_placed:
+            forget_library("llvmlite")  # 70 MB, and all kernels are compiled
+            give_back()
         streamed, self.stream = open_streamed(program, store)
         self._values |= streamed
         self._one_at_a_time = threading.Lock()
@@ -142,9 +145,7 @@ class TorchExecutor:
             )  # fmt: skip
         if weight is not None:
             self._values[joint.name] = weight
-        if self._is_placed:
-            for block in (block for name in joint.constants for block in program.constants[name].blocks):
-                forget_pages(block)
+        self._forget(program, joint.constants)
         return weight is not None
 
     def _pack_bitmap(self, program: Program, parts: BitmapParts) -> bool:
@@ -154,11 +155,16 @@ class TorchExecutor:
         weight = pack_bitmap(bitmap, starts, values, scales, parts.bits, parts.group, parts.columns)
         if weight is not None:
             self._values[parts.bitmap] = weight
-        if self._is_placed:
-            for name in parts.names:
-                for block in program.constants[name].blocks:
-                    forget_pages(block)
+        self._forget(program, parts.names)
         return weight is not None
+
+    def _forget(self, program: Program, constants: Iterable[str]) -> None:
+        """Leave nothing behind of what a weight was packed from, where memory is limited."""
+        if not self._is_placed:
+            return
+        for block in (block for name in constants for block in program.constants[name].blocks):
+            forget_pages(block)
+        give_back()
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Executor.run`."""
