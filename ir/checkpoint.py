@@ -247,9 +247,7 @@ class Checkpoint:
         Returns:
             Existing files, sorted; copy each to its place relative to `folder`. Never code, never weights.
         """
-        files = [file for file in self.folder.glob("*") if _TOKENIZER_FILE.fullmatch(file.name)]
-        files += self.folder.glob("additional_chat_templates/*.jinja")
-        return sorted(file for file in files if file.is_file())
+        return tokenizer_files(self.folder)
 
     @property
     def requires_remote_code(self) -> bool:
@@ -597,3 +595,10 @@ def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     flat = tensor.view(-1)
     for begin in range(0, flat.numel(), _SCAN_ELEMENTS):
         yield flat[begin : begin + _SCAN_ELEMENTS]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Files of a model folder or an artifact that belong to its tokenizer; see `Checkpoint.tokenizer_files`."""
+    files = [file for file in folder.glob("*") if _TOKENIZER_FILE.fullmatch(file.name)]
+    files += folder.glob("additional_chat_templates/*.jinja")
+    return sorted(file for file in files if file.is_file())

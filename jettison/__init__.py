@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jettison.passes.predict_mlp_sparsity import PredictMlpSparsity
     from jettison.passes.quantize_weights import QuantizeWeights
     from jettison.passes.sparsify_inputs import SparsifyInputs
+    from jettison.placing import place
     from jettison.report import Report
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Window",
     "load",
     "optimize",
+    "place",
 ]
 
 _HOMES = {
@@ -69,6 +71,7 @@ _HOMES = {
     "Window": "jettison.passes.policies",
     "load": "jettison.api",
     "optimize": "jettison.api",
+    "place": "jettison.placing",
 }
 
 

@@ -13,7 +13,7 @@ from jettison.ir.errors import OptionError
 
 # In the order of `--help`; each is the module of its name.
 COMMANDS = ("demo", "optimize", "generate", "eval", "bench", "diff", "explain", "passes", "inspect", "verify", "plan",
-            "prepare")  # fmt: skip
+            "place", "prepare")  # fmt: skip
 _DESCRIPTION = "A pass compiler that fits language models into the memory you have."
 _EPILOG = """\
 exit codes: 0 success, 1 failure, 2 usage error, 3 finished but a budget was missed, 130 interrupted

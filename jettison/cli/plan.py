@@ -33,15 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device-memory", metavar="SIZE",
         help=f"memory where products are computed, {_SIZE}: of the GPU for triton, else main memory",
     )  # fmt: skip
-    parser.add_argument(
-        "--host-memory", metavar="SIZE", help="main memory, all that the process takes included (default: no limit)"
-    )
-    parser.add_argument("--disk", metavar="SIZE", help="room for streamed weights on disk (default: no limit)")
-    parser.add_argument("--batch", type=count, default=1, metavar="N", help="sequences at once (default: 1)")
-    parser.add_argument(
-        "--context", type=count, metavar="N", help="tokens of a sequence in the end (default: the model's context)"
-    )
-    parser.add_argument("--prompt", type=count, default=512, metavar="N", help="tokens of its prompt (default: 512)")
+    add_workload(parser)
     parser.add_argument(
         "--objective", choices=("latency", "throughput"), default="latency",
         help="throughput also plans a block of batches; blocks are predicted, not executed yet",
@@ -52,15 +44,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remeasure", action="store_true", help="measure the machine again, which takes some seconds")
 
 
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """Options that say which memory there is, and for what."""
+    parser.add_argument(
+        "--host-memory", metavar="SIZE", help="main memory, all that the process takes included (default: no limit)"
+    )
+    parser.add_argument("--disk", metavar="SIZE", help="room for streamed weights on disk (default: no limit)")
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="sequences at once (default: 1)")
+    parser.add_argument(
+        "--context", type=count, metavar="N", help="tokens of a sequence in the end (default: the model's context)"
+    )
+    parser.add_argument("--prompt", type=count, default=512, metavar="N", help="tokens of its prompt (default: 512)")
+
+
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Carry the subcommand out; returns the exit code."""
     import_torch()
     from jettison.planner import Wanted, folder_of, open_program, plan
 
-    wanted = Wanted(
-        _size(args.device_memory, "--device-memory"), _size(args.host_memory, "--host-memory"),
-        _size(args.disk, "--disk"), args.context, args.prompt, args.batch, args.objective,
-    )  # fmt: skip
+    device, host, disk = (
+        size_of(getattr(args, name.replace("-", "_")), f"jettison plan: --{name}")
+        for name in ("device-memory", "host-memory", "disk")
+    )
+    wanted = Wanted(device, host, disk, args.context, args.prompt, args.batch, args.objective)
     program, target = open_program(args.model, args.passes, args.target, args.dtype, args.calibration)
     try:
         document = plan(program, target, wanted, folder=folder_of(args.model), remeasure=args.remeasure)
@@ -76,8 +82,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
-def _size(text: str | None, flag: str) -> int | None:
-    """Bytes of a size."""
+def size_of(text: str | None, flag: str) -> int | None:
+    """Bytes of a size; `flag` is how messages begin."""
     from jettison.passes.options import parse_bytes
 
     if text is None:
@@ -85,9 +91,9 @@ def _size(text: str | None, flag: str) -> int | None:
     try:
         found = parse_bytes(text)
     except OptionError as error:
-        raise OptionError(f"jettison plan: {flag}: {error}") from error
+        raise OptionError(f"{flag}: {error}") from error
     if not found:
-        raise OptionError(f"jettison plan: {flag} {text}: needs bytes above 0, {_SIZE}.")
+        raise OptionError(f"{flag} {text}: needs bytes above 0, {_SIZE}.")
     return found
 
 
