@@ -11,8 +11,10 @@ is pinned is what `place-weights` chose for them, with the rates of this machine
 predicted stands beside what was measured.
 
 `seconds_per_token` are medians over the rounds of medians over the tokens. `read_gb_per_s` is what the stream reached
-while it read, `direct_gb_per_s` what as many threads reach that only read the same file past the page cache, in the
-same round, by turns before and after (fio's sequential read), `bandwidth_share` their ratio. `overlap` is the time in
+while it read, `direct_gb_per_s` what as many threads reach that only read what a step reads of the same file past the
+page cache, several times, in the same round, by turns before and after (fio's sequential read), `bandwidth_share` their
+ratio. `prediction_error` is predicted over measured less one, with the rates measured before the run;
+`prediction_error_at_direct_rate` with `direct_gb_per_s` for the disk, which varies by hours. `overlap` is the time in
 which reading and computing went on at once, over the shorter of the two. `rss_peak_bytes` and `anon_peak_bytes` are
 sampled every 10 ms over loading and all steps. `same_tokens` says that greedy tokens are those of the artifact with
 all weights in memory. Writes benchmarks/results/offload.json.
@@ -21,6 +23,7 @@ all weights in memory. Writes benchmarks/results/offload.json.
 from __future__ import annotations
 
 import argparse
+import json
 import mmap
 import os
 import shutil
@@ -39,15 +42,17 @@ from random_models import make_llama
 from record import environment, write
 
 import jettison
-from jettison.api import parse_passes
+from jettison.artifact_files import STREAM_FILE, STREAM_TABLE_FILE
+from jettison.ir.cost import Workload
 from jettison.ir.roofline import Rates
-from jettison.passes.cache_kv import CacheKV
 from jettison.planner import Wanted, open_program, plan
 from jettison.runtime.machine import machine_rates
-from jettison.runtime.weight_store import SEGMENT_BYTES
+from jettison.runtime.weight_store import SEGMENT_BYTES, table_from_dict
 from jettison.runtime.weight_stream import READERS
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "models" / "tiny-llama"
+# Of each stretch that direct reads are measured on.
+DIRECT_PASSES = 3
 INT4 = "quantize-weights{bits=4,group=128}"
 # Passes, and limits in megabytes.
 PIPELINES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -91,9 +96,15 @@ class Sampler(Contender):
         self._thread.join()
 
 
-def direct_gb_per_s(path: Path, threads: int) -> float:
+def step_bytes(artifact: Path) -> int:
+    """Bytes from the beginning of a store that a step reads."""
+    table = table_from_dict(json.loads((artifact / STREAM_TABLE_FILE).read_text()), artifact / STREAM_FILE)
+    return max(table.segments[number].offset + table.segments[number].padded for number in table.order)
+
+
+def direct_gb_per_s(path: Path, size: int, threads: int) -> float:
     """What threads reach that read a file in pieces of a segment past the page cache, and do nothing else."""
-    size, lock, places = path.stat().st_size // SEGMENT_BYTES, threading.Lock(), iter(range(1 << 40))
+    count, lock, places = DIRECT_PASSES * (size // SEGMENT_BYTES), threading.Lock(), iter(range(1 << 40))
     file = os.open(path, os.O_RDONLY | os.O_DIRECT)
 
     def read() -> None:
@@ -101,9 +112,9 @@ def direct_gb_per_s(path: Path, threads: int) -> float:
         while True:
             with lock:
                 place = next(places)
-            if place >= size:
+            if place >= count:
                 return
-            os.preadv(file, [buffer], place * SEGMENT_BYTES)
+            os.preadv(file, [buffer], place % (size // SEGMENT_BYTES) * SEGMENT_BYTES)
 
     started = time.perf_counter()
     readers = [threading.Thread(target=read) for _ in range(threads)]
@@ -112,55 +123,66 @@ def direct_gb_per_s(path: Path, threads: int) -> float:
     for reader in readers:
         reader.join()
     os.close(file)
-    return size * SEGMENT_BYTES / (time.perf_counter() - started) / 1e9
+    return count * SEGMENT_BYTES / (time.perf_counter() - started) / 1e9
 
 
 def make_artifacts(
-    model: Path, names: list[str], scratch: Path, wanted: Wanted, rates: Rates
+    model: Path, names: list[str], scratch: Path, work: Workload, rates: Rates
 ) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     """An artifact with all weights in memory, and one for each limit, of every pipeline; and the plan of each."""
     made: dict[str, Path] = {}
     planned: dict[str, dict[str, Any]] = {}
     for pipeline in names:
         text, limits = PIPELINES[pipeline]
-        for limit in (0, *limits):
-            name, passes = f"{pipeline} {limit} MB" if limit else pipeline, [*parse_passes(text), CacheKV()]
-            if limit:
-                program, _ = open_program(model, text, "torch", "bfloat16")
-                found = plan(program, "torch", replace(wanted, host=limit * 1_000_000), rates)
-                planned[name] = {
-                    "predicted_ms_per_token": round(found["predicted_ms_per_token"], 1),
-                    "bound_by": found["bound_by"],
-                    "pinned_bytes": found["placement"]["pinned"]["bytes"],
-                    "ring_bytes": found["placement"]["ring_bytes"],
-                }
-                del program
-                passes += parse_passes(found["placement"]["pass"])
-                print(name, planned[name], flush=True)
-            optimized = jettison.optimize(model, passes, target="torch", dtype="bfloat16")
-            made[name] = optimized.save_pretrained(scratch / name.replace(" ", "-"))
+        started = time.perf_counter()
+        optimized = jettison.optimize(model, text, target="torch", dtype="bfloat16")
+        made[pipeline] = optimized.save_pretrained(scratch / pipeline)
+        del optimized
+        print(pipeline, f"{time.perf_counter() - started:.1f} s", flush=True)
+        for limit in limits:
+            name = f"{pipeline} {limit} MB"
+            placed = jettison.place(
+                made[pipeline], limit * 1_000_000, context=work.context, prompt=work.prompt, rates=rates
+            )
+            made[name] = placed.save_pretrained(scratch / name.replace(" ", "-"))
+            planned[name] = predicted(made[name], work, rates)
+            print(name, planned[name], flush=True)
     return made, planned
+
+
+def predicted(artifact: Path, work: Workload, rates: Rates) -> dict[str, Any]:
+    """What `jettison plan` says of an artifact."""
+    program, target = open_program(artifact, "", None, "bfloat16")
+    found = plan(program, target, Wanted(context=work.context, prompt=work.prompt), rates)
+    return {
+        "predicted_ms_per_token": round(found["predicted_ms_per_token"], 1),
+        "bound_by": found["bound_by"],
+        "pinned_bytes": found["placement"]["pinned"]["bytes"],
+        "ring_bytes": found["placement"]["ring_bytes"],
+    }
 
 
 def measure(
     contenders: list[Sampler],
-    stores: dict[str, Path],
+    streamed: dict[str, Path],
     planned: dict[str, dict[str, Any]],
     prompt: int,
     new: int,
     rounds: int,
 ) -> dict[str, Any]:
     """Medians by contender; the first round warms up."""
+    sizes = {name: step_bytes(artifact) for name, artifact in streamed.items()}
     answers: dict[str, list[dict[str, Any]]] = {each.name: [] for each in contenders}
-    direct: dict[str, list[float]] = {name: [] for name in stores}
+    direct: dict[str, list[float]] = {name: [] for name in streamed}
     for number in range(1 + rounds):
         for each in contenders:
             # Whoever reads first warms what caches the disk beneath this machine.
             for is_direct in (True, False) if number % 2 else (False, True):
                 if not is_direct:
                     answers[each.name].append(each.ask(1, prompt, new))
-                elif each.name in stores:
-                    direct[each.name].append(direct_gb_per_s(stores[each.name], READERS))
+                elif each.name in streamed:
+                    store = streamed[each.name] / STREAM_FILE
+                    direct[each.name].append(direct_gb_per_s(store, sizes[each.name], READERS))
             print(number, each.name, statistics.median(answers[each.name][-1]["step_seconds"]), flush=True)
     figures: dict[str, Any] = {}
     for each in contenders:
@@ -175,11 +197,9 @@ def measure(
             "rss_peak_bytes": each.peaks["VmRSS"],
             "anon_peak_bytes": each.peaks["RssAnon"],
         }
-        if each.name in planned:
-            predicted = planned[each.name]["predicted_ms_per_token"] / 1e3
-            error = round(predicted / statistics.median(seconds) - 1, 3)
-            figures[each.name] |= {**planned[each.name], "prediction_error": error}
-        if each.name in stores:
+        if each.name in streamed:
+            error = planned[each.name]["predicted_ms_per_token"] / 1e3 / statistics.median(seconds) - 1
+            figures[each.name] |= {**planned[each.name], "prediction_error": round(error, 3)}
             stream = {
                 key: round(statistics.median(answer[key] for answer in counted), 4)
                 for key in ("read_gb_per_s", "overlap", "read_bytes_per_step", "waiting_seconds_per_step")
@@ -220,17 +240,21 @@ def main() -> None:
         threads = arguments.threads
         torch.set_num_threads(threads)
         rates = machine_rates(scratch, remeasure=True)
-        wanted = Wanted(context=arguments.prompt + arguments.new + 8, prompt=arguments.prompt)
-        artifacts, planned = make_artifacts(model, arguments.only, scratch, wanted, rates)
+        work = Workload(1, arguments.prompt + arguments.new + 8, arguments.prompt)
+        artifacts, planned = make_artifacts(model, arguments.only, scratch, work, rates)
         contenders = [
             Sampler(name, sys.executable, "run_streamed.py", str(path), threads) for name, path in artifacts.items()
         ]
         for name, python in (("accelerate", arguments.accelerate), ("airllm", arguments.airllm)):
             if python:
                 contenders.append(Sampler(name, python, f"run_{name}.py", str(model), threads))
-        stores = {name: path / "weights.stream" for name, path in artifacts.items()}
-        stores = {name: path for name, path in stores.items() if path.exists()}
-        figures = measure(contenders, stores, planned, arguments.prompt, arguments.new, arguments.rounds)
+        streamed = {name: artifacts[name] for name in planned}
+        figures = measure(contenders, streamed, planned, arguments.prompt, arguments.new, arguments.rounds)
+        for name in streamed:
+            disk = replace(rates, disk=figures[name]["direct_gb_per_s"] * 1e9)
+            again = predicted(artifacts[name], work, disk)["predicted_ms_per_token"] / 1e3
+            error = again / figures[name]["seconds_per_token"] - 1
+            figures[name]["prediction_error_at_direct_rate"] = round(error, 3)
         for each in contenders:
             each.close()
     settings = {"threads": threads, "prompt": arguments.prompt, "new_tokens": arguments.new}

@@ -11,17 +11,17 @@ import torch
 _STD = 0.02
 
 
-def make_llama(folder: Path, layers: int, **sizes: int) -> None:
+def make_llama(folder: Path, layers: int, **sizes: Any) -> None:
     """Write a model in the shape of Llama-3.2-1B (16 layers: 1.24 B weights, 2.47 GB), but for what `sizes` say."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     usual = {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "max_position_embeddings": 8192,
+        "num_key_value_heads": 8, "max_position_embeddings": 8192, "head_dim": 64, "tie_word_embeddings": True,
     }  # fmt: skip
     config = LlamaConfig(
-        **{**usual, **sizes}, num_hidden_layers=layers, head_dim=64, tie_word_embeddings=True, bos_token_id=0,
-        eos_token_id=0, rope_theta=500000.0, dtype="bfloat16",
+        **{**usual, **sizes}, num_hidden_layers=layers, bos_token_id=0, eos_token_id=0, rope_theta=500000.0,
+        dtype="bfloat16",
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
