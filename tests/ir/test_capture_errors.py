@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jettison.ir import eager_check
 from jettison.ir.capture import capture, capture_module
 from jettison.ir.checkpoint import Checkpoint
 from jettison.ir.errors import CaptureError, UnsupportedError
@@ -200,6 +201,26 @@ class Constant(nn.Module):
 def test_a_graph_that_computes_something_else_is_refused():
     message = _refusal(Decoder(Constant()))
     assert "differs from the eager model: an error of" in message
+
+
+class Shaky(nn.Module):
+    """Small differences become large ones, as in a deep model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(8 * x)
+
+
+@pytest.mark.parametrize(("factor", "is_refused"), [(1.06, False), (1.5, True)])
+def test_a_graph_whose_rounding_differs_is_no_other_graph(monkeypatch, factor, is_refused):
+    """In bf16, a graph that is as far from fp32 as the eager model is computes the same."""
+    torch.manual_seed(0)
+    run_entry = eager_check.run_entry
+    monkeypatch.setattr(eager_check, "run_entry", lambda *given: [factor * out for out in run_entry(*given)])
+    if is_refused:
+        with pytest.raises(CaptureError, match="differs from the eager model"):
+            capture_module(Decoder(Shaky()), dtype=torch.bfloat16)
+    else:
+        assert capture_module(Decoder(Shaky()), dtype=torch.bfloat16).info.kind == "decoder"
 
 
 class Counting(nn.Module):
