@@ -12,7 +12,8 @@ After:
 Fires when: not everything fits the memory that the options name: `host` for the targets that compute on the processor,
     `device` for a GPU, whose weights may also wait in `host`. The weights that save most bytes of a decode step are
     pinned; the rest passes through a ring of buffers (`Program.placement`, see `ir/placement.py`).
-Declines when: a weight is read by anything but linears and embeddings, or no kernel holds its format: it is pinned.
+Declines when: a weight is read by anything but linears and embeddings (for a GPU: but linears), or no kernel holds its
+    format: it is pinned.
 Numerics: exact.
 Saves: memory: all bytes of what is streamed but those of the ring. Costs their bytes over the bandwidth of the tier,
     for each token, unless computing takes longer.
@@ -41,7 +42,6 @@ from jettison.passes.placement.throughput import block_note
 from jettison.passes.placement.units import Unit, find_units
 
 _SIZES = ("device", "host", "disk", "reserve")
-_NO_RUNTIME = "streams only what is placed by hand (Program.placement) as yet; targets torch and onnx obey a plan"
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,6 @@ class PlaceWeights(Pass):
             if value is not None and (type(value) is not int or value < 1):
                 raise OptionError(f"[place-weights] {field}={value!r}: needs at least 1.")
 
-    def unsupported_on(self, target: str) -> str | None:
-        """See `Pass`: who obeys a placement."""
-        return None if target in ("torch", "onnx") else f"target {target} {_NO_RUNTIME}"
-
     def requires(self, program: Program) -> None:
         """The memory of the target, and entries as they will run."""
         if program.info.kind == "decoder" and "decode" not in program.entries:
@@ -84,6 +80,11 @@ class PlaceWeights(Pass):
         if _has_gpu(program):
             if self.device is None:
                 raise OptionError("[place-weights] target triton: needs device=BYTES, the GPU's memory. Add it.")
+            if self.disk is not None:
+                raise OptionError(
+                    "[place-weights] target triton: found disk; needed device=BYTES and perhaps host=BYTES, because a "
+                    "GPU is given weights from main memory. Leave disk out."
+                )
         elif self.device is not None or self.host is None:
             found = "no host" if self.host is None else f"device={self.device:,}"
             raise OptionError(
@@ -138,9 +139,9 @@ class PlaceWeights(Pass):
             assert self.host is not None, "required"
             return Room(self.host, 0, self.disk)
         assert self.device is not None, "required"
-        # The process that drives a GPU lives in main memory.
+        # The process that drives a GPU lives in main memory. Nothing comes from disk: see runtime/device_stream.py.
         beside = None if self.host is None else max(0, self.host - TYPICAL_CPU.process_bytes)
-        return Room(self.device, beside, self.disk)
+        return Room(self.device, beside, 0)
 
     def _placement(self, program: Program, units: list[Unit], chosen: Chosen) -> Placement:
         tiers = {
@@ -173,6 +174,14 @@ class PlaceWeights(Pass):
         return notes
 
     def _refuse(self, program: Program, error: DoesNotFitError, needs: Needs, units: list[Unit]) -> NoReturn:
+        if error.tier == "disk" and _has_gpu(program):
+            # Weights go as wholes, which leaves a gap on the device.
+            missing = error.needed + max(unit.memory_bytes for unit in units)
+            raise OptionError(
+                f"[place-weights] host={self.host:,}: weights that do not fit the GPU wait in main memory, and "
+                f"up to {missing:,} bytes are missing there. Give host={(self.host or 0) + missing}, a larger device, "
+                "or put quantize-weights{bits=4} in front."
+            ) from error
         if error.tier == "disk":
             raise OptionError(
                 f"[place-weights] disk={self.disk:,}: weights that do not fit memory take {error.needed:,} bytes, "

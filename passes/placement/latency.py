@@ -85,7 +85,8 @@ def place(units: Sequence[Unit], needs: Needs, room: Room) -> Chosen:
     left = room.fast - needs.total
     if sum(unit.memory_bytes for unit in units) <= left:
         return Chosen({}, 0)
-    best: tuple[float, dict[str, str], int] | None = None
+    best: tuple[bool, float, dict[str, str], int] | None = None
+    usual = usual_ring(units)
     short: list[tuple[int, int, int]] = []
     full: list[int] = []
     for cap in _caps(units):
@@ -95,18 +96,20 @@ def place(units: Sequence[Unit], needs: Needs, room: Room) -> Chosen:
         if left < held + 2 * cap:
             short.append((needs.total + held + 2 * cap, 2 * cap, held))
             continue
-        ring = min(left - held, max(2 * cap, usual_ring(units))) if cap else 0
+        ring = min(left - held, max(2 * cap, usual)) if cap else 0
         tiers = _solve(may_stream, left - held - ring, room)
         if tiers is None:
             full.append(sum(unit.memory_bytes for unit in may_stream) - (left - held - ring) - (room.host or 0))
             continue
         cost = sum(_COSTS[tiers[unit.name]] * unit.read_bytes for unit in units if unit.name in tiers)
-        if best is None or cost < best[0]:
-            best = cost, tiers, ring
+        # Through a smaller ring than usual, reads are smaller and wait for each other: no bytes saved make up for it.
+        is_small = cap > 0 and ring < usual
+        if best is None or (is_small, cost) < best[:2]:
+            best = is_small, cost, tiers, ring
     if best is None:
         # Whole weights leave gaps in the faster tiers, so a little more may be asked for than is missing.
         raise DoesNotFitError("disk", min(full)) if full else DoesNotFitError("fast", *min(short))
-    _, tiers, ring = best
+    *_, tiers, ring = best
     pinned = sum(unit.memory_bytes for unit in units if unit.name not in tiers)
     streamed = sum(unit.memory_bytes for unit in units if unit.name in tiers and not unit.is_table)
     # Half of what is left over; the other half is for what no estimate knows.

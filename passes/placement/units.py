@@ -1,7 +1,8 @@
-"""What can be streamed: weights that a runtime takes a slab of rows at a time, as wholes."""
+"""What can be streamed: weights as wholes. A CPU takes some rows at a time, a GPU all that one launch reads."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from jettison.ir import ops
 from jettison.ir.constants import Constant
 from jettison.ir.cost import CallCost
 from jettison.ir.match import arguments, constant_name, is_call
-from jettison.ir.packed_parts import joint_weights, parts_read
+from jettison.ir.packed_parts import PackedParts, joint_weights, parts_read
 from jettison.ir.program import MissRecord, Program, constant_reads
 from jettison.ir.roofline import SLAB_BYTES
 from jettison.ir.text import target_text
 
 aten = torch.ops.aten
-_PAGE, _LINE = 4096, 64
+_PAGE, _LINE, _GPU_ALIGNMENT = 4096, 64, 512
 _OTHER_OPERANDS = ("input", "x", "indices", "bias")
 # Rows that packed layouts can be cut at.
 _ROWS_TOGETHER = 64
@@ -73,13 +74,37 @@ def find_units(program: Program, call: CallCost) -> tuple[list[Unit], list[MissR
 def _unit(names: tuple[str, ...], program: Program, read: Counter[str], *, is_table: bool) -> Unit:
     used = {name: program.constants[name] for name in names}
     total = sum(constant.nbytes for constant in used.values())
+    dense, read_bytes = names[0].rpartition(".")[0], sum(read[name] for name in names)
+    name = dense if dense in program.packed else names[0]
+    if _has_gpu(program):
+        held = _bytes_on_gpu(names, program)
+        return Unit(name, names, held, read_bytes, held, is_table)
     rows = max(constant.shape[0] for constant in used.values())
     least = -(-total // rows) * min(rows, _ROWS_TOGETHER)
-    dense = names[0].rpartition(".")[0]
-    return Unit(
-        dense if dense in program.packed else names[0], names, total + _kept_twice(names, program),
-        sum(read[name] for name in names), _pages(min(total, max(SLAB_BYTES, least)), len(names)), is_table,
-    )  # fmt: skip
+    slab = _pages(min(total, max(SLAB_BYTES, least)), len(names))
+    return Unit(name, names, total + _kept_twice(names, program), read_bytes, slab, is_table)
+
+
+def _bytes_on_gpu(names: tuple[str, ...], program: Program) -> int:
+    """At most: kernels read scales and zero points in the dtype of x, and each part begins at a multiple."""
+    widest = max(user.meta["val"].dtype.itemsize for name in names for user, _ in constant_reads(program, name))
+    codes = {parts.codes for parts in _packed_parts(names, program)}
+    total = 0
+    for name in names:
+        constant = program.constants[name]
+        is_scale = bool(codes) and name not in codes
+        size = max(constant.nbytes, math.prod(constant.shape) * widest) if is_scale else constant.nbytes
+        total += -(-size // _GPU_ALIGNMENT) * _GPU_ALIGNMENT
+    return total
+
+
+def _packed_parts(names: tuple[str, ...], program: Program) -> list[PackedParts]:
+    read = (parts_read(user) for name in names for user, _ in constant_reads(program, name))
+    return [parts for parts in read if parts is not None]
+
+
+def _has_gpu(program: Program) -> bool:
+    return program.target == "triton"
 
 
 def _pages(count: int, parts: int) -> int:
@@ -92,7 +117,7 @@ def _kept_twice(names: tuple[str, ...], program: Program) -> int:
     users = [user for name in names for user, _ in constant_reads(program, name)]
     is_both = any(is_call(user, ops.quantized_embedding) for user in users)
     is_both &= any(is_call(user, ops.quantized_linear) and arguments(user)["bits"] == 4 for user in users)
-    codes = {parts.codes for parts in map(parts_read, users) if parts is not None}
+    codes = {parts.codes for parts in _packed_parts(names, program)}
     return sum(program.constants[name].nbytes for name in names if name not in codes) if is_both else 0
 
 
@@ -105,23 +130,23 @@ def _only_looked_up(program: Program) -> set[str]:
     }
 
 
-def _operators() -> tuple[object, ...]:
-    """Operators whose weights a runtime can be given a slab at a time."""
-    known = (aten.linear.default, aten.embedding.default, ops.quantized_linear, ops.quantized_embedding)
-    bitmap = getattr(ops, "bitmap_linear", None)
-    return known if bitmap is None else (*known, bitmap)
+_LINEARS = (aten.linear.default, ops.quantized_linear)
+# Operators whose weights a CPU can be given a slab at a time.
+_OPERATORS = (*_LINEARS, aten.embedding.default, ops.quantized_embedding, ops.bitmap_linear)
 
 
 def _why_not(name: str, program: Program) -> str | None:
     """Why a constant cannot be streamed; empty for what is no weight."""
+    has_gpu = _has_gpu(program)
     for user, placeholder in constant_reads(program, name):
-        if not is_call(user, *_operators()):
-            return f"{target_text(user.target)} reads it, and only weights of linears and embeddings are streamed"
+        if not is_call(user, *(_LINEARS if has_gpu else _OPERATORS)):
+            kinds = "linears are streamed to a GPU" if has_gpu else "linears and embeddings are streamed"
+            return f"{target_text(user.target)} reads it, and only weights of {kinds}"
         if arguments(user).get("bias") is placeholder:
             return ""
         if is_call(user, aten.linear.default) and arguments(user)["input"] is placeholder:
             return "a linear multiplies it as its input"
-        if is_call(user, ops.quantized_linear, ops.quantized_embedding):
+        if not has_gpu and is_call(user, ops.quantized_linear, ops.quantized_embedding):
             reason = _why_unpacked(user)
             if reason is not None:
                 return reason
@@ -152,14 +177,21 @@ def _together(program: Program, used: Mapping[str, Constant]) -> list[tuple[str,
         for name in names[1:]:
             group_of[first(name)] = first(names[0])
 
+    first_of: dict[tuple[fx.GraphModule, object], str] = {}
     for packed in program.packed.values():
         join([name for name in packed.parts.values() if name in used])
     for entry in program.entries.values():
         for node in entry.graph.nodes:
-            if is_call(node, *_operators()):
+            if is_call(node, *_OPERATORS):
                 # What is multiplied with the weight is no part of it.
                 parts = [each for key, each in arguments(node).items() if key not in _OTHER_OPERANDS]
-                join([name for name in map(constant_name, parts) if name is not None])
+                names = [name for name in map(constant_name, parts) if name is not None]
+                join(names)
+                if _has_gpu(program) and is_call(node, *_LINEARS) and names:
+                    # One launch may read them all, and would have them all in one place.
+                    read = arguments(node)
+                    launch = entry, read.get("x", read.get("input"))
+                    join([first_of.setdefault(launch, names[0]), names[0]])
     for joint in joint_weights(program):
         join([parts.codes for parts in joint.parts])
     groups: dict[str, list[str]] = {}

@@ -11,6 +11,7 @@ from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.placement import Placement
 from jettison.ir.program import Program
 from jettison.passes.cache_kv import CacheKV
+from jettison.passes.place_weights import PlaceWeights
 from jettison.passes.policies import Full
 from jettison.passes.quantize_weights import QuantizeWeights
 from jettison.runtime.session import Session
@@ -64,6 +65,28 @@ def test_what_is_on_the_host_is_not_on_the_device() -> None:
     assert ours._weights.nbytes == TritonExecutor(program)._weights.nbytes - held
     assert ours.stream is not None
     assert ours.stream.step_bytes == held
+
+
+@pytest.mark.parametrize("bits", [None, 4, 3])
+def test_a_plan_fits_its_device(bits: int | None) -> None:
+    program = tiny_program("llama", *([QuantizeWeights(bits=bits, group=32)] if bits else []), CacheKV(Full()))
+    program.target = "triton"
+    resident = TritonExecutor(program)
+    expected = tokens_and_logits(resident, [[5, 10, 20]])
+    with pytest.raises(OptionError, match="bytes are missing") as caught:
+        PlaceWeights(device=1, context=64, prompt=16, reserve=1).run(program)
+    least = int(str(caught.value).partition("Give device=")[2].split()[0])
+    streamed = []
+    for device in (least, least + (resident.weight_bytes // 4)):
+        placed = program.copy()
+        PlaceWeights(device=device, context=64, prompt=16, reserve=1).run(placed)
+        ours = TritonExecutor(placed)
+        found = tokens_and_logits(ours, [[5, 10, 20]])
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        assert ours.stream is not None
+        assert ours._weights.nbytes + ours.stream.nbytes + program.state_bytes(1, 64) <= device
+        streamed.append(ours.stream.step_bytes)
+    assert streamed[0] > streamed[1] > 0
 
 
 def test_sessions_that_take_turns() -> None:
