@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from jettison.ir.allocator import forget_library, forget_pages, give_back
+from jettison.ir.allocator import forget_pages, give_back
 from jettison.ir.constants import Constant
 from jettison.ir.errors import OptionError
 from jettison.ir.packed_parts import (
@@ -103,7 +103,6 @@ class TorchExecutor:
                 self._values[constant] = self._held(program.constants[constant], is_beside_packed=is_beside_packed)
         # The ring comes last: what loading takes for a moment and the ring are not held together.
         if self._is_placed:
-            forget_library("llvmlite")  # 70 MB, and all kernels are compiled
             give_back()
         streamed, self.stream = open_streamed(program, store)
         self._values |= streamed

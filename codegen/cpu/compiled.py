@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from jettison.ir.allocator import forget_library
+
 _LOCK = threading.Lock()
 # Modules that were compiled live as long as the process: pointers to their code are handed out.
 _ENGINES: list[Any] = []
@@ -69,6 +71,8 @@ def compile_source(source: str, features: frozenset[str] | None = None) -> Calla
         engine = binding.create_mcjit_compiler(module, machine)
         engine.finalize_object()
         _ENGINES.append((engine, machine))
+        # 70 MB, which are read again for the next module.
+        forget_library("llvmlite")
 
     def function(name: str, arguments: int) -> Any:
         return ctypes.CFUNCTYPE(None, *[ctypes.c_size_t] * arguments)(engine.get_function_address(name))
