@@ -24,12 +24,18 @@ class Placement:
             the tier where the process lives it counts all of its resident memory.
         ring_bytes: Of the buffers that streamed weights pass through; how far reading runs ahead of computing.
         states: Tier of each state of the cache that is not on the device.
+        batch: Sequences that the limits have room for; 0 if nobody counted.
+        context: Tokens of each of them, in the end.
+        prompt: Tokens of each that come at once.
     """
 
     tiers: dict[str, str] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
     ring_bytes: int = 0
     states: dict[str, str] = field(default_factory=dict)
+    batch: int = 0
+    context: int = 0
+    prompt: int = 0
 
     def of(self, constant: str) -> str:
         """The tier of a constant."""

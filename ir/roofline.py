@@ -47,7 +47,7 @@ class Rates:
     disk: float = 1e9
     copy: float = 0.0
     call_seconds: float = 5e-6
-    process_bytes: int = 320 << 20
+    process_bytes: int = 336 << 20
 
     def as_dict(self) -> dict[str, Any]:
         """The rates as JSON-ready values."""

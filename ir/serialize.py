@@ -420,7 +420,8 @@ class _Reader:
         strange = [name for name in placement.tiers if name not in program.constants]
         strange += [name for name in placement.states if name not in program.states]
         strange += [tier for tier in named if tier not in TIERS]
-        if strange or min([placement.ring_bytes, *placement.limits.values()]) < 0:
+        sizes = (placement.ring_bytes, placement.batch, placement.context, placement.prompt)
+        if strange or min([*sizes, *placement.limits.values()]) < 0:
             found = f"the name {short(strange[0])}" if strange else "a negative size"
             self.refuse("placement", found, f"constants, states and tiers ({', '.join(TIERS)}), and sizes")
 

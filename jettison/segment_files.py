@@ -10,12 +10,15 @@ from typing import Any
 from jettison.codegen.onnx.emit import EmittedGraph
 from jettison.codegen.onnx.segments import Segment
 from jettison.ir.errors import ArtifactError
+from jettison.ir.placement import Placement
 from jettison.ir.program import ModelInfo, Program, State
 from jettison.ir.progress import track
 from jettison.runtime.artifact import Artifact
 from jettison.runtime.onnx_executor import OnnxGraph
 from jettison.runtime.prepared import KnownFile, find_prepared, known_files, prepare, prepared_folder
 from jettison.runtime.segmented_onnx import OnnxChain, SegmentedOnnxExecutor
+
+_PLANNED = ("batch", "context", "prompt")
 
 
 def segments_dict(cut: Sequence[EmittedGraph], program: Program) -> dict[str, Any]:
@@ -31,7 +34,9 @@ def segments_dict(cut: Sequence[EmittedGraph], program: Program) -> dict[str, An
         }
         for graph in cut
     ]
-    return {"chains": chains, "ring_bytes": program.placement.ring_bytes}
+    placement = program.placement
+    planned = {"limits": placement.limits, **{key: getattr(placement, key) for key in _PLANNED}}
+    return {"chains": chains, "ring_bytes": placement.ring_bytes, "planned": planned}
 
 
 def packed_segments(artifact: Artifact) -> list[str]:
@@ -80,8 +85,26 @@ def open_segments(
     return SegmentedOnnxExecutor(
         chains, graphs, ModelInfo(**artifact.manifest["model"]), states, artifact.manifest["weight_bytes"],
         ring_bytes=ring_bytes, files={**files, **(known_files(folder) if packed else {})},
-        prepared={name: path for name, path in found.items() if name in packed}, threads=threads, **moved,
+        prepared={name: path for name, path in found.items() if name in packed}, threads=threads,
+        placement=_planned(artifact, ring_bytes), **moved,
     )  # fmt: skip
+
+
+def _planned(artifact: Artifact, ring_bytes: int) -> Placement:
+    """What the memory has room for; which weights are streamed is in the chains."""
+    planned = artifact.manifest.get("planned", {})
+    try:
+        limits = {_text(tier): _size(bytes_) for tier, bytes_ in planned.get("limits", {}).items()}
+        batch, context, prompt = (_size(planned.get(key, 0)) for key in _PLANNED)
+        return Placement({}, limits, ring_bytes, batch=batch, context=context, prompt=prompt)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _damaged(artifact, f"planned is not described as it must be: {error!r}") from error
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
 
 
 def _damaged(artifact: Artifact, found: str) -> ArtifactError:

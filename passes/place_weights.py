@@ -148,7 +148,8 @@ class PlaceWeights(Pass):
             name: chosen.tiers[unit.name] for unit in units if unit.name in chosen.tiers for name in unit.constants
         }
         limits = {name: size for name in ("device", "host", "disk") if (size := getattr(self, name)) is not None}
-        return Placement(tiers, limits, chosen.ring_bytes)
+        work = self.workload(program)
+        return Placement(tiers, limits, chosen.ring_bytes, batch=work.batch, context=work.context, prompt=work.prompt)
 
     def _say(self, program: Program, units: list[Unit], streamed: list[Unit], needs: Needs) -> list[str]:
         placement = program.placement
@@ -209,7 +210,7 @@ class PlaceWeights(Pass):
             return needs_of(program, changed, units, needs.process).total + error.ring_bytes + error.held <= limit
 
         shorter = _largest(work.context, lambda n: fits(replace(work, context=n, prompt=min(work.prompt, n))))
-        if shorter:
+        if shorter > work.context // 16:  # so few that nobody would take them
             remedies.append(f"Or take context={shorter}.")
         fewer = _largest(work.batch, lambda n: fits(replace(work, batch=n)))
         if fewer:

@@ -246,10 +246,11 @@ def run_small_kernels() -> None:
     """One product of each kind for one row and for several: libraries read their code when they first run."""
     rows, columns = SMALL_SHAPE
     with torch.inference_mode():
-        packed = [
-            pack_weight(*_codes(rows, columns, bits), None, bits, 128, columns, is_table=False) for bits in (4, 8)
+        weights: list[Any] = [
+            *(pack_weight(*_codes(rows, columns, bits), None, bits, 128, columns, is_table=False) for bits in (4, 8)),
+            _pruned(rows, columns),
         ]
-        for weight in filter(None, (*packed, _pruned(rows, columns))):
+        for weight in filter(None, weights):
             for count in (1, 64):
                 weight.linear(torch.ones(count, columns, dtype=torch.bfloat16), None)
         for dtype in (torch.float32, torch.bfloat16):

@@ -20,6 +20,7 @@ from torch import Tensor
 from jettison.codegen.onnx.segments import GATHERS, PINNED_FILE, Segment
 from jettison.ir.allocator import give_back
 from jettison.ir.errors import ArtifactError, OptionError
+from jettison.ir.placement import Placement
 from jettison.ir.program import ModelInfo, Retention, State, Storage
 from jettison.runtime.executor import CPU, EntrySignature
 from jettison.runtime.mapped_weights import WRITE_AGAIN, MappedFile, Piece, added
@@ -187,6 +188,7 @@ class SegmentedOnnxExecutor:
         threads: Threads within an operator, at least 1; default ONNX Runtime's own choice.
         retentions: Of the states that drop tokens.
         storages: Of the states that compress tokens.
+        placement: What the memory has room for, which sessions keep to; None if nobody said.
 
     Raises:
         ArtifactError: A file cannot be loaded, or is not what it must be.
@@ -208,8 +210,10 @@ class SegmentedOnnxExecutor:
         threads: int | None = None,
         retentions: Sequence[Retention] = (),
         storages: Sequence[Storage] = (),
+        placement: Placement | None = None,
     ) -> None:
         self.info, self.states, self.weight_bytes, self.device = info, dict(states), weight_bytes, CPU
+        self.placement = placement
         self.retentions = {each.name: each for each in retentions}
         self.storages = {each.name: each for each in storages}
         self.threads, self.is_prepared = threads, bool(prepared)

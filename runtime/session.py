@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError
+from jettison.ir.placement import Placement
 from jettison.runtime.approximate_head import Candidates, has_approximate_head
 from jettison.runtime.executor import Executor, SelectingExecutor, allocate_states
 from jettison.runtime.kept_states import KeptStates, SlottedStates
@@ -57,7 +58,7 @@ class Session:
         self.context = executor.info.context
         self.vocab_size = executor.info.vocab_size
         self.capacity = min(-(-capacity // SLOT_GRANULE) * SLOT_GRANULE, self.context)
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk = self._fitting_chunk(prefill_chunk)
         self.has_approximate_head = has_approximate_head(executor)
         self.lengths = [0] * batch
         kept = {*executor.retentions, *executor.storages}
@@ -68,6 +69,26 @@ class Session:
             KeptStates(each, storages.get(name), executor.states, self.states, batch, executor.device)
             for name, each in executor.retentions.items()
         ]
+
+    def _fitting_chunk(self, prefill_chunk: int) -> int:
+        """Tokens of a prompt per call that the memory has room for in which weights were placed.
+
+        Raises:
+            OptionError: It has no room for the whole session.
+        """
+        # Of executors that can stream weights.
+        placement: Placement | None = getattr(self.executor, "placement", None)
+        if placement is None or not placement.context:
+            return prefill_chunk
+        planned = -(-placement.context // SLOT_GRANULE) * SLOT_GRANULE
+        if self.batch * self.capacity > placement.batch * planned:
+            limits = ", ".join(f"{size:,} bytes of the {tier}" for tier, size in placement.limits.items())
+            raise OptionError(
+                f"[session] {self.batch} x {self.capacity} tokens: weights were placed beside {placement.batch} x "
+                f"{placement.context}, so that all fit {limits or 'the memory'}. Ask for fewer tokens, or place the "
+                f"weights again: `jettison place ... --batch {self.batch} --context {self.capacity}`."
+            )
+        return max(1, min(prefill_chunk, placement.batch * placement.prompt // self.batch))
 
     @property
     def state_bytes(self) -> int:

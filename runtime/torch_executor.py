@@ -74,6 +74,7 @@ class TorchExecutor:
         self.info, self.device = program.info, CPU
         self.states = dict(program.states)
         self.retentions, self.storages = dict(program.retentions), dict(program.storages)
+        self.placement = program.placement
         self._values: dict[str, Tensor | PackedWeight | PackedExperts | BitmapWeight] = {}
         self._is_placed = bool(on_disk)
         reads = {read.name: read for read in streamed_reads(program)}

@@ -62,6 +62,7 @@ class TritonExecutor:
         self.info = program.info
         self.states = dict(program.states)
         self.retentions, self.storages = dict(program.retentions), dict(program.storages)
+        self.placement = program.placement
         self._weights = weights = DeviceWeights(program, self.device)
         self.emitted = emitted or emit(program)
         self._parts = Parts(weights, Counters(self.device), Launchers(tunings))

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 import jettison
-from jettison.ir.errors import OptionError
+from jettison.api import parse_passes
+from jettison.ir.errors import ArtifactError, OptionError
 from jettison.ir.roofline import TYPICAL_CPU
-from tests.cli.running import INT4, optimized
+from jettison.passes.place_weights import PlaceWeights
+from jettison.runtime.session import Session
+from tests.cli.running import INT4, forge, optimized
 
 RATES = replace(TYPICAL_CPU, process_bytes=1_000_000)
 WORK = ("--context", "64", "--prompt", "16")
@@ -32,9 +36,9 @@ def missing(error):
     return int(str(error).partition("Give host=")[2].split()[0])
 
 
-def least(whole):
+def least(whole, **work):
     with pytest.raises(OptionError) as caught:
-        jettison.place(whole, 1, context=64, prompt=16)
+        jettison.place(whole, 1, **{"context": 64, "prompt": 16, **work})
     return missing(caught.value)
 
 
@@ -66,6 +70,35 @@ def test_a_model_that_was_not_saved_runs(whole):
     assert placed.generate([1, 2, 3], max_new_tokens=4) == jettison.load(whole).generate([1, 2, 3], max_new_tokens=4)
     assert placed.executor.stream.statistics.bytes_taken > 0
     placed.executor.stream.close()
+
+
+def test_a_session_keeps_to_what_the_memory_has_room_for(whole):
+    work = {"context": 128, "prompt": 16, "batch": 2}
+    placed = jettison.place(whole, least(whole, **work), **work)
+    session = placed.session(2, 128)
+    assert session.prefill_chunk == 16
+    prompt = list(range(3, 43))
+    expected = Session(jettison.load(whole).executor, 2, 128, prefill_chunk=16)
+    assert torch.equal(session.prefill([prompt, prompt]), expected.prefill([prompt, prompt]))
+    assert placed.session(4, 64).prefill_chunk == 8
+    for batch, capacity in ((3, 100), (2, 129), (1, 300)):
+        with pytest.raises(OptionError, match=r"placed beside 2 x 128, so that all fit .* `jettison place"):
+            placed.session(batch, capacity)
+    with pytest.raises(OptionError, match="Ask for fewer tokens"):
+        placed.generate(prompt, max_new_tokens=300)
+    placed.executor.stream.close()
+
+
+def test_a_session_of_segments_keeps_to_it_too(two_layers, tmp_path):
+    place = PlaceWeights(host=RATES.process_bytes + 1_700_000, context=64, prompt=16, reserve=RATES.process_bytes)
+    jettison.optimize(two_layers, [*parse_passes(INT4), place]).save_pretrained(tmp_path / "out")
+    placed = jettison.load(tmp_path / "out")
+    assert placed.session(1, 64).prefill_chunk == 16
+    with pytest.raises(OptionError, match=r"placed beside 1 x 64, so that all fit 2,700,000 bytes of the host"):
+        placed.session(1, 65)
+    forge(tmp_path / "out", planned={"context": "much"})
+    with pytest.raises(ArtifactError, match="planned is not described"):
+        jettison.load(tmp_path / "out").executor  # noqa: B018
 
 
 def test_weights_that_were_placed_are_not_placed_again(run, whole, tmp_path, is_left_clean):
