@@ -1,9 +1,9 @@
 """ONNX Runtime with less memory than the weights take: seconds per token, bytes read, memory, beside no limit.
 
-    python benchmarks/offload_onnx.py --limit 500 --ring 200
+    python benchmarks/offload_onnx.py --limit 900
 
-A random model in the shape of Llama-3.2-1B, in 4 bits (`--bits 32` for fp32), `--layers` of it. Whole weights are
-pinned as long as they and the ring fit below the limit, the smallest first; the others are on disk. Every run is in a
+A random model in the shape of Llama-3.2-1B, in 4 bits (`--bits 32` for fp32), `--layers` of it, placed within a limit
+of resident memory by `place-weights`, with the memory that `jettison plan` measures for a process. Every run is in a
 process of its own: a prompt of 16 tokens, then `--tokens` steps. What streams is dropped from the page cache by the
 runtime itself, so every byte that is not held is read from the disk; `disk_bytes_per_token` is what the kernel counted.
 Pages of the folder are dropped (posix_fadvise) before the prompt only: between steps that would drop what has been
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,12 @@ from random_models import make_llama
 from record import environment, write
 
 import jettison
-from jettison.ir.placement import Placement
-from jettison.ir.program import Program
+from jettison.api import parse_passes
+from jettison.passes.base import Pass
+from jettison.passes.place_weights import PlaceWeights
+from jettison.runtime.machine import machine_rates
 
 MB = 1_000_000
-# What ONNX Runtime makes of a weight of 4 bits in groups of 32, beside its stored bytes, at most.
-_PACKED = 1.25
 
 _RUN = """
 import json, os, statistics, sys, threading, time
@@ -92,30 +91,10 @@ print(json.dumps({
     "ring_bytes": read.most_bytes if read else 0,
     "added_anon_bytes_opening": peak(samples[:loading], 0), "added_file_bytes_opening": peak(samples[:loading], 1),
     "added_anon_bytes": peak(samples[loading:], 0), "added_file_bytes": peak(samples[loading:], 1),
+    "rss_peak_bytes_opening": max(sum(each) for each in samples[:loading]),
+    "rss_peak_bytes": max(sum(each) for each in samples[loading:]),
 }))
 """
-
-
-def placed(limit: int, ring: int) -> Callable[..., None]:
-    """Pin whole weights while they fit; for `after_each` of `optimize`."""
-
-    def place(_pass: Any, _record: Any, program: Program) -> None:
-        if "decode" not in program.entries:
-            return  # no pass comes behind a placement
-        whole = {part: name for name, packed in program.packed.items() for part in packed.parts.values()}
-        sizes: dict[str, int] = {}
-        for name, constant in program.used_constants().items():
-            sizes[whole.get(name, name)] = sizes.get(whole.get(name, name), 0) + constant.nbytes
-        room, tiers = limit - ring, {}
-        for name, size in sorted(sizes.items(), key=lambda item: item[1]):
-            size = int(size * (_PACKED if name in program.packed else 1))
-            if size <= room:
-                room -= size
-            else:
-                tiers |= {part: "disk" for part in program.used_constants() if whole.get(part, part) == name}
-        program.placement = Placement(tiers, limits={"device": limit}, ring_bytes=ring)
-
-    return place
 
 
 def direct_gb_per_second(folder: Path) -> float:
@@ -146,8 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--bits", type=int, choices=[4, 32], default=4)
-    parser.add_argument("--limit", type=int, default=500, help="megabytes for weights and ring")
-    parser.add_argument("--ring", type=int, default=200, help="megabytes of it that streamed weights pass through")
+    parser.add_argument("--limit", type=int, default=900, help="megabytes of resident memory")
     parser.add_argument("--tokens", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -158,12 +136,16 @@ def main() -> None:
         root, figures = Path(name), {key: value for key, value in vars(args).items() if key != "folder"}
         os.environ["JETTISON_CACHE"] = str(root / "cache")
         make_llama(root / "model", args.layers)
-        passes = "quantize-weights{bits=4,group=32}" if args.bits == 4 else ""
-        limits = {"no limit": None, "limit": placed(args.limit * MB, args.ring * MB)}
-        for label, place in limits.items():
-            made = jettison.optimize(root / "model", passes, after_each=place)
+        passes = parse_passes("quantize-weights{bits=4,group=32}" if args.bits == 4 else "")
+        place = PlaceWeights(
+            host=args.limit * MB, context=args.tokens + 32, prompt=16, reserve=machine_rates(root).process_bytes
+        )
+        limits: dict[str, list[Pass]] = {"no limit": [], "limit": [place]}
+        for label, last in limits.items():
+            made = jettison.optimize(root / "model", [*passes, *last])
             made.save_pretrained(root / label)
             figures["weight_bytes"] = made.report.weight_bytes
+            figures["notes"] = made.report.passes[-1].notes
         chains = json.loads((root / "limit" / "jettison.json").read_text()).get("chains", [])
         figures["segments"] = sum(len(chain["segments"]) for chain in chains)
         started = time.perf_counter()
