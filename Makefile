@@ -50,9 +50,11 @@ gpu: ## test and measure the kernels on this machine's GPU: make gpu PYTHON=pyth
 		tests/gpu tests/codegen/test_triton_kernels.py tests/codegen/test_gather_kernels.py \
 		tests/codegen/test_low_rank_kernels.py \
 		tests/codegen/test_machine_code.py tests/codegen/test_ahead_of_time.py \
-		tests/runtime/test_triton_executor.py tests/runtime/test_recorded_step.py
+		tests/runtime/test_triton_executor.py tests/runtime/test_recorded_step.py \
+		tests/runtime/test_device_weights.py
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_kernels.py
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_decode.py
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_offload.py
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -162,7 +162,9 @@ def main() -> None:
         found["torchao"] = interleaved(contenders, arguments.tokens)
     path = RESULTS / f"{file_name()}.json"
     figures = json.loads(path.read_text()) if path.is_file() else {}
-    known = {name: figures[name] for name in ("device", "copy_gb_per_s", "linear", "attention") if name in figures}
+    known = {
+        name: figures[name] for name in ("device", "copy_gb_per_s", "linear", "attention", "offload") if name in figures
+    }
     print(write(file_name(), {**known, "decode": found}, before))
 
 

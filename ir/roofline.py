@@ -22,7 +22,8 @@ from jettison.ir.placement import Placement
 SLAB_BYTES = 8 << 20
 # A direct read of single rows of a table, in seconds.
 ROW_READ_SECONDS = 1e-4
-# Rows of a product from which weights are decoded once and multiplied, instead of decoded for every row.
+# Rows of a product from which weights are decoded once and multiplied, instead of decoded for every row; where nothing
+# was measured.
 _DECODED_ONCE = 16.0
 
 
@@ -39,6 +40,8 @@ class Rates:
         copy: Bytes from host memory to the device; 0 where they are one.
         call_seconds: That a call of a library takes, whatever it does.
         process_bytes: Resident memory of a process that has imported the runtime and holds no model.
+        decoding: Weights that a product with many rows decodes, by their form, before it multiplies them.
+        starts: Seconds that a product with one row takes beside decoding its weights, by their form.
     """
 
     read: float
@@ -48,6 +51,8 @@ class Rates:
     copy: float = 0.0
     call_seconds: float = 5e-6
     process_bytes: int = 336 << 20
+    decoding: Mapping[str, float] = field(default_factory=dict)
+    starts: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The rates as JSON-ready values."""
@@ -118,7 +123,8 @@ def node_seconds(node: NodeCost, rates: Rates) -> dict[str, float]:
     rate = rates.weights.get(node.form, rates.weights.get("decoded", rates.read))
     # A kernel decodes weights for every row; for many it is given decoded ones.
     rows = node.operations / (2 * node.elements)
-    for_each, once = rows * node.elements / rate, _DECODED_ONCE * node.elements / rate
+    once = node.elements / rates.decoding.get(node.form, rate / _DECODED_ONCE)
+    for_each = rows * node.elements / rate
     return {
         "memory": seconds["memory"], "decoding": for_each if for_each <= once + product else once,
         "arithmetic": 0.0 if for_each <= once + product else product,
@@ -147,6 +153,8 @@ def predict(calls: Sequence[CallCost], rates: Rates, placement: Placement | None
             spent = seconds["arithmetic"] + seconds["decoding"] if "decoding" in seconds else seconds[roof]
             spent = max(spent, seconds["memory"])
             calling = node.calls * rates.call_seconds
+            if node.elements and node.kind != "embedding":
+                calling += rates.starts.get(node.form, 0.0)
             kinds[node.kind] += spent + calling
             roofs[roof] += spent
             roofs["calls"] += calling

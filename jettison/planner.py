@@ -222,7 +222,7 @@ def _placement(program: Program, work: Workload, placing: PlaceWeights | None) -
 def _memory(program: Program, work: Workload, rates: Rates, placing: PlaceWeights | None) -> dict[str, int | None]:
     units, _ = find_units(program, step_of(program, work))
     placement = program.placement or Placement()
-    needs = needs_of(program, work, units, rates.process_bytes)
+    needs = needs_of(program, work, units, _process_bytes(program, rates))
     pinned = sum(unit.memory_bytes for unit in units if placement.of(unit.constants[0]) == "device")
     kinds = {
         "process": needs.process, "weights": needs.weights + pinned, "buffers": placement.ring_bytes,
@@ -232,9 +232,13 @@ def _memory(program: Program, work: Workload, rates: Rates, placing: PlaceWeight
     return {**kinds, "total": sum(kinds.values()), "limit": limit}
 
 
+def _process_bytes(program: Program, rates: Rates) -> int:
+    return PlaceWeights(reserve=rates.process_bytes).process_bytes(program)
+
+
 def _throughput(program: Program, target: str, work: Workload, rates: Rates, wanted: Wanted) -> dict[str, Any] | None:
     units, _ = find_units(program, step_of(program, work))
-    needs = needs_of(program, work, units, rates.process_bytes)
+    needs = needs_of(program, work, units, _process_bytes(program, rates))
     placing = wanted.placing(target, rates)
     everything = 1 << 50
     if placing is None:

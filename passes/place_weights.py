@@ -41,6 +41,8 @@ from jettison.passes.placement.memory import Needs, needs_of, step_of
 from jettison.passes.placement.throughput import block_note
 from jettison.passes.placement.units import Unit, find_units
 
+# Of ONNX Runtime beside that: its library, and a session for each segment (benchmarks/results/offload_onnx.json).
+_ONNX_RUNTIME_BYTES = 80 << 20
 _SIZES = ("device", "host", "disk", "reserve")
 
 
@@ -132,7 +134,8 @@ class PlaceWeights(Pass):
     def process_bytes(self, program: Program) -> int:
         """Of a process without a model."""
         usual = TYPICAL_GPU if _has_gpu(program) else TYPICAL_CPU
-        return usual.process_bytes if self.reserve is None else self.reserve
+        own = _ONNX_RUNTIME_BYTES if program.target == "onnx" else 0
+        return own + (usual.process_bytes if self.reserve is None else self.reserve)
 
     def _room(self, program: Program) -> Room:
         if not _has_gpu(program):

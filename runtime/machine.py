@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,17 @@ READ_BYTES = 4 << 20
 READERS = 2
 # A weight of one row's products, and how many of them are used in turn.
 WEIGHT_SHAPE, WEIGHTS = (8192, 2048), 4
+# Weights as small as those of small layers, more than a cache holds, and rows of a prompt.
+SMALL_WEIGHT, SMALL_WEIGHTS, MANY_ROWS = (1024, 1024), 64, 128
 PRODUCT_SHAPE = (512, 2048, 2048)
 DECODED_SHAPE = (1024, 1024)
 SMALL_SHAPE = (256, 256)
-REPEATS = 9
+REPEATS, ROUNDS = 9, 3
 # Graphs and allocators take some memory that a process without a model has not taken yet.
 SLACK_BYTES = 24 << 20
+Linear = Callable[[torch.Tensor], torch.Tensor]
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
-_FORMAT = 2
+_FORMAT = 3
 _IDLE = """
 import re
 import jettison.api, jettison.runtime.tokenizer, jettison.runtime.torch_executor
@@ -93,7 +96,7 @@ def machine_rates(folder: Path | None = None, *, remeasure: bool = False) -> Rat
         _write(path, {"format": _FORMAT, "machine": _machine(), "figures": figures, "disks": disks})
     return Rates(
         figures["read"], figures["products"], figures["weights"], disks[place], 0.0, figures["call_seconds"],
-        figures["process_bytes"],
+        figures["process_bytes"], figures["decoding"], figures["starts"],
     )  # fmt: skip
 
 
@@ -141,10 +144,18 @@ def _measure() -> dict[str, Any]:
         return {
             "read": memory_rate(),
             "products": {name: product_rate(getattr(torch, name)) for name in ("float32", "bfloat16")},
-            "weights": weight_rates(),
+            **_medians([weight_rates() for _ in range(ROUNDS)]),
             "call_seconds": call_seconds(),
             "process_bytes": process_bytes(),
         }
+
+
+def _medians(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of the same figures measured some seconds apart: another guest of a machine may be busy for one of them."""
+    return {
+        kind: {form: statistics.median(each[kind][form] for each in rounds) for form in forms}
+        for kind, forms in rounds[0].items()
+    }
 
 
 def memory_rate() -> float:
@@ -160,34 +171,59 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2 * rows * columns * outputs / seconds_of(lambda: run_dense_linear(x, weight))
 
 
-def weight_rates() -> dict[str, float]:
-    """Weights that a product with one row reads in a second, by their form."""
+def weight_rates() -> dict[str, dict[str, float]]:
+    """`weights`, `decoding` and `starts` of `Rates`."""
+    weights, decoding, starts = {}, {}, {}
     rows, columns = WEIGHT_SHAPE
-    found = {}
-    for name in ("float32", "bfloat16"):
-        dtype = getattr(torch, name)
-        weights, x = torch.ones(WEIGHTS, rows, columns, dtype=dtype), torch.ones(1, columns, dtype=dtype)
-        call = _in_turn(functools.partial(run_dense_linear, x), weights)
-        found[name] = WEIGHTS * rows * columns / seconds_of(call)
-    for bits in (4, 8):
-        codes, scales = _codes(rows, columns, bits)
-        made = (pack_weight(codes, scales, None, bits, 128, columns, is_table=False) for _ in range(WEIGHTS))
-        packed = [weight for weight in made if weight is not None]
-        if packed:
-            call = _in_turn(lambda linear: linear(torch.ones(1, WEIGHT_SHAPE[1]), None), [w.linear for w in packed])
-            found[f"int{bits}"] = len(packed) * rows * columns / seconds_of(call)
-    pruned = [_pruned(rows, columns) for _ in range(WEIGHTS)]
-    bitmaps = [weight for weight in pruned if weight is not None]
-    if bitmaps:
-        call = _in_turn(lambda linear: linear(torch.ones(1, WEIGHT_SHAPE[1]), None), [w.linear for w in bitmaps])
-        found["bitmap"] = len(bitmaps) * rows * columns / seconds_of(call)
+    for form, make in _FORMS.items():
+        large = [made for made in (make(rows, columns) for _ in range(WEIGHTS)) if made is not None]
+        if not large:
+            continue  # no kernel here
+        x = torch.ones(1, columns, dtype=torch.bfloat16 if form == "bfloat16" else torch.float32)
+        weights[form] = WEIGHTS * rows * columns / seconds_of(_products(large, x))
+        if form in ("float32", "bfloat16"):
+            continue
+        many = torch.ones(MANY_ROWS, columns, dtype=_multiplied_in(form))
+        dense = functools.partial(_run_dense, torch.ones(rows, columns, dtype=many.dtype))
+        spent = seconds_of(_products(large[:1], many), 3) - seconds_of(_products([dense], many), 3)
+        decoding[form] = rows * columns / max(spent, rows * columns / weights[form])
+        del large
+        few = [made for made in (make(*SMALL_WEIGHT) for _ in range(SMALL_WEIGHTS)) if made is not None]
+        each = seconds_of(_products(few, x[:, : SMALL_WEIGHT[1]].contiguous())) / SMALL_WEIGHTS
+        starts[form] = max(0.0, each - SMALL_WEIGHT[0] * SMALL_WEIGHT[1] / weights[form])
     rows, columns = DECODED_SHAPE
     codes, scales = _codes(rows, columns, 3)
     x = torch.ones(1, columns)
-    found["decoded"] = (
+    weights["decoded"] = (
         rows * columns / seconds_of(lambda: ops.quantized_linear(x, codes, scales, None, None, 3, 128, columns))
     )
-    return found
+    return {"weights": weights, "decoding": decoding, "starts": starts}
+
+
+def _multiplied_in(form: str) -> torch.dtype:
+    """What weights are decoded to for many rows."""
+    return torch.float32 if form == "int8" else torch.bfloat16
+
+
+def _dense(dtype: torch.dtype) -> Callable[[int, int], Linear]:
+    return lambda rows, columns: functools.partial(_run_dense, torch.ones(rows, columns, dtype=dtype))
+
+
+def _run_dense(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return run_dense_linear(x, weight)
+
+
+def _integers(bits: int) -> Callable[[int, int], Linear | None]:
+    def make(rows: int, columns: int) -> Linear | None:
+        packed = pack_weight(*_codes(rows, columns, bits), None, bits, 128, columns, is_table=False)
+        return None if packed is None else lambda x: packed.linear(x, None)
+
+    return make
+
+
+def _bitmap(rows: int, columns: int) -> Linear | None:
+    packed = _pruned(rows, columns)
+    return None if packed is None else lambda x: packed.linear(x, None)
 
 
 def _codes(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,8 +238,19 @@ def _pruned(rows: int, columns: int) -> BitmapWeight | None:
     return pack_bitmap(bitmap, starts, values, torch.ones(rows, columns // 128, dtype=torch.bfloat16), 4, 128, columns)
 
 
-def _in_turn(call: Callable[[Any], object], operands: Iterable[Any]) -> Callable[[], object]:
-    return lambda: [call(each) for each in operands]
+# How a product with a weight of some shape is made, by the form of the weight; None without a kernel.
+_FORMS: dict[str, Callable[[int, int], Linear | None]] = {
+    "float32": _dense(torch.float32),
+    "bfloat16": _dense(torch.bfloat16),
+    "int4": _integers(4),
+    "int8": _integers(8),
+    "bitmap": _bitmap,
+}
+
+
+def _products(linears: Iterable[Linear], x: torch.Tensor) -> Callable[[], object]:
+    """Products with several weights in turn."""
+    return lambda: [linear(x) for linear in linears]
 
 
 def call_seconds() -> float:
@@ -352,7 +399,8 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
         figures = document["figures"]
         numbers = [figures["read"], figures["call_seconds"], figures["process_bytes"], *document["disks"].values()]
-        numbers += [*figures["products"].values(), *figures["weights"].values()]
+        numbers += [*(each for name in ("products", "weights", "decoding") for each in figures[name].values())]
+        numbers += [1.0 + each for each in figures["starts"].values()]  # 0 is sound
         is_sound = document["format"] == _FORMAT and document["machine"] == _machine()
         is_sound &= all(isinstance(each, (int, float)) and 0 < each < 1e18 for each in numbers)
         return document if is_sound and {"float32", "bfloat16"} <= set(figures["products"]) else {}

@@ -21,6 +21,8 @@ from jettison.ir.text import target_text
 
 aten = torch.ops.aten
 _PAGE, _LINE, _GPU_ALIGNMENT = 4096, 64, 512
+# What ONNX Runtime's packed integers take over those stored, with groups of 32 (benchmarks/results/offload_onnx.json).
+_ONNX_PACKED = 1.2
 _OTHER_OPERANDS = ("input", "x", "indices", "bias")
 # Rows that packed layouts can be cut at.
 _ROWS_TOGETHER = 64
@@ -79,15 +81,30 @@ def _unit(names: tuple[str, ...], program: Program, read: Counter[str], *, is_ta
     if _has_gpu(program):
         held = _bytes_on_gpu(names, program)
         return Unit(name, names, held, read_bytes, held, is_table)
+    held = total + _kept_twice(names, program)
+    if program.target == "onnx" and (packed := _bytes_in_onnx_runtime(names, program)) is not None:
+        looked_up = total if any(is_call(user, ops.quantized_embedding) for user in _users(names, program)) else 0
+        held, read_bytes, total = packed + looked_up, max(read_bytes, packed), packed
     rows = max(constant.shape[0] for constant in used.values())
     least = -(-total // rows) * min(rows, _ROWS_TOGETHER)
     slab = _pages(min(total, max(SLAB_BYTES, least)), len(names))
-    return Unit(name, names, total + _kept_twice(names, program), read_bytes, slab, is_table)
+    return Unit(name, names, held, read_bytes, slab, is_table)
+
+
+def _bytes_in_onnx_runtime(names: tuple[str, ...], program: Program) -> int | None:
+    """What linears read of integers once ONNX Runtime has packed them; None where it does not."""
+    packed = [user for user in _users(names, program) if is_call(user, ops.quantized_linear)]
+    total = sum(program.constants[name].nbytes for name in names)
+    return math.ceil(_ONNX_PACKED * total) if packed else None
+
+
+def _users(names: tuple[str, ...], program: Program) -> list[fx.Node]:
+    return [user for name in names for user, _ in constant_reads(program, name)]
 
 
 def _bytes_on_gpu(names: tuple[str, ...], program: Program) -> int:
     """At most: kernels read scales and zero points in the dtype of x, and each part begins at a multiple."""
-    widest = max(user.meta["val"].dtype.itemsize for name in names for user, _ in constant_reads(program, name))
+    widest = max(user.meta["val"].dtype.itemsize for user in _users(names, program))
     codes = {parts.codes for parts in _packed_parts(names, program)}
     total = 0
     for name in names:
@@ -99,8 +116,7 @@ def _bytes_on_gpu(names: tuple[str, ...], program: Program) -> int:
 
 
 def _packed_parts(names: tuple[str, ...], program: Program) -> list[PackedParts]:
-    read = (parts_read(user) for name in names for user, _ in constant_reads(program, name))
-    return [parts for parts in read if parts is not None]
+    return [parts for parts in map(parts_read, _users(names, program)) if parts is not None]
 
 
 def _has_gpu(program: Program) -> bool:
@@ -114,7 +130,7 @@ def _pages(count: int, parts: int) -> int:
 
 def _kept_twice(names: tuple[str, ...], program: Program) -> int:
     """Scales and zero points that the 4-bit kernel of a tied table holds beside its own."""
-    users = [user for name in names for user, _ in constant_reads(program, name)]
+    users = _users(names, program)
     is_both = any(is_call(user, ops.quantized_embedding) for user in users)
     is_both &= any(is_call(user, ops.quantized_linear) and arguments(user)["bits"] == 4 for user in users)
     codes = {parts.codes for parts in _packed_parts(names, program)}

@@ -8,7 +8,6 @@ import pytest
 
 from jettison.cli.explain import _decode_limit
 from tests.cli.running import optimized
-from tests.conftest import TINY_LLAMA
 
 KEYS = {
     "artifact", "pipeline", "passes", "not_recognised", "layers", "weight_bytes", "state_bytes_per_token",
@@ -116,12 +115,12 @@ def test_tables_are_not_cut(run, onnx_artifact):
     assert "…" not in result.out
 
 
-def test_where_8_bits_would_be_smaller_is_told(run, tmp_path):
+def test_where_8_bits_would_be_smaller_is_told(run, two_layers, tmp_path):
     note = "factored weights take more bytes than quantize-weights{bits=8} would"
     for ratio, is_told in ((0.9, True), (0.4, False)):
         out = tmp_path / str(ratio)
         passes = f"factorize-linear{{ratio={ratio},method=svd}}"
-        made = run("optimize", TINY_LLAMA, "--passes", passes, "--target", "torch", "--out", out)
+        made = run("optimize", two_layers, "--passes", passes, "--target", "torch", "--out", out)
         assert (made.code, note in made.out) == (0, is_told)
         assert (note in run("explain", out).out) is is_told
         (record,) = [each for each in explained(run, out)["passes"] if each["name"] == "factorize-linear"]

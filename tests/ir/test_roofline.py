@@ -67,6 +67,17 @@ def test_codes_take_as_long_as_their_kernel_for_a_row_and_are_decoded_once_for_m
     assert seconds(linear(4000, form="int8", itemsize=1), bytes_) == pytest.approx(4e-3 + 2 * 4000 * 1e6 / 1e12)
 
 
+def test_what_was_measured_of_decoding_and_of_each_product_counts():
+    measured = replace(RATES, decoding={"int4": 1e9})
+    many = node_seconds(linear(64, form="int4", itemsize=0.5), measured)
+    assert many["decoding"] == pytest.approx(1e6 / 1e9)
+    assert many["arithmetic"] == pytest.approx(2 * 64 * 1e6 / 2e12)
+    started = replace(RATES, starts={"float32": 1e-3, "int4": 5.0})
+    assert seconds(linear(), started) == pytest.approx(seconds(linear()) + 1e-3)
+    looked_up = replace(linear(), kind="embedding")
+    assert seconds(looked_up, started) == pytest.approx(seconds(looked_up))
+
+
 def test_weights_that_no_kernel_reads_are_decoded():
     rates = replace(RATES, weights={**RATES.weights, "decoded": 1e7})
     assert seconds(linear(form="table", itemsize=0.5), rates) == pytest.approx(1e6 / 1e7)

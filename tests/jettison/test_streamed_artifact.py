@@ -189,11 +189,11 @@ print(json.dumps({"peak": peak.anon_bytes - before, "grown": grown,
 
 
 def test_memory_does_not_depend_on_what_is_streamed(tmp_path: Path) -> None:
-    """229 MB pass through a ring of 16 MiB: sampled anonymous bytes, and a limit that the system enforces."""
+    """163 MB pass through a ring of 16 MiB: sampled anonymous bytes, and a limit that the system enforces."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=7, num_attention_heads=8,
+        vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=5, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=128,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -208,6 +208,6 @@ def test_memory_does_not_depend_on_what_is_streamed(tmp_path: Path) -> None:
     )  # fmt: skip
     assert not done.returncode, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert found["step"] > 220e6
+    assert found["step"] > 155e6
     assert 16e6 < found["peak"] < 48e6  # with libraries that are imported late
     assert abs(found["grown"]) < 4e6

@@ -23,7 +23,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("JETTISON_CACHE", str(tmp_path / "cache"))
     for name, size in (
         ("MEMORY_BYTES", 1 << 20), ("FILE_BYTES", 8 << 20), ("READ_BYTES", 1 << 20), ("WEIGHT_SHAPE", (128, 256)),
-        ("WEIGHTS", 2), ("PRODUCT_SHAPE", (32, 64, 64)), ("DECODED_SHAPE", (64, 128)), ("REPEATS", 2),
+        ("WEIGHTS", 2), ("SMALL_WEIGHT", (64, 128)), ("SMALL_WEIGHTS", 2), ("MANY_ROWS", 32),
+        ("PRODUCT_SHAPE", (32, 64, 64)), ("DECODED_SHAPE", (64, 128)), ("REPEATS", 2),
     ):  # fmt: skip
         monkeypatch.setattr(machine, name, size)
     monkeypatch.setattr(machine, "process_bytes", lambda: IDLE)
@@ -56,6 +57,9 @@ def test_rates_are_measured_once(quick: list[str], tmp_path: Path) -> None:
     assert min(first.read, first.disk, first.call_seconds, *first.products.values(), *first.weights.values()) > 0
     assert {"float32", "bfloat16"} == set(first.products)
     assert {"float32", "bfloat16", "decoded"} <= set(first.weights)
+    assert set(first.decoding) == set(first.starts) == set(first.weights) - {"decoded", "float32", "bfloat16"}
+    assert min(first.decoding.values()) > 0
+    assert min(first.starts.values()) >= 0
     assert (first.process_bytes, first.copy) == (IDLE, 0)
     assert machine_rates(tmp_path) == first
     assert quick == ["memory_rate", "disk_rate"]
@@ -86,6 +90,7 @@ def test_everything_is_measured_again_on_request(quick: list[str], tmp_path: Pat
         lambda known: {**known, "figures": {**known["figures"], "read": -1.0}},
         lambda known: {**known, "figures": {**known["figures"], "read": "fast"}},
         lambda known: {**known, "figures": {**known["figures"], "products": {}}},
+        lambda known: {**known, "figures": {**known["figures"], "starts": {"int4": -2.0}}},
         lambda known: {key: value for key, value in known.items() if key != "disks"},
     ],
 )

@@ -114,7 +114,6 @@ def test_another_model(two_opt, tmp_path):
     "passes",
     [
         "cache-kv{policy=window{size=16}}",
-        "cache-kv{policy=h2o{budget=24}}",
         "cache-kv{policy=snapkv{budget=24,window=8}}",
         "cache-kv{policy=kivi{group=16,residual=16}}",
         "approximate-lm-head{candidates=64}",
@@ -189,13 +188,13 @@ print(status("RssAnon") - before, most, executor.statistics.most_bytes)
 """
 
 
-@pytest.mark.parametrize(("passes", "layers", "ring"), [("", 2, 30 * MB), (INT4, 4, 14 * MB)])
+@pytest.mark.parametrize(("passes", "layers", "ring"), [("", 2, 20 * MB), (INT4, 4, 9 * MB)])
 def test_memory_stays_below_the_ring(passes, layers, ring, tmp_path):
-    """Layers of 80 MB (fp32) or 13 MB, beside which what sessions hold anyway is small."""
+    """Layers of 47 MB (fp32) or 8 MB, beside which what sessions hold anyway is small."""
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=1024, intermediate_size=5120, num_hidden_layers=layers,
+        vocab_size=256, hidden_size=768, intermediate_size=4096, num_hidden_layers=layers,
         num_attention_heads=8, max_position_embeddings=64,
     )  # fmt: skip
     made = jettison.optimize(transformers.LlamaForCausalLM(config), passes, after_each=on_disk(ring))
