@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from jettison.ir.errors import CaptureError, JettisonError, UnsupportedError
 from jettison.ir.packing_config import PACKED_SUFFIXES, Packing, read_packing, refuse_quantized
+from jettison.ir.tokenizer_files import tokenizer_files
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -45,11 +46,6 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
 # fmt: on
-
-_TOKENIZER_FILE = re.compile(
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json|vocab\.txt|merges\.txt"
-    r"|tokenizer\.model(\.v\d+)?|spiece\.model|spm\.model|sentencepiece\.bpe\.model|.+\.tiktoken|chat_template\.jinja"
-)
 
 _MODEL_FOLDER = f"a model folder with {CONFIG_FILE} and safetensors weights"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -595,10 +591,3 @@ def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     flat = tensor.view(-1)
     for begin in range(0, flat.numel(), _SCAN_ELEMENTS):
         yield flat[begin : begin + _SCAN_ELEMENTS]
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Files of a model folder or an artifact that belong to its tokenizer; see `Checkpoint.tokenizer_files`."""
-    files = [file for file in folder.glob("*") if _TOKENIZER_FILE.fullmatch(file.name)]
-    files += folder.glob("additional_chat_templates/*.jinja")
-    return sorted(file for file in files if file.is_file())

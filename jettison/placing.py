@@ -8,12 +8,12 @@ from pathlib import Path
 
 from jettison.api import pipeline_text
 from jettison.artifact_files import PROGRAM_FILE, WEIGHTS_FILE, ArtifactContents, save_artifact, temporary_executor
-from jettison.ir.checkpoint import tokenizer_files
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.program import Program
 from jettison.ir.roofline import Rates
 from jettison.ir.serialize import load_program
 from jettison.ir.text import program_text
+from jettison.ir.tokenizer_files import tokenizer_files
 from jettison.optimized_model import OptimizedModel
 from jettison.passes.options import parse_bytes
 from jettison.passes.place_weights import PlaceWeights

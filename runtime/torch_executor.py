@@ -28,7 +28,7 @@ from jettison.ir.program import Program, input_placeholders, state_placeholders
 from jettison.runtime.bitmap_weight import BitmapWeight, pack_bitmap
 from jettison.runtime.executor import CPU, EntrySignature
 from jettison.runtime.lowered_entry import lower_entry
-from jettison.runtime.packed_experts import PackedExperts, pack_experts, packable_experts
+from jettison.runtime.packed_experts import ExpertParts, PackedExperts, pack_experts, packable_experts
 from jettison.runtime.packed_linear import PackedWeight, pack_weight
 from jettison.runtime.streamed_reads import constants_on_disk, split_by_tier, streamed_reads
 from jettison.runtime.streamed_weight import WeightStore, open_streamed
@@ -86,13 +86,8 @@ class TorchExecutor:
         for joint in [joint for joint in packed if not partial.isdisjoint(joint.parts)]:
             packed.remove(joint)
             del self._values[joint.name]
-        experts = []
-        for parts in packable_experts(program) if kernels == "packed" else []:
-            with torch.no_grad():
-                stacks = pack_experts(program, parts)
-            if stacks is not None:
-                self._values[parts.name] = stacks
-                experts.append(parts)
+        wanted_experts = packable_experts(program) if kernels == "packed" else []
+        experts = [parts for parts in wanted_experts if self._pack_experts(program, parts)]
         wanted_bitmaps = bitmap_weights(program) if kernels == "packed" else []
         bitmaps = [each for each in wanted_bitmaps if each.bitmap in reads or self._pack_bitmap(program, each)]
         packed += [read.packed for read in reads.values() if read.packed is not None]
@@ -147,6 +142,14 @@ class TorchExecutor:
             self._values[joint.name] = weight
         self._forget(program, joint.constants)
         return weight is not None
+
+    def _pack_experts(self, program: Program, parts: ExpertParts) -> bool:
+        """Hold stacks of weights as their kernel reads them, if there is one."""
+        with torch.no_grad():
+            stacks = pack_experts(program, parts)
+        if stacks is not None:
+            self._values[parts.name] = stacks
+        return stacks is not None
 
     def _pack_bitmap(self, program: Program, parts: BitmapParts) -> bool:
         """Hold a weight as the kernel of bitmaps reads it, if there is one."""
