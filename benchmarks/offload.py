@@ -142,7 +142,11 @@ def make_artifacts(
         for limit in limits:
             name = f"{pipeline} {limit} MB"
             placed = jettison.place(
-                made[pipeline], limit * 1_000_000, context=work.context, prompt=work.prompt, rates=rates
+                made[pipeline],
+                limit * 1_000_000,
+                context=work.context,
+                prompt=work.prompt,
+                reserve=rates.process_bytes,
             )
             made[name] = placed.save_pretrained(scratch / name.replace(" ", "-"))
             planned[name] = predicted(made[name], work, rates)

@@ -26,7 +26,6 @@ from random_models import make_llama
 from record import environment, write
 
 import jettison
-from jettison.runtime.machine import machine_rates
 
 # Layers, sizes, passes, and the limit in megabytes.
 SHAPES: dict[str, tuple[int, dict[str, Any], str, int]] = {
@@ -94,7 +93,6 @@ def main() -> None:
     before = environment()
     torch.set_num_threads(sizes.threads)
     with tempfile.TemporaryDirectory(prefix="jettison-bench-") as folder:
-        machine_rates(Path(folder))  # before anything else runs
         figures = {name: measure(name, Path(folder), sizes) for name in sizes.only}
     settings = {"threads": sizes.threads, "prompt": sizes.prompt, "new_tokens": sizes.new, "context": sizes.context}
     print(write("offload_large", {**settings, "shapes": figures}, before))

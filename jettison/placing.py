@@ -10,7 +10,6 @@ from jettison.api import pipeline_text
 from jettison.artifact_files import PROGRAM_FILE, WEIGHTS_FILE, ArtifactContents, save_artifact, temporary_executor
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.program import Program
-from jettison.ir.roofline import Rates
 from jettison.ir.serialize import load_program
 from jettison.ir.text import program_text
 from jettison.ir.tokenizer_files import tokenizer_files
@@ -19,7 +18,7 @@ from jettison.passes.options import parse_bytes
 from jettison.passes.place_weights import PlaceWeights
 from jettison.report import Report
 from jettison.runtime.artifact import Artifact, check_requirements
-from jettison.runtime.machine import machine_rates
+from jettison.runtime.machine import process_bytes
 from jettison.runtime.tokenizer import load_tokenizer
 from jettison.source import ModelSource
 
@@ -32,7 +31,7 @@ def place(
     context: int | None = None,
     prompt: int = 512,
     batch: int = 1,
-    rates: Rates | None = None,
+    reserve: int | None = None,
 ) -> OptimizedModel:
     """Say which weights of an artifact stay in memory; those that do not are streamed from the artifact that is saved.
 
@@ -44,7 +43,7 @@ def place(
         context: Tokens of a sequence that must fit; None for the model's context.
         prompt: Tokens that come at once.
         batch: Sequences at once.
-        rates: Of the machine, of which the memory of a process counts; None to measure them.
+        reserve: Bytes of a process without a model; None to measure them, which takes some seconds.
 
     Returns:
         The model, with `place-weights` as its last pass. `save_pretrained` writes the artifact that is streamed; until
@@ -74,7 +73,7 @@ def place(
             "memory. Place the artifact that it was made from."
         )
     program.target = target
-    reserve = (machine_rates(Path(folder)) if rates is None else rates).process_bytes
+    reserve = process_bytes() if reserve is None else reserve
     placing = PlaceWeights(host=most_host, disk=most_disk, context=context, prompt=prompt, batch=batch, reserve=reserve)
     record = placing.run(program)
     program.pipeline = ",".join(text for text in (program.pipeline, pipeline_text([placing])) if text)

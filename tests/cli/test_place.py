@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import jettison
 from jettison.api import parse_passes
 from jettison.ir.errors import ArtifactError, OptionError
-from jettison.ir.roofline import TYPICAL_CPU
 from jettison.passes.place_weights import PlaceWeights
 from jettison.runtime.session import Session
 from tests.cli.running import INT4, forge, optimized
 
-RATES = replace(TYPICAL_CPU, process_bytes=1_000_000)
 WORK = ("--context", "64", "--prompt", "16")
 
 
 @pytest.fixture(autouse=True)
 def _measured(monkeypatch):
     """A process of a million bytes on every machine."""
-    monkeypatch.setattr("jettison.placing.machine_rates", lambda folder: RATES)
+    monkeypatch.setattr("jettison.placing.process_bytes", lambda: 1_000_000)
 
 
 @pytest.fixture(scope="module")
