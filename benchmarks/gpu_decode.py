@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +116,14 @@ def busy(step: Callable[[], None], count: int = 5) -> dict[str, float]:
     return {"kernels": len(kernels) / count, "idle_share": max(0.0, 1 - running / (last - first))}
 
 
+def write_section(section: str, found: dict[str, Any], before: dict[str, Any]) -> Path:
+    """Add figures to the file of this GPU, or replace them there."""
+    path = RESULTS / f"{file_name()}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known.pop("environment", None)
+    return write(file_name(), {**known, section: found}, before)
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,12 +169,7 @@ def main() -> None:
         quantize_(dense, Int4WeightOnlyConfig(group_size=128))
         contenders = {"int4": ours.step, "torchao int4 compiled": Compiled(dense, prompt, capacity).step}
         found["torchao"] = interleaved(contenders, arguments.tokens)
-    path = RESULTS / f"{file_name()}.json"
-    figures = json.loads(path.read_text()) if path.is_file() else {}
-    known = {
-        name: figures[name] for name in ("device", "copy_gb_per_s", "linear", "attention", "offload") if name in figures
-    }
-    print(write(file_name(), {**known, "decode": found}, before))
+    print(write_section("decode", found, before))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import json
 from typing import Any
 
 import torch
-from gpu_decode import SHAPE, TINY, WARM_STEPS, Ours, interleaved, random_model
-from gpu_kernels import file_name
-from record import RESULTS, environment, write
+from gpu_decode import SHAPE, TINY, WARM_STEPS, Ours, interleaved, random_model, write_section
+from record import environment
 
 from jettison.ir.cost import Workload, call_costs
 from jettison.ir.roofline import predict
@@ -108,10 +107,7 @@ def main() -> None:
         "copy_share": copied * 1e9 / rates.copy, "predicted_milliseconds": predicted,
         "prediction_error": predicted / times["jettison"] - 1,
     }  # fmt: skip
-    path = RESULTS / f"{file_name()}.json"
-    figures = json.loads(path.read_text()) if path.is_file() else {}
-    known = {name: value for name, value in figures.items() if name not in ("environment", "offload")}
-    print(write(file_name(), {**known, "offload": found}, before))
+    print(write_section("offload", found, before))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from jettison.passes.options import option
 from jettison.passes.placement.latency import Chosen, DoesNotFitError, Room, place
 from jettison.passes.placement.memory import Needs, needs_of, step_of
 from jettison.passes.placement.throughput import block_note
-from jettison.passes.placement.units import Unit, find_units
+from jettison.passes.placement.units import Unit, find_units, has_gpu
 
 # Of ONNX Runtime beside that: its library, and a session for each segment (benchmarks/results/offload_onnx.json).
 _ONNX_RUNTIME_BYTES = 80 << 20
@@ -79,7 +79,7 @@ class PlaceWeights(Pass):
                 "[place-weights] before cache-kv: needs the decode step, whose reads it saves, and the size of its "
                 "states. Put place-weights last."
             )
-        if _has_gpu(program):
+        if has_gpu(program):
             if self.device is None:
                 raise OptionError("[place-weights] target triton: needs device=BYTES, the GPU's memory. Add it.")
             if self.disk is not None:
@@ -133,12 +133,12 @@ class PlaceWeights(Pass):
 
     def process_bytes(self, program: Program) -> int:
         """Of a process without a model."""
-        usual = TYPICAL_GPU if _has_gpu(program) else TYPICAL_CPU
+        usual = TYPICAL_GPU if has_gpu(program) else TYPICAL_CPU
         own = _ONNX_RUNTIME_BYTES if program.target == "onnx" else 0
         return own + (usual.process_bytes if self.reserve is None else self.reserve)
 
     def _room(self, program: Program) -> Room:
-        if not _has_gpu(program):
+        if not has_gpu(program):
             assert self.host is not None, "required"
             return Room(self.host, 0, self.disk)
         assert self.device is not None, "required"
@@ -157,7 +157,7 @@ class PlaceWeights(Pass):
     def _say(self, program: Program, units: list[Unit], streamed: list[Unit], needs: Needs) -> list[str]:
         placement = program.placement
         assert placement is not None, "just set"
-        memory = "device" if _has_gpu(program) else "host"
+        memory = "device" if has_gpu(program) else "host"
         pinned = [unit for unit in units if unit not in streamed]
         held = sum(unit.memory_bytes for unit in pinned)
         taken = held + needs.total + placement.ring_bytes
@@ -178,7 +178,7 @@ class PlaceWeights(Pass):
         return notes
 
     def _refuse(self, program: Program, error: DoesNotFitError, needs: Needs, units: list[Unit]) -> NoReturn:
-        if error.tier == "disk" and _has_gpu(program):
+        if error.tier == "disk" and has_gpu(program):
             # Weights go as wholes, which leaves a gap on the device.
             missing = error.needed + max(unit.memory_bytes for unit in units)
             raise OptionError(
@@ -192,7 +192,7 @@ class PlaceWeights(Pass):
                 f"{error.needed - (self.disk or 0):,} more. Give disk={error.needed}, more memory, or put "
                 "quantize-weights{bits=4} in front."
             ) from error
-        field = "device" if _has_gpu(program) else "host"
+        field = "device" if has_gpu(program) else "host"
         limit = int(getattr(self, field))
         raise OptionError(
             f"[place-weights] {field}={limit:,}: {error.needed - limit:,} bytes are missing. At "
@@ -223,10 +223,6 @@ class PlaceWeights(Pass):
         if not program.packed:
             remedies.append("Smaller buffers and weights: quantize-weights{bits=4} in front.")
         return remedies
-
-
-def _has_gpu(program: Program) -> bool:
-    return program.target == "triton"
 
 
 def _largest(below: int, holds: Callable[[int], bool]) -> int:

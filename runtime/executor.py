@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from jettison.ir.placement import Placement
 from jettison.ir.program import ModelInfo, Retention, State, Storage
 
 CPU = torch.device("cpu")
@@ -40,6 +41,7 @@ class Executor(Protocol):
         storages: Of the states that compress tokens.
         weight_bytes: Bytes of the weights as this target holds them.
         device: Where states are; inputs and outputs are on the CPU.
+        placement: What the memory has room for, which sessions keep to; None if nothing was placed.
     """
 
     info: ModelInfo
@@ -49,6 +51,7 @@ class Executor(Protocol):
     storages: dict[str, Storage]
     weight_bytes: int
     device: torch.device
+    placement: Placement | None
 
     def run(self, entry: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run an entry once.

@@ -293,16 +293,11 @@ def run_small_kernels() -> None:
     """One product of each kind for one row and for several: libraries read their code when they first run."""
     rows, columns = SMALL_SHAPE
     with torch.inference_mode():
-        weights: list[Any] = [
-            *(pack_weight(*_codes(rows, columns, bits), None, bits, 128, columns, is_table=False) for bits in (4, 8)),
-            _pruned(rows, columns),
-        ]
-        for weight in filter(None, weights):
-            for count in (1, 64):
-                weight.linear(torch.ones(count, columns, dtype=torch.bfloat16), None)
-        for dtype in (torch.float32, torch.bfloat16):
-            for count in (1, 512):
-                run_dense_linear(torch.ones(count, columns, dtype=dtype), torch.ones(8 * rows, columns, dtype=dtype))
+        for form, make in _FORMS.items():
+            linear, dtype = make(rows, columns), torch.float32 if form == "float32" else torch.bfloat16
+            for count in (1, 64, 512):
+                if linear is not None:
+                    linear(torch.ones(count, columns, dtype=dtype))
             x = torch.ones(1, 4, 64, 64, dtype=dtype)
             F.scaled_dot_product_attention(x, x, x, is_causal=True)
 

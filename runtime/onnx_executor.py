@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jettison.ir.allocator import give_back
 from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
+from jettison.ir.placement import Placement
 from jettison.ir.program import ModelInfo, Retention, State, Storage
 from jettison.runtime.executor import CPU, EntrySignature
 
@@ -89,6 +90,7 @@ class OnnxExecutor:
         if threads is not None and threads < 1:
             raise OptionError(f"[onnx] threads={threads}: needed at least 1, or None for the runtime's own choice.")
         self.info, self.states, self.weight_bytes, self.device = info, dict(states), weight_bytes, CPU
+        self.placement: Placement | None = None
         self.retentions = {each.name: each for each in retentions}
         self.storages = {each.name: each for each in storages}
         self.threads = threads

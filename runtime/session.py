@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError
-from jettison.ir.placement import Placement
 from jettison.runtime.approximate_head import Candidates, has_approximate_head
 from jettison.runtime.executor import Executor, SelectingExecutor, allocate_states
 from jettison.runtime.kept_states import KeptStates, SlottedStates
@@ -76,8 +75,7 @@ class Session:
         Raises:
             OptionError: It has no room for the whole session.
         """
-        # Of executors that can stream weights.
-        placement: Placement | None = getattr(self.executor, "placement", None)
+        placement = self.executor.placement
         if placement is None or not placement.context:
             return prefill_chunk
         planned = -(-placement.context // SLOT_GRANULE) * SLOT_GRANULE

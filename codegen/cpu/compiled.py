@@ -71,7 +71,7 @@ def compile_source(source: str, features: frozenset[str] | None = None) -> Calla
         engine = binding.create_mcjit_compiler(module, machine)
         engine.finalize_object()
         _ENGINES.append((engine, machine))
-        # 70 MB, which are read again for the next module.
+        # Most of what it holds is its own code, which is read again for the next module.
         forget_library("llvmlite")
 
     def function(name: str, arguments: int) -> Any:

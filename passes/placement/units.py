@@ -20,7 +20,9 @@ from jettison.ir.roofline import SLAB_BYTES
 from jettison.ir.text import target_text
 
 aten = torch.ops.aten
-_PAGE, _LINE, _GPU_ALIGNMENT = 4096, 64, 512
+_PAGE, _LINE = 4096, 64
+# Where parts begin in the ring of a GPU (runtime/device_stream.py).
+_GPU_ALIGNMENT = 512
 # What ONNX Runtime's packed integers take over those stored, with groups of 32 (benchmarks/results/offload_onnx.json).
 _ONNX_PACKED = 1.2
 _OTHER_OPERANDS = ("input", "x", "indices", "bias")
@@ -78,7 +80,7 @@ def _unit(names: tuple[str, ...], program: Program, read: Counter[str], *, is_ta
     total = sum(constant.nbytes for constant in used.values())
     dense, read_bytes = names[0].rpartition(".")[0], sum(read[name] for name in names)
     name = dense if dense in program.packed else names[0]
-    if _has_gpu(program):
+    if has_gpu(program):
         held = _bytes_on_gpu(names, program)
         return Unit(name, names, held, read_bytes, held, is_table)
     held = total + _kept_twice(names, program)
@@ -119,7 +121,8 @@ def _packed_parts(names: tuple[str, ...], program: Program) -> list[PackedParts]
     return [parts for parts in map(parts_read, _users(names, program)) if parts is not None]
 
 
-def _has_gpu(program: Program) -> bool:
+def has_gpu(program: Program) -> bool:
+    """Whether products are computed on a GPU."""
     return program.target == "triton"
 
 
@@ -153,16 +156,16 @@ _OPERATORS = (*_LINEARS, aten.embedding.default, ops.quantized_embedding, ops.bi
 
 def _why_not(name: str, program: Program) -> str | None:
     """Why a constant cannot be streamed; empty for what is no weight."""
-    has_gpu = _has_gpu(program)
+    on_gpu = has_gpu(program)
     for user, placeholder in constant_reads(program, name):
-        if not is_call(user, *(_LINEARS if has_gpu else _OPERATORS)):
-            kinds = "linears are streamed to a GPU" if has_gpu else "linears and embeddings are streamed"
+        if not is_call(user, *(_LINEARS if on_gpu else _OPERATORS)):
+            kinds = "linears are streamed to a GPU" if on_gpu else "linears and embeddings are streamed"
             return f"{target_text(user.target)} reads it, and only weights of {kinds}"
         if arguments(user).get("bias") is placeholder:
             return ""
         if is_call(user, aten.linear.default) and arguments(user)["input"] is placeholder:
             return "a linear multiplies it as its input"
-        if not has_gpu and is_call(user, ops.quantized_linear, ops.quantized_embedding):
+        if not on_gpu and is_call(user, ops.quantized_linear, ops.quantized_embedding):
             reason = _why_unpacked(user)
             if reason is not None:
                 return reason
@@ -203,7 +206,7 @@ def _together(program: Program, used: Mapping[str, Constant]) -> list[tuple[str,
                 parts = [each for key, each in arguments(node).items() if key not in _OTHER_OPERANDS]
                 names = [name for name in map(constant_name, parts) if name is not None]
                 join(names)
-                if _has_gpu(program) and is_call(node, *_LINEARS) and names:
+                if has_gpu(program) and is_call(node, *_LINEARS) and names:
                     # One launch may read them all, and would have them all in one place.
                     read = arguments(node)
                     launch = entry, read.get("x", read.get("input"))

@@ -236,10 +236,12 @@ def test_a_gpu_is_given_weights_from_host_memory():
 def test_what_one_launch_reads_is_in_one_place():
     program = gpu_program(QuantizeWeights(bits=4, group=32))
     units, misses = find_units(program, step_of(program, Workload(1, 64, 16)))
-    parts = {part for unit in units for part in unit.constants if "layers.0." in part}
-    (attention,) = [unit for unit in units if any("layers.0.self_attn.q_proj" in each for each in unit.constants)]
-    assert {name.rpartition("_proj")[0][-1] for name in attention.constants} == set("qkv")
-    assert {"layers.0.mlp.down_proj" in name for name in parts} == {True, False}
+    launches = {
+        frozenset(re.findall(r"layers\.0\.\w+\.(\w+)_proj", " ".join(unit.constants))): unit
+        for unit in units
+        if any("layers.0." in name for name in unit.constants)
+    }
+    assert set(launches) == {frozenset(each) for each in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))}
     assert [miss.node for miss in misses if "embed" in miss.node], "what is looked up stays on a GPU"
     assert all(unit.slab_bytes == unit.memory_bytes for unit in units), "a launch reads it whole"
 

@@ -195,6 +195,7 @@ def test_chunks_run_as_calls_of_at_most_that_many_tokens(executors: Callable[[st
         def __init__(self, inner: Executor) -> None:
             self.inner, self.info, self.entries, self.states = inner, inner.info, inner.entries, inner.states
             self.retentions, self.storages, self.device = inner.retentions, inner.storages, inner.device
+            self.placement = inner.placement
 
         def run(self, entry: str, inputs: dict[str, Tensor], states: dict[str, Tensor]) -> dict[str, Tensor]:
             seen.append((entry, tuple(inputs["input_ids"].shape)))
