@@ -1,6 +1,7 @@
-"""A model larger than the memory of its GPU: weights that wait in pinned host memory, beside accelerate.
+"""A model larger than the memory of its GPU: weights that wait in pinned host memory or on disk, beside accelerate.
 
-    PYTHONPATH=. python benchmarks/gpu_offload.py [--layers 32] [--device-gib 6] [--tokens 16] [--prompt 128] [--tiny]
+    PYTHONPATH=. python benchmarks/gpu_offload.py [--layers 32] [--device-gib 6] [--host-gib 6] [--tokens 16]
+        [--prompt 128] [--tiny]
 
 The shape is Llama-3.1-8B in bf16 with random weights, placed by `place-weights` within `--device-gib` of the GPU. A
 step takes the token of the last one and ends when its own is read; steps of all contenders take turns. `copy_gb_per_s`
@@ -8,6 +9,9 @@ is what a step copies over its time, `plain_copy_gb_per_s` what one large copy f
 `prediction_error` is predicted over measured less one. accelerate has the same limit, where it is installed. `--tiny`
 runs a small shape on any machine, without peers, to see that the script works. Adds `offload` to
 benchmarks/results/gpu-DEVICE.json.
+
+`disk` is the same model with `--host-gib` of main memory, the process included, the rest of it on disk: `read_gb_per_s`
+is what it reads in a step over its time, `read_share` that over the rate of direct reads measured before.
 """
 
 from __future__ import annotations
@@ -15,14 +19,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 from gpu_decode import SHAPE, TINY, WARM_STEPS, Ours, interleaved, random_model, write_section
 from record import environment
 
-from jettison.ir.cost import Workload, call_costs
-from jettison.ir.roofline import predict
+from jettison.ir.cost import call_costs
+from jettison.ir.placement import READ_AHEAD_BYTES
+from jettison.ir.program import Program
+from jettison.ir.roofline import TYPICAL_CPU, TYPICAL_GPU, Rates, predict
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.place_weights import PlaceWeights
@@ -57,11 +64,45 @@ class Accelerate:
         self._token = self._run(self._token)
 
 
+def placed(program: Program, place: PlaceWeights) -> tuple[Program, TritonExecutor]:
+    """A program with some of its weights elsewhere, and what runs it."""
+    program = program.copy()
+    apply(program, [CacheKV(), place])
+    return program, TritonExecutor(program)
+
+
+def predicted_milliseconds(program: Program, place: PlaceWeights, rates: Rates) -> float:
+    """Of a decode step."""
+    return 1e3 * predict(call_costs(program, "decode", place.workload(program)), rates, program.placement).seconds
+
+
+def with_disk(captured: Program, place: PlaceWeights, prompt: list[int], tokens: int, rates: Rates) -> dict[str, Any]:
+    """Measure a placement that has weights on disk, alone: another contender would wait for its reads."""
+    program, executor = placed(captured, place)
+    assert executor.stream is not None, "some are elsewhere"
+    assert executor.stream.disk is not None, "host memory does not hold the rest"
+    steps = {"jettison": Ours(executor, prompt, place.workload(program).context).step}
+    interleaved(steps, 1)
+    before = executor.stream.disk.statistics
+    milliseconds = interleaved(steps, tokens)["jettison"]
+    read = executor.stream.disk.statistics.since(before)
+    per_step = read.bytes_taken / (WARM_STEPS + tokens)
+    predicted = predicted_milliseconds(program, place, rates)
+    return {
+        "host_bytes": place.host, "milliseconds": milliseconds, "read_bytes_per_step": per_step,
+        "copied_bytes_per_step": executor.stream.step_bytes, "restarts": read.restarts,
+        "read_gb_per_s": per_step / milliseconds / 1e6, "direct_gb_per_s": rates.disk / 1e9,
+        "read_share": per_step / milliseconds * 1e3 / rates.disk, "predicted_milliseconds": predicted,
+        "prediction_error": predicted / milliseconds - 1,
+    }  # fmt: skip
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--device-gib", type=float, default=6)
+    parser.add_argument("--host-gib", type=float, default=6)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tiny", action="store_true")
@@ -79,8 +120,10 @@ def main() -> None:
     program.target = "triton"
     prepare(program)
     place = PlaceWeights(device=limit, context=capacity, prompt=arguments.prompt, reserve=reserve)
-    apply(program, [CacheKV(), place])
-    executor = TritonExecutor(program)
+    beside = TYPICAL_CPU.process_bytes + READ_AHEAD_BYTES + dense_bytes // 40
+    beside = beside if arguments.tiny else int(arguments.host_gib * GIB)
+    captured = program
+    program, executor = placed(captured, place)
     assert executor.stream is not None, "not all of it fits"
     found: dict[str, Any] = {
         "layers": arguments.layers, "prompt": arguments.prompt, "tokens": arguments.tokens, "limit_bytes": limit,
@@ -90,14 +133,14 @@ def main() -> None:
     steps = {"jettison": Ours(executor, prompt, capacity).step}
     if arguments.tiny:
         found["milliseconds"] = interleaved(steps, 2)
+        found["disk"] = with_disk(captured, replace(place, host=beside), prompt, 2, TYPICAL_GPU)
         print(json.dumps(found, indent=2))
         return
     torch.cuda.reset_peak_memory_stats()
     interleaved(steps, 2)
     found["peak_bytes"] = torch.cuda.max_memory_allocated()
     rates, _ = gpu_rates(machine_rates())
-    calls = call_costs(program, "decode", Workload(1, capacity, arguments.prompt))
-    predicted = 1e3 * predict(calls, rates, executor.placement).seconds
+    predicted = predicted_milliseconds(program, place, rates)
     if importlib.util.find_spec("accelerate"):
         steps["accelerate"] = Accelerate(model, prompt, limit).step
     times = interleaved(steps, arguments.tokens)
@@ -107,6 +150,8 @@ def main() -> None:
         "copy_share": copied * 1e9 / rates.copy, "predicted_milliseconds": predicted,
         "prediction_error": predicted / times["jettison"] - 1,
     }  # fmt: skip
+    del steps, executor
+    found["disk"] = with_disk(captured, replace(place, host=beside), prompt, arguments.tokens, rates)
     print(write_section("offload", found, before))
 
 

@@ -3,8 +3,9 @@
 A *tier* is `device` (where products are computed: memory of the GPU, or of the machine for the CPU targets), `host`
 (memory of the machine beside a GPU) or `disk`. A constant without a tier here is on the device all the time, *pinned*.
 Others are *streamed*: they pass through a ring of buffers on the device, in the order in which entries read them, from
-the file of the artifact that `runtime/weight_store.py` writes. A cyclic window of them would hit nothing, since a
-decode step reads every weight once in the same order: that is why a fixed subset is pinned.
+the file of the artifact that `runtime/weight_store.py` writes, or `runtime/device_store.py` for a GPU. A cyclic window
+of them would hit nothing, since a decode step reads every weight once in the same order: that is why a fixed subset is
+pinned.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 TIERS = ("device", "host", "disk")
+# Of host memory that weights pass through on their way from disk to a GPU.
+READ_AHEAD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from jettison.codegen.onnx.emit import EmittedGraph, emit_program, weight_bytes
-from jettison.ir.errors import ArtifactError, UnsupportedError
+from jettison.codegen.triton.emit import emit
+from jettison.ir.errors import ArtifactError
 from jettison.ir.program import ModelInfo, Program, Retention, State, Storage
 from jettison.ir.progress import track
 from jettison.ir.serialize import load_program, save_program
@@ -20,6 +21,12 @@ from jettison.kernel_files import kernels_executor, write_kernels
 from jettison.optimized_model import OptimizedModel
 from jettison.report import Report
 from jettison.runtime.artifact import Artifact, ArtifactWriter, check_requirements, library_versions
+from jettison.runtime.device_store import (
+    DeviceStore,
+    device_table_as_dict,
+    device_table_from_dict,
+    write_device_store,
+)
 from jettison.runtime.executor import Executor
 from jettison.runtime.onnx_executor import OnnxExecutor, OnnxGraph, multiplies_int8
 from jettison.runtime.prepared import find_prepared
@@ -71,13 +78,12 @@ def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = Fa
         ArtifactError: It cannot be written.
     """
     source, program = contents.source, contents.program
-    _check_placement(contents)
     with ArtifactWriter(out, overwrite=overwrite) as writer:
         manifest = _manifest(contents)
         if contents.report.target == "onnx":
             _write_onnx(contents, writer, manifest)
         else:
-            _write_program(program, writer)
+            _write_program(program, contents.report.target, writer)
             manifest["weight_bytes"] = program.weight_bytes()
         if contents.report.target == "triton":
             manifest |= write_kernels(program, writer, contents.archs, contents.tune)
@@ -98,29 +104,25 @@ def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = Fa
         writer.finish(manifest)
 
 
-def _check_placement(contents: ArtifactContents) -> None:
-    target, streamed = contents.report.target, constants_on_disk(contents.program)
-    if streamed and target == "triton":
-        raise UnsupportedError(
-            f"[placement] {len(streamed)} constants are on disk, and target={target!r} streams from the host's memory "
-            "alone. Use target='torch' or 'onnx', or place them on the host."
-        )
-
-
-def _write_program(program: Program, writer: ArtifactWriter) -> None:
+def _write_program(program: Program, target: str, writer: ArtifactWriter) -> None:
     """Write graphs and weights; those that are streamed to the weight store alone."""
-    reads = streamed_reads(program)
-    streamed = {name for read in reads for name in read.constants}
+    streamed = constants_on_disk(program)
+    is_gpu = target == "triton"
+    reads = [] if is_gpu else streamed_reads(program)
     # A packed table of which rows are looked up lies there twice, as its kernel reads it and row by row.
     twice = {name for read in reads if read.is_table and read.is_multiplied and read.packed for name in read.constants}
     total = program.weight_bytes() + sum(program.constants[name].stored_bytes for name in twice)
     writer.require_space(total)
     with track("write weights", total) as advance:
         save_program(program, writer.path(PROGRAM_FILE), writer.path(WEIGHTS_FILE), on_bytes=advance, without=streamed)
-        if reads:
-            with writer.path(STREAM_FILE).open("wb") as file:
-                table = write_store(program, file, advance)
-            writer.write_json(STREAM_TABLE_FILE, table_as_dict(table))
+        if not streamed:
+            return
+        with writer.path(STREAM_FILE).open("wb") as file:
+            table = (
+                device_table_as_dict(write_device_store(program, emit(program), file, advance))
+                if is_gpu else table_as_dict(write_store(program, file, advance))
+            )  # fmt: skip
+        writer.write_json(STREAM_TABLE_FILE, table)
 
 
 def _manifest(contents: ArtifactContents) -> dict[str, Any]:
@@ -192,7 +194,6 @@ def _graph_dict(graph: EmittedGraph) -> dict[str, Any]:
 
 def temporary_executor(contents: ArtifactContents, *, allow_spinning: bool = True) -> Executor:
     """Run a model that was not saved: an ONNX target is written to a temporary folder that lives as long as it does."""
-    _check_placement(contents)
     if contents.report.target == "torch":
         return TorchExecutor(contents.program)
     if contents.report.target == "triton":
@@ -248,6 +249,13 @@ def _store(artifact: Artifact) -> WeightStore:
     return WeightStore(table_from_dict(artifact.read_json(STREAM_TABLE_FILE), path), path)
 
 
+def _device_store(artifact: Artifact, program: Program) -> DeviceStore | None:
+    if not constants_on_disk(program):
+        return None
+    path = artifact.path(STREAM_FILE)
+    return DeviceStore(device_table_from_dict(artifact.read_json(STREAM_TABLE_FILE), path), path)
+
+
 def load_artifact(
     folder: Path,
     *,
@@ -273,7 +281,7 @@ def load_artifact(
     def open_executor() -> Executor:
         if target == "triton":
             program = load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE))
-            return kernels_executor(artifact, program, trust_kernels)
+            return kernels_executor(artifact, program, trust_kernels, _device_store(artifact, program))
         if target == "torch":
             program = load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE), metadata=False)
             if threads is not None:

@@ -17,6 +17,7 @@ from jettison.ir.errors import ArtifactError, KernelsNotUsed
 from jettison.ir.program import Program
 from jettison.ir.progress import track
 from jettison.runtime.artifact import Artifact, ArtifactWriter
+from jettison.runtime.device_store import DeviceStore
 from jettison.runtime.triton_executor import TritonExecutor
 from jettison.runtime.tunings import cached_tunings, keep, known_tunings, measure, stopwatch
 
@@ -67,13 +68,16 @@ def write_kernels(program: Program, writer: ArtifactWriter, archs: Sequence[str]
     }
 
 
-def kernels_executor(artifact: Artifact, program: Program, trust_kernels: bool) -> TritonExecutor:
+def kernels_executor(
+    artifact: Artifact, program: Program, trust_kernels: bool, store: DeviceStore | None
+) -> TritonExecutor:
     """What runs an artifact. Sources are made anew and must be those that are stored.
 
     Args:
         artifact: The folder.
         program: That it holds, with metadata.
         trust_kernels: Whether the machine code in it may run; else no file of it is executed.
+        store: With its weights on disk.
 
     Raises:
         ArtifactError: A stored source is another one.
@@ -98,7 +102,7 @@ def kernels_executor(artifact: Artifact, program: Program, trust_kernels: bool) 
         if reason is not None:
             warnings.warn(f"the stored machine code is not used: {reason}; kernels are compiled", KernelsNotUsed, 2)
     tunings = known_tunings(stored_tunings, cached_tunings())
-    return TritonExecutor(program, emitted=emitted, tunings=tunings)
+    return TritonExecutor(program, emitted=emitted, tunings=tunings, store=store)
 
 
 def _restore(artifact: Artifact) -> str | None:

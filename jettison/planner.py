@@ -15,10 +15,10 @@ from jettison.ir.cost import CallCost, Workload, call_costs, phases
 from jettison.ir.errors import OptionError, UnsupportedError
 from jettison.ir.placement import Placement
 from jettison.ir.program import Program
-from jettison.ir.roofline import TYPICAL_CPU, Rates, predict, streamed_bytes
+from jettison.ir.roofline import Rates, predict, streamed_bytes
 from jettison.ir.serialize import load_program
 from jettison.passes.pipeline import apply, prepare
-from jettison.passes.place_weights import PlaceWeights
+from jettison.passes.place_weights import PlaceWeights, host_room
 from jettison.passes.placement.latency import Room
 from jettison.passes.placement.memory import needs_of, step_of
 from jettison.passes.placement.throughput import best_block, block_text
@@ -244,8 +244,8 @@ def _throughput(program: Program, target: str, work: Workload, rates: Rates, wan
     if placing is None:
         room = Room(everything, None if target == "triton" else 0, wanted.disk)
     else:
-        host = None if wanted.host is None else max(0, wanted.host - TYPICAL_CPU.process_bytes)
-        room = Room(placing.device or placing.host or everything, host if target == "triton" else 0, wanted.disk)
+        host = host_room(wanted.host) if target == "triton" else 0
+        room = Room(placing.device or placing.host or everything, host, wanted.disk)
     best = best_block(program, work, units, needs, room, rates)
     if best is None:
         return None

@@ -10,8 +10,8 @@ After:
     the entries as before
 
 Fires when: not everything fits the memory that the options name: `host` for the targets that compute on the processor,
-    `device` for a GPU, whose weights may also wait in `host`. The weights that save most bytes of a decode step are
-    pinned; the rest passes through a ring of buffers (`Program.placement`, see `ir/placement.py`).
+    `device` for a GPU, whose weights wait in `host` as far as that goes, and on disk. The weights that save most bytes
+    of a decode step are pinned; the rest passes through a ring of buffers (`Program.placement`, see `ir/placement.py`).
 Declines when: a weight is read by anything but linears and embeddings (for a GPU: but linears), or no kernel holds its
     format: it is pinned.
 Numerics: exact.
@@ -31,7 +31,7 @@ from typing import ClassVar, Literal, NoReturn
 
 from jettison.ir.cost import Workload
 from jettison.ir.errors import OptionError
-from jettison.ir.placement import Placement
+from jettison.ir.placement import READ_AHEAD_BYTES, Placement
 from jettison.ir.program import MissRecord, PassRecord, Program
 from jettison.ir.roofline import TYPICAL_CPU, TYPICAL_GPU
 from jettison.passes.base import Pass
@@ -82,11 +82,6 @@ class PlaceWeights(Pass):
         if has_gpu(program):
             if self.device is None:
                 raise OptionError("[place-weights] target triton: needs device=BYTES, the GPU's memory. Add it.")
-            if self.disk is not None:
-                raise OptionError(
-                    "[place-weights] target triton: found disk; needed device=BYTES and perhaps host=BYTES, because a "
-                    "GPU is given weights from main memory. Leave disk out."
-                )
         elif self.device is not None or self.host is None:
             found = "no host" if self.host is None else f"device={self.device:,}"
             raise OptionError(
@@ -142,9 +137,7 @@ class PlaceWeights(Pass):
             assert self.host is not None, "required"
             return Room(self.host, 0, self.disk)
         assert self.device is not None, "required"
-        # The process that drives a GPU lives in main memory. Nothing comes from disk: see runtime/device_stream.py.
-        beside = None if self.host is None else max(0, self.host - TYPICAL_CPU.process_bytes)
-        return Room(self.device, beside, 0)
+        return Room(self.device, host_room(self.host), self.disk)
 
     def _placement(self, program: Program, units: list[Unit], chosen: Chosen) -> Placement:
         tiers = {
@@ -178,18 +171,12 @@ class PlaceWeights(Pass):
         return notes
 
     def _refuse(self, program: Program, error: DoesNotFitError, needs: Needs, units: list[Unit]) -> NoReturn:
-        if error.tier == "disk" and has_gpu(program):
-            # Weights go as wholes, which leaves a gap on the device.
-            missing = error.needed + max(unit.memory_bytes for unit in units)
-            raise OptionError(
-                f"[place-weights] host={self.host:,}: weights that do not fit the GPU wait in main memory, and "
-                f"up to {missing:,} bytes are missing there. Give host={(self.host or 0) + missing}, a larger device, "
-                "or put quantize-weights{bits=4} in front."
-            ) from error
         if error.tier == "disk":
+            # Weights go as wholes, and on a GPU they are large: gaps are left in the faster tiers.
+            needed = error.needed + (max(unit.memory_bytes for unit in units) if has_gpu(program) else 0)
             raise OptionError(
-                f"[place-weights] disk={self.disk:,}: weights that do not fit memory take {error.needed:,} bytes, "
-                f"{error.needed - (self.disk or 0):,} more. Give disk={error.needed}, more memory, or put "
+                f"[place-weights] disk={self.disk:,}: weights that do not fit memory take {needed:,} bytes, "
+                f"{needed - (self.disk or 0):,} more. Give disk={needed}, more memory, or put "
                 "quantize-weights{bits=4} in front."
             ) from error
         field = "device" if has_gpu(program) else "host"
@@ -223,6 +210,14 @@ class PlaceWeights(Pass):
         if not program.packed:
             remedies.append("Smaller buffers and weights: quantize-weights{bits=4} in front.")
         return remedies
+
+
+def host_room(host: int | None) -> int | None:
+    """Bytes of main memory for weights of a GPU, of `host` altogether; None for no limit.
+
+    The process that drives the GPU lives there, and what comes from disk passes through.
+    """
+    return None if host is None else max(0, host - TYPICAL_CPU.process_bytes - READ_AHEAD_BYTES)
 
 
 def _largest(below: int, holds: Callable[[int], bool]) -> int:

@@ -1,111 +1,27 @@
-"""Weights that lie in memory of the machine and pass through a ring on the GPU, copied while others are computed with.
+"""Weights that lie in memory of the machine, or on its disk, and pass through a ring on the GPU as they are needed.
 
 Every weight has its place in the ring once and for all, so that kernels read the same addresses in each step and a step
 can be recorded as a CUDA graph. A weight is copied there as soon as those that it overwrites have been read. Copies
 have a stream of their own, and the two streams wait for each other by events: the CPU waits for nothing. What a step
 leaves room for at its end is copied for the next one; the step ends when that has arrived, since a recorded step may
-not depend on what happened outside of it.
+not depend on what happened outside of it. Weights from disk are the exception: see `disk_copies.py`.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jettison.ir.errors import OptionError
-
-# Where tensors begin in the ring; what the allocator of PyTorch gives on a GPU, and kernels may rely on.
-_ALIGNMENT = 512
-
-
-class Copies(Protocol):
-    """Copies to the device beside what is computed there. A mark is a moment, as either side has been told to do it."""
-
-    def begin(self, target: Tensor, source: Tensor, after: Sequence[Any]) -> None:
-        """Copy once some marks have been reached, and after the copies before."""
-
-    def copied(self) -> Any:
-        """A mark: the copies so far are done."""
-
-    def computed(self) -> Any:
-        """A mark: what was launched so far is done."""
-
-    def wait(self, mark: Any) -> None:
-        """Let what is launched from now on wait for a mark."""
-
-
-class CudaCopies:
-    """On a stream of their own; marks are events.
-
-    Args:
-        device: A GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    def begin(self, target: Tensor, source: Tensor, after: Sequence[torch.cuda.Event]) -> None:
-        """See `Copies`."""
-        for mark in after:
-            self._stream.wait_event(mark)
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-
-    def copied(self) -> torch.cuda.Event:
-        """See `Copies`."""
-        return self._stream.record_event()
-
-    def computed(self) -> torch.cuda.Event:
-        """See `Copies`."""
-        return torch.cuda.current_stream().record_event()
-
-    def wait(self, mark: torch.cuda.Event) -> None:
-        """See `Copies`."""
-        torch.cuda.current_stream().wait_event(mark)
-
-
-def pinned_memory(size: int) -> Tensor:
-    """Memory of the machine that a GPU reads by itself: `[size]` u8.
-
-    `pin_memory` would take the next power of two, up to twice the weights.
-
-    Raises:
-        OptionError: The system gives none.
-    """
-    memory = torch.empty(size, dtype=torch.uint8)
-    cuda = torch.cuda.cudart()
-    found = cuda.cudaHostRegister(memory.data_ptr(), size, 0)
-    if int(found) != 0:
-        raise OptionError(
-            f"[placement] {size:,} bytes of memory cannot be pinned for the GPU (CUDA error {int(found)}). Raise the "
-            "limit of locked memory (`ulimit -l unlimited`), or place less on the host."
-        )
-    # The storage lives as long as any view of it.
-    weakref.finalize(memory.untyped_storage(), cuda.cudaHostUnregister, memory.data_ptr())
-    return memory
-
-
-class PlainCopies:
-    """At once, where the device is the CPU."""
-
-    def begin(self, target: Tensor, source: Tensor, after: Sequence[Any]) -> None:
-        """See `Copies`."""
-        target.copy_(source)
-
-    def copied(self) -> None:
-        """See `Copies`."""
-
-    def computed(self) -> None:
-        """See `Copies`."""
-
-    def wait(self, mark: Any) -> None:
-        """See `Copies`."""
+from jettison.runtime.device_copies import Copies, CudaCopies, PlainCopies, pinned_memory
+from jettison.runtime.device_store import Image, image_of
+from jettison.runtime.disk_copies import DiskCopies
+from jettison.runtime.segment_file import SegmentFile
 
 
 @dataclass(frozen=True)
@@ -128,19 +44,29 @@ class DeviceStream:
         device: Where they are computed with.
         ring_bytes: Most that the ring takes; it is no larger than all of them.
         copies: What copies; default a stream on a GPU.
+        file: What weights on disk are read from.
 
     Attributes:
+        disk: What reads it, or None.
         bytes_copied: To the device, since it was opened; recorded steps that are replayed not included.
         step_bytes: Of all weights: what each step copies, but for those that stay where they all fit.
     """
 
-    def __init__(self, device: torch.device, ring_bytes: int, copies: Copies | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        ring_bytes: int,
+        copies: Copies | None = None,
+        file: SegmentFile | None = None,
+    ) -> None:
         self.device, self.bytes_copied, self.step_bytes = device, 0, 0
         self._limit = ring_bytes
         self._is_gpu = device.type == "cuda"
         self._copies: Copies = copies or (CudaCopies(device) if self._is_gpu else PlainCopies())
-        self._sources: list[Tensor] = []
-        self._layouts: list[list[tuple[int, torch.dtype, torch.Size]]] = []
+        self.disk = None if file is None else DiskCopies(file, self._copies, is_pinned=self._is_gpu)
+        self._images: list[Image] = []
+        # Of those on the host.
+        self._memory: dict[int, Tensor] = {}
         self._starts: list[int] = []
         self._ring: Tensor | None = None
         # Numbers of what is in the ring or on its way, with the mark of its arrival; and of what has been read since.
@@ -165,27 +91,40 @@ class DeviceStream:
         Raises:
             OptionError: The ring is smaller.
         """
-        layout, size = [], 0
-        for tensor in tensors:
-            layout.append((size, tensor.dtype, tensor.shape))
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        image = image_of(tensors)
+        number = self.add_stored(image)
+        memory = pinned_memory(image.nbytes) if self._is_gpu else torch.empty(image.nbytes, dtype=torch.uint8)
+        for part, tensor in zip(image.parts, tensors, strict=True):
+            part.of(memory).copy_(tensor)
+        self._memory[number] = memory
+        return number
+
+    def add_stored(self, image: Image) -> int:
+        """Take a weight that is in the file; before the first step.
+
+        Args:
+            image: Which.
+
+        Returns:
+            Its number.
+
+        Raises:
+            OptionError: The ring is smaller.
+        """
+        size = image.nbytes
         if size > self._limit:
             raise OptionError(
                 f"[placement] ring_bytes={self._limit:,}: needed at least {size:,}, one weight, and {2 * size:,} to "
                 "copy one while another is computed with. Give the ring more, and pin less."
             )
-        source = pinned_memory(size) if self._is_gpu else torch.empty(size, dtype=torch.uint8)
-        for (start, _, _), tensor in zip(layout, tensors, strict=True):
-            source[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
-        self._sources.append(source)
-        self._layouts.append(layout)
+        self._images.append(image)
         self.step_bytes += size
-        return len(self._sources) - 1
+        return len(self._images) - 1
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around everything that a step launches."""
-        if not self._sources:
+        if not self._images:
             yield
             return
         if self._ring is None:
@@ -231,51 +170,66 @@ class DeviceStream:
         if mark is not None:
             self._copies.wait(mark)
         self._read.pop(number, None)
-        start = self._starts[number]
-        return [
-            self._ring[start + offset : start + offset + dtype.itemsize * shape.numel()].view(dtype).view(shape)
-            for offset, dtype, shape in self._layouts[number]
-        ]
+        place = self._place(number)
+        return [part.of(place) for part in self._images[number].parts]
 
     def release(self, number: int) -> None:
         """Everything that reads a weight has been launched: others may take its place."""
         self._read[number] = self._copies.computed()
         following = number
-        for _ in self._sources:
-            following = (following + 1) % len(self._sources)
+        for _ in self._images:
+            following = (following + 1) % len(self._images)
             if following in self._arrivals:
                 continue
-            if any(other not in self._read for other in self._overwritten(following)):
+            # What is read from disk is waited for where it is needed: the GPU has launches before that to do.
+            if following not in self._memory or any(other not in self._read for other in self._overwritten(following)):
                 break
             self._copy(following)
 
     def _lay_out(self) -> None:
         """Places one behind the other, from the front again where the end is too near."""
         start = 0
-        for source in self._sources:
-            start = 0 if start + len(source) > self._limit else start
+        for image in self._images:
+            start = 0 if start + image.nbytes > self._limit else start
             self._starts.append(start)
-            start += len(source)
+            start += image.nbytes
         self._ring = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+        if self.disk is not None:
+            # What nothing is written over is read once.
+            every = range(len(self._images))
+            again = [
+                number for number in every if number not in self._memory and len(self._neighbours(number, every)) > 1
+            ]
+            self.disk.open([segment for number in again for segment in self._images[number].segments])
+
+    def _place(self, number: int) -> Tensor:
+        assert self._ring is not None, "laid out"
+        return self._ring[self._starts[number] :][: self._images[number].nbytes]
+
+    def _neighbours(self, number: int, among: Iterable[int]) -> list[int]:
+        """Weights that share a part of the ring with one, itself included."""
+        start, stop = self._starts[number], self._starts[number] + self._images[number].nbytes
+        return [
+            other
+            for other in among
+            if self._starts[other] < stop and start < self._starts[other] + self._images[other].nbytes
+        ]
 
     def _overwritten(self, number: int) -> list[int]:
         """Weights in the ring that are where another one goes."""
-        start, stop = self._starts[number], self._starts[number] + len(self._sources[number])
-        return [
-            other
-            for other in self._arrivals
-            if self._starts[other] < stop and start < self._starts[other] + len(self._sources[other])
-        ]
+        return self._neighbours(number, self._arrivals)
 
     def _copy(self, number: int) -> None:
-        assert self._ring is not None, "laid out"
         # The first copies of a step wait for its beginning: so a recording knows that they belong to it.
         after = [self._start]
         for other in self._overwritten(number):
             after.append(self._read.pop(other, None) or self._copies.computed())
             del self._arrivals[other]
-        source = self._sources[number]
-        self._has_copied = True
-        self._copies.begin(self._ring[self._starts[number] :][: len(source)], source, after)
+        image, self._has_copied = self._images[number], True
+        if number in self._memory:
+            self._copies.begin(self._place(number), self._memory[number], after)
+        else:
+            assert self.disk is not None, "or it would not have been added"
+            self.disk.copy(image.segments, self._place(number), after)
         self._arrivals[number] = self._copies.copied()
-        self.bytes_copied += len(source)
+        self.bytes_copied += image.nbytes

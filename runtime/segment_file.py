@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jettison.ir.errors import ArtifactError
-from jettison.runtime.weight_store import BLOCK, Segment
+from jettison.runtime.segment_file_writer import BLOCK, Segment
 
 _AGAIN = "The artifact is damaged: copy it again, or write it again with `jettison optimize`."
 _HASHED_BYTES = 1 << 20

@@ -16,9 +16,10 @@ from jettison.ir.program import Program
 from jettison.runtime.dense_weight import DenseWeight
 from jettison.runtime.packed_linear import StoredWeight
 from jettison.runtime.segment_file import SegmentFile
+from jettison.runtime.segment_file_writer import Part
 from jettison.runtime.streamed_reads import StreamedRead, streamed_reads
 from jettison.runtime.table_rows import TableRows
-from jettison.runtime.weight_store import KINDS, Part, Slab, StoreTable, temporary_store
+from jettison.runtime.weight_store import KINDS, Slab, StoreTable, temporary_store
 from jettison.runtime.weight_stream import WeightStream
 
 

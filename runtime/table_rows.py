@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from jettison.runtime.segment_file import SegmentFile
-from jettison.runtime.weight_store import BLOCK, Part, Slab
+from jettison.runtime.segment_file_writer import BLOCK, Part
+from jettison.runtime.weight_store import Slab
 
 _BUFFER_BYTES = 256 << 10
 

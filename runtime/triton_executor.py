@@ -12,13 +12,15 @@ from jettison.codegen.triton.emit import EmittedProgram, emit
 from jettison.codegen.triton.kernels.base import Tuning
 from jettison.codegen.triton.kernels.top_k import MOST, TopK
 from jettison.codegen.triton.launch import Launchers, Stopwatch, choose_device
-from jettison.ir.errors import OptionError, UnsupportedError
+from jettison.ir.errors import OptionError
 from jettison.ir.match import is_call
 from jettison.ir.program import Program, input_placeholders, state_placeholders
+from jettison.runtime.device_store import DeviceStore, temporary_device_store
 from jettison.runtime.device_stream import Held
 from jettison.runtime.device_weights import DeviceWeights
 from jettison.runtime.executor import EntrySignature
 from jettison.runtime.recorded_step import Record, RecordedSteps, record_cuda_graph
+from jettison.runtime.streamed_reads import constants_on_disk
 from jettison.runtime.triton_entry import Counters, Parts, build_entry
 
 aten = torch.ops.aten
@@ -35,10 +37,13 @@ class TritonExecutor:
         emitted: What `emit` made of it; default made anew.
         device: Where; default the GPU, or the CPU with the interpreter.
         tunings: Of kernels, by name; default those that the kernels name first.
-        record: How decode steps are recorded; default as CUDA graphs on a GPU and not at all elsewhere.
+        record: How decode steps are recorded; default as CUDA graphs on a GPU and not at all elsewhere. With weights on
+            disk they are not.
+        store: With the weights that are placed on disk; None to write them to a temporary file first.
 
     Raises:
-        UnsupportedError: See `choose_device`; also for weights that are placed on disk.
+        UnsupportedError: See `choose_device`; also where a constant is on disk that cannot be streamed.
+        ArtifactError: The store cannot be opened, or belongs to another program.
         OptionError: The ring of streamed weights is smaller than a weight.
     """
 
@@ -52,19 +57,17 @@ class TritonExecutor:
         device: torch.device | None = None,
         tunings: Mapping[str, Tuning] | None = None,
         record: Record | None = None,
+        store: DeviceStore | None = None,
     ) -> None:
         self.device = device or choose_device()
-        if program.placement is not None and "disk" in program.placement.tiers.values():
-            raise UnsupportedError(
-                "[triton] weights on disk: a GPU is given weights from the host's memory only. Give place-weights more "
-                "host memory, or quantise the weights."
-            )
         self.info = program.info
         self.states = dict(program.states)
         self.retentions, self.storages = dict(program.retentions), dict(program.storages)
         self.placement = program.placement
-        self._weights = weights = DeviceWeights(program, self.device)
         self.emitted = emitted or emit(program)
+        if store is None and constants_on_disk(program):
+            store = temporary_device_store(program, self.emitted)
+        self._weights = weights = DeviceWeights(program, self.device, store)
         self._parts = Parts(weights, Counters(self.device), Launchers(tunings))
         self._calls = {
             name: build_entry(program, name, steps, self._parts) for name, steps in self.emitted.steps.items()
@@ -81,6 +84,8 @@ class TritonExecutor:
         self._held_after: dict[Held, Held] = {}
         if record is None and self.device.type == "cuda":
             record = record_cuda_graph
+        if store is not None:
+            record = None  # what is read from disk is waited for
         self.recorded = None if record is None else RecordedSteps(self.device, record)
         self._counts_tokens = "decode" in program.entries and _only_counts_tokens(program.entries["decode"])
 

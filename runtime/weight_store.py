@@ -11,9 +11,6 @@ The layout of 4-bit weights is that of the processor which wrote the file: anoth
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,33 +25,25 @@ from jettison.ir.program import Program
 from jettison.runtime.bitmap_weight import BitmapWeight, pack_bitmap
 from jettison.runtime.dense_weight import DenseWeight
 from jettison.runtime.packed_linear import BagWeight, Int4Weight, StoredWeight, int4_interleave, pack_weight
+from jettison.runtime.segment_file_writer import (
+    BLOCK,
+    Part,
+    Segment,
+    SegmentFileWriter,
+    bytes_of,
+    part_from_dict,
+    segments_from_dict,
+    written_to_temporary_file,
+)
 from jettison.runtime.streamed_reads import StreamedRead, read_order, streamed_reads
 
-BLOCK, ALIGNMENT = 4096, 64
+ALIGNMENT = 64
 # Of a segment, at most where rows allow it: reads of 4 MiB by two threads are as fast as any (see `weight_stream.py`).
 SEGMENT_BYTES = 4 << 20
 # A ring of so many segments reads ahead while one is computed with and the next is waited for.
 SEGMENTS_OF_RING = 6
 KINDS: dict[str, type[StoredWeight]] = {"dense": DenseWeight, "int4": Int4Weight, "bag": BagWeight,
                                        "bitmap": BitmapWeight}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor in a segment; `offset` counts from the start of the segment."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def of(self, segment: Tensor) -> Tensor:
-        """The tensor, given the bytes of its segment: a view."""
-        return segment[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -77,20 +66,6 @@ class Slab:
     def rows(self) -> int:
         """How many rows."""
         return int(self.form["rows"])
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What is read at once: where it begins in the file, its bytes without padding, and their SHA-256."""
-
-    offset: int
-    bytes: int
-    sha256: str
-
-    @property
-    def padded(self) -> int:
-        """Bytes with padding to whole blocks, as they are read."""
-        return -(-self.bytes // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -252,14 +227,12 @@ def _cut(rows: _Rows, total: int, most: int) -> Iterator[tuple[int, StoredWeight
         yield start, rows(start, min(stop, total))
 
 
-class _Writer:
+class _Writer(SegmentFileWriter):
     """Appends slabs; small ones share a segment."""
 
     def __init__(self, file: IO[bytes], most: int, on_bytes: Callable[[int], object] | None) -> None:
-        self.segments: list[Segment] = []
-        self._file, self._most, self._on_bytes = file, most, on_bytes
-        self._offset = self._used = 0
-        self._sha = hashlib.sha256()
+        super().__init__(file, on_bytes)
+        self._most = most
 
     def add(self, start: int, weight: StoredWeight) -> Slab:
         """Append some rows of a weight."""
@@ -280,31 +253,14 @@ class _Writer:
 
     def _append(self, start: int, form: dict[str, Any], tensors: Mapping[str, Tensor]) -> Slab:
         size = sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values())
-        if self._used and self._used + size > self._most:
+        if self.used and self.used + size > self._most:
             self.close()
         parts = {}
         for name, tensor in tensors.items():
-            self._write(bytes(-self._used % ALIGNMENT))
-            parts[name] = Part(tensor.dtype, tuple(tensor.shape), self._used)
-            self._write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self.write(bytes(-self.used % ALIGNMENT))
+            parts[name] = Part(tensor.dtype, tuple(tensor.shape), self.used)
+            self.write(bytes_of(tensor))
         return Slab(len(self.segments), start, form, parts)
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._sha.update(data)
-        self._used += len(data)
-        if self._on_bytes is not None:
-            self._on_bytes(len(data))
-
-    def close(self) -> None:
-        """End the segment."""
-        if not self._used:
-            return
-        segment = Segment(self._offset, self._used, self._sha.hexdigest())
-        self._file.write(bytes(segment.padded - segment.bytes))
-        self.segments.append(segment)
-        self._offset += segment.padded
-        self._used, self._sha = 0, hashlib.sha256()
 
 
 def temporary_store(program: Program) -> tuple[StoreTable, int]:
@@ -320,30 +276,22 @@ def temporary_store(program: Program) -> tuple[StoreTable, int]:
         UnsupportedError: As `write_store`.
         ArtifactError: The temporary folder has no room.
     """
-    folder = tempfile.gettempdir()
-    with tempfile.TemporaryFile(prefix="jettison-", suffix=".stream", buffering=0) as file:
-        try:
-            # Reserve the blocks of most of it: a full disk is an error before the work.
-            needed = sum(program.constants[name].stored_bytes for r in streamed_reads(program) for name in r.constants)
-            os.posix_fallocate(file.fileno(), 0, max(1, needed))
-            with os.fdopen(os.dup(file.fileno()), "wb") as writing:
-                table = write_store(program, writing)
-            os.ftruncate(file.fileno(), table.file_bytes)
-        except OSError as error:
-            raise ArtifactError(
-                f"[stream] {folder}: {needed:,} bytes of streamed weights cannot be written: {error.strerror}. Free "
-                "some space there, set TMPDIR to a folder on another disk, or save the model and load it."
-            ) from error
-        return table, os.dup(file.fileno())
+    needed = sum(program.constants[name].stored_bytes for read in streamed_reads(program) for name in read.constants)
+
+    def write(file: IO[bytes]) -> tuple[StoreTable, int]:
+        table = write_store(program, file)
+        return table, table.file_bytes
+
+    return written_to_temporary_file(needed, write)
 
 
 def table_as_dict(table: StoreTable) -> dict[str, Any]:
     """What `table_from_dict` reads, as JSON-ready values."""
     plain = dataclasses.asdict(table)
-    for read in plain["reads"].values():
-        for slab in (*read["slabs"], *read["table"]):
-            for part in slab["parts"].values():
-                part["dtype"] = str(part["dtype"]).removeprefix("torch.")
+    for name, read in table.reads.items():
+        for kind in ("slabs", "table"):
+            for slab, own in zip(plain["reads"][name][kind], getattr(read, kind), strict=True):
+                slab["parts"] = {part: held.as_dict() for part, held in own.parts.items()}
     return {"format": "jettison stream", "version": 1, **plain}
 
 
@@ -363,15 +311,12 @@ def table_from_dict(document: Any, path: Path) -> StoreTable:
                 f"[{path}] found version {document['version']!r} of {document['format']!r}; needed version 1 of "
                 "'jettison stream'. Upgrade with `pip install -U jettison`."
             )
-        segments = tuple(Segment(int(s["offset"]), int(s["bytes"]), str(s["sha256"])) for s in document["segments"])
+        segments = segments_from_dict(document["segments"])
         reads = {name: _read_from_dict(each, segments) for name, each in document["reads"].items()}
         order = tuple(int(number) for number in document["order"])
         table = StoreTable(segments, order, reads, int(document["int4_interleave"]))
-        ends = [0, *(segment.offset + segment.padded for segment in segments)]
-        if any(s.offset != end or s.bytes < 1 for s, end in zip(segments, ends, strict=False)) or not all(
-            0 <= number < len(segments) for number in order
-        ):
-            raise ValueError("segments that do not lie one behind the other")
+        if not all(0 <= number < len(segments) for number in order):
+            raise ValueError("an order of other segments")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ArtifactError(
             f"[{path}] found {type(error).__name__}: {str(error)[:200]}; needed the table of a weight store. The "
@@ -402,13 +347,6 @@ def _read_from_dict(value: Any, segments: Sequence[Segment]) -> StoredRead:
 
 
 def _slab_from_dict(value: Any, segments: Sequence[Segment]) -> Slab:
-    parts = {}
-    for name, part in value["parts"].items():
-        dtype = getattr(torch, part["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"the dtype {part['dtype']}")
-        parts[name] = Part(dtype, tuple(int(size) for size in part["shape"]), int(part["offset"]))
-        end = parts[name].offset + parts[name].nbytes
-        if min(parts[name].offset, *parts[name].shape) < 0 or end > segments[value["segment"]].bytes:
-            raise ValueError(f"a part that ends at byte {end} of its segment")
+    size = segments[value["segment"]].bytes
+    parts = {name: part_from_dict(part, size) for name, part in value["parts"].items()}
     return Slab(int(value["segment"]), int(value["start"]), dict(value["form"]), parts)

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
@@ -87,13 +87,20 @@ class WeightStream:
         file: The store.
         order: Numbers of its segments in the order in which a step reads them.
         ring_bytes: Of the ring; page aligned memory of the process.
+        pin: Called with the ring, `[n]` u8, before anything is read into it.
 
     Raises:
-        OptionError: The ring is smaller than a segment.
+        OptionError: The ring is smaller than a segment, or what `pin` raises.
         ArtifactError: The system refuses its memory or threads.
     """
 
-    def __init__(self, file: SegmentFile, order: Sequence[int], ring_bytes: int) -> None:
+    def __init__(
+        self,
+        file: SegmentFile,
+        order: Sequence[int],
+        ring_bytes: int,
+        pin: Callable[[Tensor], None] = lambda _: None,
+    ) -> None:
         # Tables whose rows are looked up need no ring.
         largest = max((file.segments[number].padded for number in order), default=0)
         if ring_bytes < largest:
@@ -102,7 +109,7 @@ class WeightStream:
                 f"{2 * largest:,} to read one while another is computed with. Give the ring more, and pin less."
             )
         try:
-            self._reading = _Reading(file, tuple(order), ring_bytes // mmap.PAGESIZE * mmap.PAGESIZE)
+            self._reading = _Reading(file, tuple(order), ring_bytes // mmap.PAGESIZE * mmap.PAGESIZE, pin)
         except (OSError, RuntimeError) as error:
             raise ArtifactError(
                 f"[placement] ring_bytes={ring_bytes:,}: the system gives no memory or threads for it ({error}). "
@@ -155,7 +162,9 @@ class WeightStream:
 class _Reading:
     """What the threads share; they keep it alive, and not the `WeightStream`."""
 
-    def __init__(self, file: SegmentFile, order: tuple[int, ...], ring_bytes: int) -> None:
+    def __init__(
+        self, file: SegmentFile, order: tuple[int, ...], ring_bytes: int, pin: Callable[[Tensor], None]
+    ) -> None:
         self._file, self._order, self._ring_bytes = file, order, ring_bytes
         # Private, so that it counts as memory of this process; a child of a fork must not share what a disk writes to.
         ring = mmap.mmap(-1, max(ring_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -163,6 +172,7 @@ class _Reading:
             ring.madvise(mmap.MADV_DONTFORK)
         self._memory = memoryview(ring)
         self._bytes = torch.frombuffer(ring, dtype=torch.uint8)
+        pin(self._bytes)
         self._changed = threading.Condition()
         self._stretches: deque[_Stretch] = deque()
         # Where in the order the next read is; a segment outside of it is read alone. None: nothing more is read.

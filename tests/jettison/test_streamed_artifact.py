@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from safetensors import safe_open
 
 import jettison
 import jettison.bench
-from jettison.artifact_files import STREAM_FILE, STREAM_TABLE_FILE, WEIGHTS_FILE
+from jettison.artifact_files import PROGRAM_FILE, STREAM_FILE, STREAM_TABLE_FILE, WEIGHTS_FILE
 from jettison.ir.constants import StreamedConstant
 from jettison.ir.errors import ArtifactError, UnsupportedError
 from jettison.ir.placement import Placement
@@ -28,6 +29,8 @@ from jettison.ir.serialize import load_program
 from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.quantize_weights import QuantizeWeights
+from jettison.runtime.device_store import DeviceStore, device_table_as_dict, device_table_from_dict
+from jettison.runtime.triton_executor import TritonExecutor
 
 RING = 1 << 20
 
@@ -46,9 +49,11 @@ class OnDisk(Pass):
 
     name: ClassVar[str] = "on-disk"
     ring_bytes: int = RING
+    only: str = ""
 
     def transform(self, program: Program) -> tuple[int, list[MissRecord]]:
-        names = [name for name, constant in program.used_constants().items() if len(constant.shape) > 1]
+        used = program.used_constants()
+        names = [name for name, constant in used.items() if len(constant.shape) > 1 and self.only in name]
         program.placement = Placement(dict.fromkeys(names, "disk"), ring_bytes=self.ring_bytes)
         return len(names), []
 
@@ -125,9 +130,44 @@ def test_saving_again_gives_the_same_bytes(saved: Path, two_layers: Path, passes
                 assert (folder / path.relative_to(saved)).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_gpu_reads_no_disk(two_layers: Path, tmp_path: Path) -> None:
-    model = jettison.optimize(two_layers, [CacheKV(), OnDisk()], target="triton")
-    with pytest.raises(UnsupportedError, match=r"constants are on disk, and target='triton' streams from the host's"):
+def test_a_gpu_is_given_weights_from_disk(small_model: Path, tmp_path: Path) -> None:
+    passes = [QuantizeWeights(bits=4, group=32), CacheKV()]
+    twin = jettison.optimize(small_model, passes, target="triton")
+    model = jettison.optimize(small_model, [*passes, OnDisk(6 << 10, only="proj")], target="triton")
+    folder = model.save_pretrained(tmp_path / "out")
+    streamed = {name for name in model.executor.placement.tiers if "proj" in name}
+    with safe_open(folder / WEIGHTS_FILE, "pt") as stored:
+        assert streamed.isdisjoint(stored.keys())
+    loaded = jettison.load(folder)
+    expected = twin.generate([[5, 9, 3]], max_new_tokens=3)
+    assert model.generate([[5, 9, 3]], max_new_tokens=3) == expected == loaded.generate([[5, 9, 3]], max_new_tokens=3)
+    assert loaded.executor.stream.disk.statistics.bytes_taken > 3 * loaded.executor.stream.step_bytes
+    again = loaded.save_pretrained(tmp_path / "again")
+    assert (again / STREAM_FILE).read_bytes() == (folder / STREAM_FILE).read_bytes()
+    for damage, message in (
+        (lambda text: text.replace('"shape": [', '"shape": [1, ', 1), "damaged"),
+        (lambda text: text.replace("device stream", "stream"), "needed version 1 of 'jettison device stream'"),
+        (lambda text: re.sub(r'"segments": \[\n\s*\d', '"segments": [ -1', text), "ValueError: segment -1"),
+        (lambda text: text.replace("down_proj", "down_prej"), r"does not hold \S*down_proj\S* f32 as the program"),
+    ):
+        table = device_table_as_dict(
+            device_table_from_dict(json.loads((folder / STREAM_TABLE_FILE).read_text()), folder)
+        )
+        text = damage(json.dumps(table, indent=1))
+        assert text != json.dumps(table, indent=1)
+        with pytest.raises(ArtifactError, match=message):
+            opened_with(folder, json.loads(text))
+
+
+def opened_with(folder: Path, table: object) -> TritonExecutor:
+    path = folder / STREAM_FILE
+    store = DeviceStore(device_table_from_dict(table, path), path)
+    return TritonExecutor(load_program(folder / PROGRAM_FILE, folder / WEIGHTS_FILE), store=store)
+
+
+def test_what_a_gpu_cannot_stream_is_refused(small_model: Path, tmp_path: Path) -> None:
+    model = jettison.optimize(small_model, [CacheKV(), OnDisk()], target="triton")
+    with pytest.raises(UnsupportedError, match=r"embed.* on disk; only weights of linears"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

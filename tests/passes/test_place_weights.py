@@ -11,7 +11,7 @@ from torch import nn
 from jettison.api import parse_passes, pipeline_text, with_cache
 from jettison.ir.cost import Workload
 from jettison.ir.errors import OptionError
-from jettison.ir.placement import Placement
+from jettison.ir.placement import READ_AHEAD_BYTES, Placement
 from jettison.ir.roofline import TYPICAL_CPU, TYPICAL_GPU
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.formats import IntGroups
@@ -219,18 +219,26 @@ def gpu_program(*passes):
     return program
 
 
-def test_a_gpu_is_given_weights_from_host_memory():
+def test_a_gpu_is_given_weights_from_host_memory_and_then_from_disk():
     program = gpu_program()
     needs = room(program, 0.6, reserve=0) + TYPICAL_GPU.process_bytes
     after, record = run_pass(PlaceWeights(device=needs, **WORK), program)
     assert set(after.placement.tiers.values()) == {"host"}
     assert after.placement.limits == {"device": needs}
     assert "are on the host" in record.notes[1]
-    message = refused(program, device=needs, host=TYPICAL_CPU.process_bytes + 20_000, **WORK)
-    enough = int(re.search(r"bytes are missing there. Give host=(\d+)", message)[1])
-    after, _ = run_pass(PlaceWeights(device=needs, host=enough, **WORK), gpu_program())
-    there = {name for name, tier in after.placement.tiers.items() if tier == "host"}
-    assert 20_000 < sum(program.constants[name].nbytes for name in there) <= enough - TYPICAL_CPU.process_bytes
+    beside = TYPICAL_CPU.process_bytes + READ_AHEAD_BYTES
+    both, record = run_pass(PlaceWeights(device=needs, host=beside + 20_000, **WORK), gpu_program())
+    there = {
+        tier: sum(program.constants[name].nbytes for name, found in both.placement.tiers.items() if found == tier)
+        for tier in ("host", "disk")
+    }
+    assert 0 < there["host"] <= 20_000 < there["disk"]
+    assert "are on the disk" in record.notes[2]
+    message = refused(gpu_program(), device=needs, host=beside + 20_000, disk=10_000, **WORK)
+    enough = int(re.search(r"bytes, [\d,]+ more. Give disk=(\d+)", message)[1])
+    placed, _ = run_pass(PlaceWeights(device=needs, host=beside + 20_000, disk=enough, **WORK), gpu_program())
+    on_disk = {name for name, tier in placed.placement.tiers.items() if tier == "disk"}
+    assert sum(program.constants[name].nbytes for name in on_disk) <= enough
 
 
 def test_what_one_launch_reads_is_in_one_place():
@@ -304,7 +312,6 @@ def test_bad_options(options, message):
         ("torch", {"device": 5}, "found no host"),
         ("torch", {"device": 5, "host": 5}, "found device=5"),
         ("triton", {"host": 5}, "needs device=BYTES"),
-        ("triton", {"device": 5, "disk": 5}, "Leave disk out"),
         ("torch", {"host": 5, "context": 4096}, "context=4096: needs at most 128"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Weights of a GPU that lie on the host: the same numbers as with all of them on the device, in recorded steps too."""
+"""Weights of a GPU that lie on the host or on disk: the same numbers as with all of them on the device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jettison.ir.errors import OptionError, UnsupportedError
-from jettison.ir.placement import Placement
+from jettison.ir.errors import OptionError
+from jettison.ir.placement import READ_AHEAD_BYTES, Placement
 from jettison.ir.program import Program
+from jettison.ir.roofline import TYPICAL_CPU
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.place_weights import PlaceWeights
 from jettison.passes.policies import Full
@@ -39,13 +40,17 @@ def tokens_and_logits(executor: TritonExecutor, prompts: list[list[int]], steps:
     return found
 
 
-@pytest.mark.parametrize(("bits", "rows", "is_recorded"), [(None, 1, True), (4, 2, False), (4, 1, True)])
-def test_streamed_weights_compute_the_same(bits: int | None, rows: int, is_recorded: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "rows", "tier", "is_recorded"),
+    [(None, 1, "host", True), (4, 2, "host", False), (4, 1, "host", True), (4, 1, "disk", False)],
+)
+def test_streamed_weights_compute_the_same(bits: int | None, rows: int, tier: str, is_recorded: bool) -> None:
     program = tiny_program("llama", *([QuantizeWeights(bits=bits, group=32)] if bits else []), CacheKV(Full()))
     prompts = [[5, 10, 20, 7], [9, 3]][:rows]
     recorder = Recorder()
     ring = RING if bits is None else 6 << 10
-    ours = TritonExecutor(placed(program, ring), record=recorder if is_recorded else None)
+    # A step that reads from disk is not recorded, even where it could be.
+    ours = TritonExecutor(placed(program, ring, tier), record=recorder if is_recorded or tier == "disk" else None)
     resident = TritonExecutor(program)
     found, expected = tokens_and_logits(ours, prompts), tokens_and_logits(resident, prompts)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
@@ -102,12 +107,32 @@ def test_sessions_that_take_turns() -> None:
         assert all(torch.equal(*pair) for pair in zip(logits, expected, strict=True))
 
 
-def test_a_ring_that_is_too_small_and_a_disk_are_refused() -> None:
+def test_what_does_not_fit_the_host_comes_from_disk() -> None:
+    program = tiny_program("llama", QuantizeWeights(bits=4, group=32), CacheKV(Full()))
+    program.target = "triton"
+    expected = tokens_and_logits(TritonExecutor(program), [[5, 10, 20]])
+    with pytest.raises(OptionError, match="bytes are missing") as caught:
+        PlaceWeights(device=1, context=64, prompt=16, reserve=1).run(program)
+    least = int(str(caught.value).partition("Give device=")[2].split()[0])
+    host = TYPICAL_CPU.process_bytes + READ_AHEAD_BYTES + 16_000
+    PlaceWeights(device=least, host=host, context=64, prompt=16, reserve=1).run(program)
+    assert program.placement is not None
+    assert set(program.placement.tiers.values()) == {"host", "disk"}
+    ours = TritonExecutor(program)
+    assert all(torch.equal(*pair) for pair in zip(tokens_and_logits(ours, [[5, 10, 20]]), expected, strict=True))
+    assert ours.stream is not None
+    assert ours.stream.disk is not None
+    read = ours.stream.disk.statistics
+    assert read.bytes_taken > 0
+    assert sum(memory.nbytes for memory in ours.stream._memory.values()) <= 16_000
+    assert read.restarts <= 1, "weights are read in the order of the steps"
+
+
+def test_a_ring_that_is_too_small_is_refused() -> None:
     program = tiny_program("llama", CacheKV(Full()))
-    with pytest.raises(OptionError, match="ring_bytes=512: needed at least"):
-        TritonExecutor(placed(program, ring_bytes=512))
-    with pytest.raises(UnsupportedError, match="a GPU is given weights from the host's memory only"):
-        TritonExecutor(placed(program, tier="disk"))
+    for tier in ("host", "disk"):
+        with pytest.raises(OptionError, match="ring_bytes=512: needed at least"):
+            TritonExecutor(placed(program, ring_bytes=512, tier=tier))
 
 
 def test_no_weight_on_the_host_is_no_stream() -> None:

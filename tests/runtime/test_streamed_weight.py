@@ -21,13 +21,14 @@ from jettison.passes.base import Pass
 from jettison.passes.cache_kv import CacheKV
 from jettison.passes.pipeline import apply, prepare
 from jettison.passes.quantize_weights import QuantizeWeights
-from jettison.runtime import weight_store
+from jettison.runtime import segment_file_writer, weight_store
 from jettison.runtime.packed_linear import BagWeight, Int4Weight
+from jettison.runtime.segment_file_writer import BLOCK
 from jettison.runtime.session import Session
 from jettison.runtime.streamed_reads import streamed_reads
 from jettison.runtime.streamed_weight import StreamedWeight, WeightStore, open_streamed
 from jettison.runtime.torch_executor import TorchExecutor
-from jettison.runtime.weight_store import BLOCK, table_as_dict, table_from_dict, temporary_store, write_store
+from jettison.runtime.weight_store import table_as_dict, table_from_dict, temporary_store, write_store
 from jettison.source import open_source
 from tests.helpers import weight_values
 from tests.models.tiny_models import tiny_model
@@ -325,7 +326,7 @@ def test_a_full_temporary_folder(two_layers: Path, monkeypatch: pytest.MonkeyPat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weight_store.os, "posix_fallocate", full)
+    monkeypatch.setattr(segment_file_writer.os, "posix_fallocate", full)
     with pytest.raises(ArtifactError, match=r"bytes of streamed weights cannot be written: No space left.*TMPDIR"):
         TorchExecutor(placed(program, streamable(program)))
 

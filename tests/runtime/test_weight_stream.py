@@ -20,8 +20,9 @@ import torch
 from jettison.ir.errors import ArtifactError, OptionError
 from jettison.runtime import segment_file
 from jettison.runtime.segment_file import SegmentFile
+from jettison.runtime.segment_file_writer import BLOCK, Part, Segment
 from jettison.runtime.table_rows import TableRows
-from jettison.runtime.weight_store import BLOCK, Part, Segment, Slab
+from jettison.runtime.weight_store import Slab
 from jettison.runtime.weight_stream import READERS, WeightStream
 
 SIZES = [BLOCK * blocks - odd for blocks, odd in ((1, 0), (3, 100), (2, 1), (5, 4000), (1, 4095), (4, 64), (2, 0))]
@@ -305,7 +306,7 @@ _WAITING = """
 import os, sys, threading, time
 from jettison.runtime import segment_file
 from jettison.runtime.segment_file import SegmentFile
-from jettison.runtime.weight_store import Segment
+from jettison.runtime.segment_file_writer import Segment
 from jettison.runtime.weight_stream import WeightStream
 import hashlib
 path = sys.argv[1]
