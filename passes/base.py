@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from jettison.ir.edit import Edit
 from jettison.ir.errors import PassError, UnsupportedError
@@ -149,9 +150,10 @@ class Pass:
     def _check_metadata(self, program: Program, known: dict[fx.Node, tuple[Any, Any, Any, Any]]) -> None:
         """Evaluate again what is new or reads something new: stale metadata misleads every later pass.
 
-        Entries begin as copies of each other, which share metadata: what is computed from the same is evaluated once.
+        Entries begin as copies of each other and layers are alike: what is computed from the same is evaluated once.
         """
-        evaluated: set[tuple[Any, ...]] = set()
+        signatures = _Signatures()
+        evaluated: dict[tuple[Any, str], str] = {}
         for name, entry in program.entries.items():
             edit = Edit(program, name, self.name)
             for node in entry.graph.nodes:
@@ -164,16 +166,18 @@ class Pass:
                     continue
                 kept = node.meta["val"]
                 if not evaluated:
-                    evaluated = {_evaluation(*contents, lambda n: known[n][3]) for contents in known.values()}
-                evaluation = _evaluation(node.target, node.args, node.kwargs, kept, lambda n: n.meta["val"])
-                if evaluation in evaluated:
+                    for each, (*contents, value) in known.items():
+                        if each.op == "call_function":
+                            evaluated[signatures.of_call(*contents, lambda n: known[n][3])] = _type_text(value)
+                call = signatures.of_call(node.target, node.args, node.kwargs, lambda n: n.meta["val"])
+                if evaluated.get(call) == _type_text(kept):
                     continue
-                evaluated.add(evaluation)
                 edit.refresh(node)
-                if _type_text(kept) != _type_text(node.meta["val"]):
+                evaluated[call] = _type_text(node.meta["val"])
+                if _type_text(kept) != evaluated[call]:
                     raise PassError(
                         f"[{self.name}] {name}: metadata of {node.name} says {_type_text(kept)}, but it computes "
-                        f"{_type_text(node.meta['val'])}.\n{window_text(entry, node)}"
+                        f"{evaluated[call]}.\n{window_text(entry, node)}"
                     )
                 node.meta["val"] = kept
 
@@ -190,11 +194,27 @@ def _node_contents(program: Program) -> dict[fx.Node, tuple[Any, Any, Any, Any]]
     return {node: (node.target, node.args, node.kwargs, node.meta.get("val")) for node in nodes}
 
 
-def _evaluation(
-    target: Any, args: Any, kwargs: Any, value: Any, value_of: Callable[[fx.Node], Any]
-) -> tuple[Any, str, int]:
-    """What metadata was computed from, and which it is, by identity; of objects that live on."""
-    return target, repr(fx.map_arg((args, kwargs), lambda node: f"value {id(value_of(node))}")), id(value)
+class _Signatures:
+    """What decides which metadata a call has: its operator, and the types of its operands, strides included."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, str]] = {}  # with the value, so that no other takes its identity
+
+    def of_call(self, target: Any, args: Any, kwargs: Any, value_of: Callable[[fx.Node], Any]) -> tuple[Any, str]:
+        return target, repr(fx.map_arg((args, kwargs), lambda node: self._of_value(value_of(node))))
+
+    def _of_value(self, value: Any) -> str:
+        if id(value) not in self._known:
+            self._known[id(value)] = value, self._text(value)
+        return self._known[id(value)][1]
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, (tuple, list)):
+            return f"({', '.join(map(self._text, value))})"
+        if isinstance(value, FakeTensor):
+            # Symbols have a meaning within the sizes that were traced together.
+            return f"{id(value.fake_mode)} {_type_text(value)} {list(value.stride())} {value.storage_offset()}"
+        return f"{type(value).__name__} {value}" if isinstance(value, torch.SymInt) else f"value {id(value)}"
 
 
 def _where(program: Program, made_by: str, known: Container[fx.Node]) -> list[str]:

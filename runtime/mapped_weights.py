@@ -164,10 +164,14 @@ class MappedFile:
 
     def mappings(self) -> list[Mapping]:
         """Where it is mapped in this process, but for what was written to."""
+        # What is written to takes long to find out, and longer the more memory the process has.
+        return self._listed("smaps") if self._listed("maps") else []
+
+    def _listed(self, table: str) -> list[Mapping]:
         found: list[Mapping] = []
         inode, is_ours = str(os.fstat(self.descriptor).st_ino), False
         try:
-            lines = Path("/proc/self/smaps").read_text(errors="replace").splitlines()
+            lines = Path(f"/proc/self/{table}").read_text(errors="replace").splitlines()
         except OSError:
             return []
         for line in lines:
