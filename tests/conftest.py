@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import gc
@@ -45,6 +44,12 @@ with contextlib.suppress(ImportError, AttributeError):  # inside torch: without 
 
     # Every export makes the same list of what the exporter knows, and none of ours adds to it.
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+
+# A folder is captured once in a process, whoever opens it; before anything takes `open_source` from its module.
+import jettison.source  # noqa: E402
+from tests.models.captured import remembered  # noqa: E402
+
+jettison.source.open_source = remembered(jettison.source.open_source)
 
 TINY_LLAMA = Path(__file__).parents[1] / "examples" / "models" / "tiny-llama"
 
@@ -96,23 +101,12 @@ def small_model(once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def captured_once() -> Iterator[None]:
-    """`optimize` captures a model at its first call: for files about what comes after it."""
-    import jettison.api
-    from jettison.source import ModelSource, open_source
+    """`optimize` captures a module at its first call, too: for files about what comes after it, which change none."""
+    from tests.models import captured
 
-    known: dict[Any, ModelSource] = {}
-
-    def opened(model: Any, **settings: Any) -> ModelSource:
-        files = sorted(Path(model).rglob("*")) if isinstance(model, (str, Path)) else []
-        seen = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-        key = (model, seen, *sorted(settings.items()))
-        if key not in known:
-            known[key] = open_source(model, **settings)
-        return dataclasses.replace(known[key], program=known[key].program.copy())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jettison.api, "open_source", opened)
-        yield
+    captured.remembers_modules = True
+    yield
+    captured.remembers_modules = False
 
 
 @pytest.fixture(scope="session")
