@@ -72,12 +72,12 @@ def test_what_is_on_the_host_is_not_on_the_device() -> None:
     assert ours.stream.step_bytes == held
 
 
-@pytest.mark.parametrize("bits", [None, 4, 3])
+@pytest.mark.parametrize("bits", [None, 3])
 def test_a_plan_fits_its_device(bits: int | None) -> None:
     program = tiny_program("llama", *([QuantizeWeights(bits=bits, group=32)] if bits else []), CacheKV(Full()))
     program.target = "triton"
     resident = TritonExecutor(program)
-    expected = tokens_and_logits(resident, [[5, 10, 20]])
+    expected = tokens_and_logits(resident, [[5, 10, 20]], steps=2)
     with pytest.raises(OptionError, match="bytes are missing") as caught:
         PlaceWeights(device=1, context=64, prompt=16, reserve=1).run(program)
     least = int(str(caught.value).partition("Give device=")[2].split()[0])
@@ -86,7 +86,7 @@ def test_a_plan_fits_its_device(bits: int | None) -> None:
         placed = program.copy()
         PlaceWeights(device=device, context=64, prompt=16, reserve=1).run(placed)
         ours = TritonExecutor(placed)
-        found = tokens_and_logits(ours, [[5, 10, 20]])
+        found = tokens_and_logits(ours, [[5, 10, 20]], steps=2)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
         assert ours.stream is not None
         assert ours._weights.nbytes + ours.stream.nbytes + program.state_bytes(1, 64) <= device

@@ -80,9 +80,9 @@ def run(reader: ReadAhead, chain: Any, steps: int, first: int = 0) -> None:
 def threads() -> Iterator[None]:
     """No thread is left behind."""
     yield
-    gc.collect()
     deadline = time.monotonic() + 60
     while any(each.name == "jettison-read-ahead" for each in threading.enumerate()):
+        gc.collect()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

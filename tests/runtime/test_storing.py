@@ -30,8 +30,8 @@ BOUNDS = {
     "xquant{bits=8,group=64,residual=64}": 8e-4,
 }
 EMITTED = (
-    ("tiny-llama/2", "kivi{bits=2,residual=64}"),
-    ("tiny-llama/2", MIKV),
+    ("tiny-llama/1", "kivi{bits=2,residual=64}"),
+    ("tiny-llama/1", MIKV),
     ("tiny-llama/2", COMPOSED),
     ("tiny-opt/1", "int4{residual=8}"),
     ("tiny-llama/2", XQUANT),
