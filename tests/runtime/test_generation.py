@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,140 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
+from jettison.ir.errors import OptionError
 from jettison.runtime import generation
-from jettison.runtime.generation import GenerationResult, generate, stream
+from jettison.runtime.generation import generate, stream
 from jettison.runtime.generation_options import DEFAULT_NEW_TOKENS, GenerationOptions
-from jettison.runtime.tokenizer import Tokenizer, load_tokenizer
 from tests.models.tiny_models import tiny_model
+from tests.runtime.scripted_sessions import (
+    ByteTokenizer,
+    Opener,
+    PrefixSession,
+    RecordingStreamer,
+    scripted,
+    seeded,
+)
 
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
 PROMPTS = ["The captain", "It was a dark and stormy night; the rain fell in torrents, and", "“Ah,”"]
-
-
-class PrefixSession:
-    """Logits are a function of a row's own tokens, so a row alone and the row in a batch must agree."""
-
-    most_best = 0
-
-    def __init__(
-        self,
-        logits_of: Callable[[list[int]], torch.Tensor],
-        batch: int,
-        capacity: int,
-        vocab_size: int,
-        context: int = 64,
-    ) -> None:
-        self.logits_of, self.batch, self.capacity = logits_of, batch, min(capacity, context)
-        self.vocab_size, self.context = vocab_size, context
-        self.lengths = [0] * batch
-        self.states = {"tokens": torch.zeros(batch, self.capacity, dtype=torch.int64)}
-        self.prefilled: list[list[int]] = []
-        self.fed: list[list[int]] = []
-
-    def prefill(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        assert not any(self.lengths), "one prefill per session"
-        self.prefilled = [list(row) for row in rows]
-        return self._append(self.prefilled)
-
-    def decode(self, tokens: Sequence[int]) -> torch.Tensor:
-        assert len(tokens) == self.batch
-        self.fed.append(list(tokens))
-        assert all(0 <= token < self.vocab_size for token in tokens), "an embedding would be read out of bounds"
-        return self._append([[token] for token in tokens])
-
-    def decode_best(self, tokens: Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert 1 <= count <= self.most_best
-        self.asked = count
-        values, ids = self.decode(tokens).sort(dim=1, descending=True, stable=True)
-        return values[:, :count], ids[:, :count]
-
-    def repeated(self, times: int) -> PrefixSession:
-        wide = PrefixSession(self.logits_of, self.batch * times, self.capacity, self.vocab_size, self.context)
-        wide.lengths = [length for length in self.lengths for _ in range(times)]
-        wide.states["tokens"].copy_(self.states["tokens"].repeat_interleave(times, 0))
-        self.wide = wide
-        return wide
-
-    def _append(self, rows: list[list[int]]) -> torch.Tensor:
-        assert len(rows) == self.batch
-        logits = []
-        for row, (tokens, new) in enumerate(zip(self.states["tokens"], rows, strict=True)):
-            before, self.lengths[row] = self.lengths[row], self.lengths[row] + len(new)
-            assert self.lengths[row] <= self.capacity, "a row outgrew what the session was opened for"
-            tokens[before : self.lengths[row]] = torch.tensor(new)
-            logits.append(self.logits_of(tokens[: self.lengths[row]].tolist()))
-        return torch.stack(logits)
-
-
-class Opener:
-    """Opens sessions and remembers them."""
-
-    def __init__(self, logits_of: Callable[[list[int]], torch.Tensor], vocab_size: int, context: int = 64) -> None:
-        self.logits_of, self.vocab_size, self.context = logits_of, vocab_size, context
-        self.opened: list[tuple[int, int]] = []
-        self.sessions: list[PrefixSession] = []
-
-    def __call__(self, batch: int, capacity: int) -> PrefixSession:
-        self.opened.append((batch, capacity))
-        self.sessions.append(PrefixSession(self.logits_of, batch, capacity, self.vocab_size, self.context))
-        return self.sessions[-1]
-
-
-def seeded(vocab_size: int = 50, context: int = 64) -> Opener:
-    """Random logits, the same for the same tokens."""
-
-    def logits_of(row: list[int]) -> torch.Tensor:
-        state = np.random.SeedSequence([len(row), *row]).generate_state(1)[0]
-        return torch.randn(vocab_size, generator=torch.Generator().manual_seed(int(state)))
-
-    return Opener(logits_of, vocab_size, context)
-
-
-def scripted(*scripts: Sequence[int], vocab_size: int = 300, prompt_tokens: int = 1) -> Opener:
-    """Every row says its script, whatever it is fed; the row is known by the first token of its prompt."""
-
-    def logits_of(row: list[int]) -> torch.Tensor:
-        script = scripts[row[0]]
-        said = len(row) - prompt_tokens
-        logits = torch.zeros(vocab_size)
-        logits[script[min(said, len(script) - 1)]] = 1.0
-        return logits
-
-    return Opener(logits_of, vocab_size)
-
-
-class ByteTokenizer(Tokenizer):
-    """One token per byte, and 256 for the end: every character outside ASCII is split over tokens."""
-
-    vocab_size, eos_token_id, special_tokens = 257, 256, {"<end>": 256}
-
-    def _encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def _decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    pytest.importorskip("transformers")
-    return load_tokenizer(TINY_LLAMA)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.LlamaForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
-
-
-@pytest.fixture
-def open_llama(llama) -> Opener:
-    def logits_of(row: list[int]) -> torch.Tensor:
-        with torch.no_grad():
-            return llama(torch.tensor([row])).logits[0, -1]
-
-    return Opener(logits_of, llama.config.vocab_size, llama.config.max_position_embeddings)
 
 
 @pytest.mark.parametrize(("options", "asked"), [({}, 1), ({"do_sample": True, "top_k": 5, "seed": 2}, 6)])
@@ -158,15 +37,6 @@ def test_a_session_that_picks_the_best_tokens_gives_the_same(options, asked, mon
     opener = seeded()
     assert generate(opener, [[1, 2, 3], [4]], given).token_ids == expected
     assert opener.sessions[0].asked == asked
-
-
-def drain(pieces) -> tuple[list[str], GenerationResult]:
-    collected = []
-    while True:
-        try:
-            collected.append(next(pieces))
-        except StopIteration as end:
-            return collected, end.value
 
 
 # --- against transformers --------------------------------------------------------------------------------------------
@@ -438,343 +308,11 @@ def test_one_text_is_streamed_of_one_sequence():
         "or use generate without a streamer."
     )
     with pytest.raises(OptionError) as caught:
-        stream(seeded(), [1], options, BYTES)
+        stream(seeded(), [1], options, ByteTokenizer())
     assert str(caught.value) == f"[generate] stream: {message}"
     with pytest.raises(OptionError) as caught:
         generate(seeded(), [[1]], options, streamer=RecordingStreamer())
     assert str(caught.value) == f"[generate] streamer: {message}"
-
-
-# --- text, streaming, stop strings -----------------------------------------------------------------------------------
-
-BYTES = ByteTokenizer()
-SAID = "naïve 日本 🙂🙃 END of it"
-
-
-def test_streamed_pieces_add_up_to_the_text_of_generate():
-    script = [*SAID.encode(), 256]
-    options = GenerationOptions(max_new_tokens=60, eos_token_id=256)
-    pieces, result = drain(stream(scripted(script), [0], options, BYTES))
-    assert "".join(pieces) == SAID
-    assert set(pieces) == set(SAID)  # character by character, none of them cut
-    assert result.rows == generate(scripted(script), [[0]], options, BYTES).rows
-    assert result.rows[0].finish_reason == "eos"
-    assert result.token_ids == [script]
-    assert result.steps == len(script) - 1
-
-
-def test_streamed_tiny_llama_adds_up(open_llama, tokenizer):
-    prompt = tokenizer.encode("“日本 — naïve 🙂” said the")
-    options = GenerationOptions(max_new_tokens=16, do_sample=True, temperature=4.0, top_k=0, seed=1)
-    pieces, result = drain(stream(open_llama, prompt, options, tokenizer))
-    assert "".join(pieces) == result.rows[0].text == tokenizer.decode(result.token_ids[0])
-    assert all(pieces)
-    assert len(pieces) > 4
-
-
-def test_a_character_cut_by_the_token_limit_shows_as_a_replacement_at_the_end():
-    options = GenerationOptions(max_new_tokens=3)
-    pieces, result = drain(stream(scripted(list("a🙂".encode())), [0], options, BYTES))
-    assert pieces == ["a", "\ufffd"]
-    assert result.texts == ["a\ufffd"]
-
-
-def test_stop_strings_split_over_tokens_cut_the_text_and_are_never_streamed():
-    options = GenerationOptions(max_new_tokens=60, stop_strings=["END", "🙂x", "zzz"])
-    pieces, result = drain(stream(scripted(SAID.encode()), [0], options, BYTES))
-    before = SAID[: SAID.index("END")]
-    assert "".join(pieces) == result.texts[0] == before
-    assert "🙂" not in pieces  # held until the next character showed that it begins no stop string
-    assert "🙂🙃" in "".join(pieces)
-    assert result.rows[0].finish_reason == "stop"
-    assert bytes(result.token_ids[0]).decode() == before + "END"
-
-
-def test_text_held_back_for_a_stop_string_is_given_at_the_end():
-    options = GenerationOptions(max_new_tokens=4, stop_strings="ending")
-    pieces, result = drain(stream(scripted(b"a endless"), [0], options, BYTES))
-    assert pieces == ["a", " ", "en"]
-    assert (result.texts, result.rows[0].finish_reason) == (["a en"], "length")
-
-
-def test_each_row_of_a_batch_stops_at_its_own_stop_string():
-    options = GenerationOptions(max_new_tokens=12, stop_strings=["\n\n", "#"], eos_token_id=256)
-    scripts = [b"one\n\ntwo", b"one two # three", [*b"one", 256], b"no stop in this one"]
-    rows = generate(scripted(*scripts), [[0], [1], [2], [3]], options, BYTES).rows
-    assert [row.text for row in rows] == ["one", "one two ", "one", "no stop in t"]
-    assert [row.finish_reason for row in rows] == ["stop", "stop", "eos", "length"]
-    assert [len(row.token_ids) for row in rows] == [5, 9, 4, 12]
-
-
-def test_a_special_token_may_be_a_stop_string():
-    options = GenerationOptions(max_new_tokens=12, stop_strings=["<end>"])
-    row = generate(scripted([*b"hi", 256, *b"more"]), [[0]], options, BYTES).rows[0]
-    assert (row.text, row.finish_reason, row.token_ids) == ("hi", "stop", (*b"hi", 256))
-
-
-def test_without_a_tokenizer_there_is_no_text():
-    assert generate(seeded(), [[1]]).texts == [None]
-
-
-def test_streaming_runs_the_model_as_the_pieces_are_read():
-    opener = scripted(b"abcdef")
-    pieces = stream(opener, [0], GenerationOptions(max_new_tokens=6), BYTES)
-    assert not any(opener.sessions[0].lengths)
-    assert next(pieces) == "a"
-    assert len(opener.sessions[0].fed) == 0
-    assert next(pieces) == "b"
-    assert len(opener.sessions[0].fed) == 1
-    pieces.close()
-    assert len(opener.sessions[0].fed) == 1
-
-
-class RecordingStreamer:
-    def __init__(self) -> None:
-        self.values: list[torch.Tensor] = []
-        self.ended = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self.values.append(value)
-
-    def end(self) -> None:
-        self.ended += 1
-
-
-def test_a_streamer_gets_the_prompt_then_each_token_then_the_end():
-    streamer = RecordingStreamer()
-    generate(scripted([5, 6, 9]), [[0]], GenerationOptions(eos_token_id=9), streamer=streamer)
-    assert [value.tolist() for value in streamer.values] == [[[0]], [5], [6], [9]]
-    assert all(value.dtype == torch.int64 for value in streamer.values)
-    assert streamer.ended == 1
-
-
-def test_a_streamer_is_told_of_the_end_after_an_error():
-    def logits_of(row: list[int]) -> torch.Tensor:
-        return torch.full((10,), torch.nan if len(row) > 2 else 0.0)
-
-    streamer = RecordingStreamer()
-    with pytest.raises(ArtifactError, match="not numbers"):
-        generate(Opener(logits_of, 10), [[1]], streamer=streamer)
-    assert streamer.ended == 1
-
-
-# --- options ---------------------------------------------------------------------------------------------------------
-
-
-def test_options_are_brought_to_one_form():
-    options = GenerationOptions(
-        max_new_tokens=np.int64(4), temperature=2, top_p=1, eos_token_id=7, stop_strings="x", do_sample=True
-    )
-    assert options == GenerationOptions(
-        max_new_tokens=4, temperature=2.0, top_p=1.0, eos_token_id=[7], stop_strings=["x"], do_sample=True
-    )
-    assert (options.eos_token_id, options.stop_strings, type(options.max_new_tokens)) == ((7,), ("x",), int)
-    assert {options: 1}[options] == 1  # hashable
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens: found 0, needs an integer of at least 1. Set max_new_tokens=20."),
-        (
-            {"max_new_tokens": True},
-            "max_new_tokens: found True, needs an integer of at least 1. Set max_new_tokens=20.",
-        ),
-        ({"max_new_tokens": 2.0}, "max_new_tokens: found 2.0, needs an integer of at least 1. Set max_new_tokens=20."),
-        ({"max_length": -1}, "max_length: found -1, needs an integer of at least 1. Set max_new_tokens instead."),
-        ({"top_k": -1}, "top_k: found -1, needs an integer of at least 0. Set top_k=0 to keep all tokens."),
-        ({"top_k": None}, "top_k: found None, needs an integer of at least 0. Set top_k=0 to keep all tokens."),
-        ({"seed": -1}, "seed: found -1, needs an integer of at least 0. Set seed=0."),
-        ({"seed": 2**63}, "seed: found 9223372036854775808, needs an integer below 2**63. Set seed=0."),
-        ({"seed": "x"}, "seed: found 'x', needs an integer of at least 0. Set seed=0."),
-        ({"pad_token_id": -1}, "pad_token_id: found -1, needs an integer of at least 0. Leave pad_token_id out."),
-        ({"do_sample": 1}, "do_sample: found 1, needs True or False. Set do_sample=True to sample."),
-        ({"temperature": -0.5}, "temperature: found -0.5, needs a number from 0 to 1e6. Set temperature=1.0."),
-        ({"temperature": float("nan")}, "temperature: found nan, needs a number from 0 to 1e6. Set temperature=1.0."),
-        ({"temperature": float("inf")}, "temperature: found inf, needs a number from 0 to 1e6. Set temperature=1.0."),
-        (
-            {"temperature": 0, "do_sample": True},
-            "temperature: found 0.0, needs at least 1e-6 to sample, because logits are divided by it. Set "
-            "do_sample=False for the most likely token.",
-        ),
-        ({"top_p": 1.5}, "top_p: found 1.5, needs a number from 0 to 1. Set top_p=1.0 to keep all tokens."),
-        ({"min_p": -0.1}, "min_p: found -0.1, needs a number from 0 to 1. Set min_p=0.0 to keep all tokens."),
-        ({"min_p": True}, "min_p: found True, needs a number from 0 to 1. Set min_p=0.0 to keep all tokens."),
-        (
-            {"repetition_penalty": 0},
-            "repetition_penalty: found 0, needs a number from 1e-6 to 1e6. Set repetition_penalty=1.0 to go without.",
-        ),
-        (
-            {"repetition_penalty": "1.1"},
-            "repetition_penalty: found '1.1', needs a number from 1e-6 to 1e6. Set repetition_penalty=1.0 to go "
-            "without.",
-        ),
-        (
-            {"num_return_sequences": 0},
-            "num_return_sequences: found 0, needs an integer of at least 1. Set num_return_sequences=1.",
-        ),
-        (
-            {"num_return_sequences": 2},
-            "num_return_sequences: found 2, needs 1 with do_sample=False, because the most likely tokens are the same "
-            "every time. Set do_sample=True, or num_return_sequences=1.",
-        ),
-        ({"top_p": "a"}, "top_p: found 'a', needs a number from 0 to 1. Set top_p=1.0 to keep all tokens."),
-        (
-            {"stop_strings": ["a", ""]},
-            "stop_strings: found ['a', ''], needs one or more strings that are not empty. Leave stop_strings out to "
-            "stop at none.",
-        ),
-        (
-            {"stop_strings": [3]},
-            "stop_strings: found [3], needs one or more strings that are not empty. Leave stop_strings out to "
-            "stop at none.",
-        ),
-        (
-            {"stop_strings": 3},
-            "stop_strings: found 3, needs one or more strings that are not empty. Leave stop_strings out to "
-            "stop at none.",
-        ),
-        (
-            {"eos_token_id": [1, -1]},
-            "eos_token_id: found [1, -1], needs a token id or a list of them. Set eos_token_id=[] to never stop at "
-            "one.",
-        ),
-        (
-            {"eos_token_id": "x"},
-            "eos_token_id: found 'x', needs a token id or a list of them. Set eos_token_id=[] to never stop at one.",
-        ),
-    ],
-    ids=str,
-)
-def test_option_values_out_of_range_are_refused(values, message):
-    with pytest.raises(OptionError) as caught:
-        GenerationOptions(**values)
-    assert str(caught.value) == f"[generate] {message}"
-
-
-def test_overrides_win_over_the_file_and_the_file_over_the_defaults():
-    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2], "pad_token_id": -1}
-    options = GenerationOptions.from_config(config, temperature=0.3, max_new_tokens=5, top_p=None)
-    assert options == GenerationOptions(
-        max_new_tokens=5, do_sample=True, temperature=0.3, top_p=0.9, top_k=50, eos_token_id=[1, 2]
-    )
-    assert GenerationOptions.from_config(config, eos_token_id=[], top_k=0).eos_token_id == ()
-    assert GenerationOptions.from_config() == GenerationOptions.from_config({}) == GenerationOptions()
-
-
-def test_penalty_min_p_and_sequences_of_the_file_are_honoured():
-    config = {"do_sample": True, "repetition_penalty": 1.1, "min_p": 0.05, "num_return_sequences": 2, "top_k": 0}
-    options = GenerationOptions.from_config(config, max_new_tokens=4)
-    assert (options.repetition_penalty, options.min_p, options.num_return_sequences) == (1.1, 0.05, 2)
-    assert len(generate(seeded(), [[1]], options).rows) == 2
-    off = {"repetition_penalty": 1.0, "min_p": 0.0, "num_return_sequences": 1}
-    assert GenerationOptions.from_config(config, **off) == GenerationOptions(do_sample=True, top_k=0)
-    assert GenerationOptions.from_config({**config, **dict.fromkeys(off)}) == GenerationOptions(do_sample=True, top_k=0)
-
-
-def test_lengths_of_the_call_win_over_lengths_of_the_file():
-    assert GenerationOptions.from_config({"max_length": 4096}).max_length == 4096
-    opener = seeded()
-    options = GenerationOptions.from_config({"max_length": 4096}, max_new_tokens=3)
-    assert len(generate(opener, [[1]], options).rows[0].token_ids) == 3
-    options = GenerationOptions.from_config({"max_new_tokens": 30}, max_length=5)
-    assert len(generate(opener, [[1]], options).rows[0].token_ids) == 4
-
-
-def test_every_name_of_transformers_is_known_and_its_defaults_are_neutral():
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.GenerationConfig()
-    names = {name for name in vars(theirs) if not name.startswith("_")}
-    defaults = theirs._get_default_generation_params() | {"max_length": 40}
-    known = {"user_set_attributes"}  # bookkeeping of newer versions, if any
-    options = GenerationOptions.from_config(theirs.to_dict() | defaults, **dict.fromkeys(names - known))
-    assert options == GenerationOptions(max_length=40)
-    GenerationOptions.from_config(theirs.to_dict(), **{**defaults, "do_sample": True})
-
-
-def test_foreign_names_in_the_file_are_ignored():
-    config = {"_from_model_config": True, "user_token_id": 195, "cache_implementation": "hybrid", "use_cache": False}
-    config |= {"output_scores": True, "num_assistant_tokens": 4, "transformers_version": "4.40.0"}
-    assert GenerationOptions.from_config(config) == GenerationOptions()
-
-
-@pytest.mark.parametrize(
-    ("config", "overrides", "message"),
-    [
-        (
-            {"no_repeat_ngram_size": 3},
-            {},
-            "no_repeat_ngram_size: found 3 (in generation_config.json), which jettison does not do (yet) and which "
-            "would change the output. Set no_repeat_ngram_size=0 to go without.",
-        ),
-        (
-            {},
-            {"num_beams": 4},
-            "num_beams: found 4, which jettison does not do (yet) and which would change the output. Use "
-            "do_sample=True for varied text, or set num_beams=1 to go without.",
-        ),
-        (
-            {"do_sample": True},
-            {"typical_p": 0.9},
-            "typical_p: found 0.9, which jettison does not do (yet) and which would change the output. Use top_p, or "
-            "set typical_p=1 to go without.",
-        ),
-        (
-            {},
-            {"forced_bos_token_id": 0},
-            "forced_bos_token_id: found 0, which jettison does not do (yet) and which would change the output. Leave "
-            "forced_bos_token_id out.",
-        ),
-        (
-            {},
-            {"cache_implementation": "quantized"},
-            "cache_implementation: found 'quantized', which jettison does not do (yet) and which would change the "
-            "output. Choose the cache when optimising, with the pass cache-kv{policy=...}, or leave "
-            "cache_implementation out.",
-        ),
-        (
-            {},
-            {"suppress_tokens": [4]},
-            "suppress_tokens: found [4], which jettison does not do (yet) and which would change the output. Set "
-            "suppress_tokens=[] to go without.",
-        ),
-    ],
-    ids=str,
-)
-def test_settings_that_would_change_the_output_are_refused(config, overrides, message):
-    with pytest.raises(UnsupportedError) as caught:
-        GenerationOptions.from_config(config, **overrides)
-    assert str(caught.value) == f"[generate] {message}"
-
-
-def test_neutral_values_are_accepted():
-    neutral = {"no_repeat_ngram_size": 0, "num_beams": 1, "eta_cutoff": 0.0, "typical_p": 1.0, "suppress_tokens": []}
-    config = {"no_repeat_ngram_size": 3, "num_beams": 4, "eta_cutoff": 0.1}
-    assert GenerationOptions.from_config(config, do_sample=True, **neutral) == GenerationOptions(do_sample=True)
-    # Greedy decoding never reads the sampling filters, here as in transformers.
-    assert GenerationOptions.from_config({"typical_p": 0.1, "temperature": 0.0}).temperature == 0.0
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("max_tokens", "Did you mean max_new_tokens?"),
-        ("temprature", "Did you mean temperature?"),
-        ("eos_token", "Did you mean eos_token_id?"),
-        ("repetition_penalti", "Did you mean repetition_penalty?"),
-        ("guidance_scal", "Did you mean guidance_scale?"),
-        (
-            "zzz",
-            "The options are do_sample, eos_token_id, max_length, max_new_tokens, min_p, num_return_sequences, "
-            "pad_token_id, repetition_penalty, seed, stop_strings, temperature, top_k, top_p.",
-        ),
-    ],
-)
-def test_unknown_options_list_close_matches(name, hint):
-    for value in (3, None):
-        with pytest.raises(OptionError) as caught:
-            GenerationOptions.from_config({}, **{name: value})
-        assert str(caught.value) == f"[generate] {name}: unknown option, needs a name of transformers' generate. {hint}"
 
 
 # --- bad prompts -----------------------------------------------------------------------------------------------------
@@ -860,7 +398,7 @@ def test_a_prompt_of_all_but_one_token_of_the_context_works():
 
 def test_a_stream_refuses_bad_prompts_before_it_is_read():
     with pytest.raises(OptionError, match="prompt 0, position 0: found token 999"):
-        stream(seeded(), [999], None, BYTES)
+        stream(seeded(), [999], None, ByteTokenizer())
 
 
 def test_max_length_within_the_prompt_is_refused():
