@@ -38,8 +38,17 @@ logging.getLogger("torch.__trace").propagate = True
 gc.set_threshold(700, 10, 100)
 
 
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: no collection has to look at it."""
+    gc.freeze()
+
+
 with contextlib.suppress(ImportError, AttributeError):  # inside torch: without it the suite is slower
+    from torch.onnx._internal.exporter import _decomp
     from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    _table = functools.cache(_decomp.create_onnx_friendly_decomposition_table)
+    _decomp.create_onnx_friendly_decomposition_table = lambda operators: dict(_table(frozenset(operators)))
 
     # Every export makes the same list of what the exporter knows, and none of ours adds to it.
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))

@@ -117,7 +117,6 @@ def test_another_model(two_opt, tmp_path):
     "passes",
     [
         "cache-kv{policy=snapkv{budget=24,window=8}}",
-        "cache-kv{policy=kivi{group=16,residual=16}}",
         "approximate-lm-head{candidates=64}",
     ],
 )

@@ -105,8 +105,12 @@ def logits(executor: TorchExecutor, prompts: list[list[list[int]]], new: int = 2
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("opt", "float32")])
+# Each form with one family in fp32, and what may round apart with the others.
+ELSEWHERE = [("llama", "bfloat16", "dense"), ("llama", "bfloat16", "int4"), ("opt", "float32", "dense"),
+             ("opt", "float32", "int4")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "dtype", "form"), [("llama", "float32", form) for form in FORMS] + ELSEWHERE)
 def test_twenty_tokens_for_any_set_in_memory(
     family: str, form: str, dtype: str, two_layers: Path, two_layer_opt: Path
 ) -> None:
