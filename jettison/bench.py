@@ -18,6 +18,7 @@ from jettison.ir.errors import OptionError
 from jettison.ir.progress import track
 from jettison.ir.text import dtype_text
 from jettison.optimized_model import OptimizedModel
+from jettison.runtime.device_stream import DeviceStream
 from jettison.runtime.executor import Executor
 from jettison.runtime.session import Session
 
@@ -129,7 +130,8 @@ def bench(
         None on systems that do not tell); `weight_bytes`, as the target holds them; `state_bytes`, allocated for all
         rows; `bytes_read_per_token`, see `bytes_read_per_token`; `threads` within an operator; `target`. Where
         weights are streamed, also `streamed_bytes_per_step`, `stream_gb_per_s` while reading, `stream_overlap` (reading
-        while computing, over the shorter of the two) and `stream_restarts`, prompts included.
+        while computing, over the shorter of the two) and `stream_restarts`, prompts included. To a GPU, weights are
+        copied from the host, and the rates are of what is read from disk, if anything is; overlap is not counted.
 
     Raises:
         OptionError: The model is an encoder, a number is below 1, or the tokens do not fit the context.
@@ -168,6 +170,12 @@ def _streamed(executor: Executor) -> dict[str, Any]:
     stream = getattr(executor, "stream", None)
     if stream is None:
         return {}
+    if isinstance(stream, DeviceStream):
+        copied = {"streamed_bytes_per_step": stream.step_bytes}
+        if stream.disk is None:
+            return copied
+        read = stream.disk.statistics
+        return {**copied, "stream_gb_per_s": round(read.read_gb_per_s, 3), "stream_restarts": read.restarts}
     found = stream.statistics
     return {
         "streamed_bytes_per_step": stream.step_bytes,

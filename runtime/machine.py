@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import mmap
 import os
 import platform
 import secrets
@@ -36,6 +35,7 @@ from jettison.runtime.bitmap_weight import BitmapWeight, pack_bitmap
 from jettison.runtime.cache_folder import cache_folder
 from jettison.runtime.dense_linear import run_dense_linear
 from jettison.runtime.packed_linear import pack_weight
+from jettison.runtime.transfer_memory import transfer_memory
 
 # What is read must not fit the last cache of a processor.
 MEMORY_BYTES = 256 << 20
@@ -55,7 +55,7 @@ REPEATS, ROUNDS = 9, 3
 SLACK_BYTES = 24 << 20
 Linear = Callable[[torch.Tensor], torch.Tensor]
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
-_FORMAT = 3
+_FORMAT = 4
 _IDLE = """
 import re
 import jettison.api, jettison.runtime.tokenizer, jettison.runtime.torch_executor
@@ -351,7 +351,7 @@ def _open_direct(path: Path) -> int:
 
 
 def _read_every(descriptor: int, offsets: range) -> None:
-    with mmap.mmap(-1, READ_BYTES) as buffer:
+    with transfer_memory(READ_BYTES) as buffer:
         for offset in offsets:
             os.preadv(descriptor, [buffer], offset)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from jettison.ir.errors import ArtifactError, OptionError
 from jettison.runtime.segment_file import SegmentFile
+from jettison.runtime.transfer_memory import transfer_memory
 
 # Threads that read at once. On a cloud disk, reads of 4 MiB by two of them and of 1 MiB by one were fastest.
 READERS = 2
@@ -167,7 +168,7 @@ class _Reading:
     ) -> None:
         self._file, self._order, self._ring_bytes = file, order, ring_bytes
         # Private, so that it counts as memory of this process; a child of a fork must not share what a disk writes to.
-        ring = mmap.mmap(-1, max(ring_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        ring = transfer_memory(ring_bytes)
         if hasattr(mmap, "MADV_DONTFORK"):
             ring.madvise(mmap.MADV_DONTFORK)
         self._memory = memoryview(ring)

@@ -142,6 +142,9 @@ def test_a_gpu_is_given_weights_from_disk(small_model: Path, tmp_path: Path) -> 
     expected = twin.generate([[5, 9, 3]], max_new_tokens=3)
     assert model.generate([[5, 9, 3]], max_new_tokens=3) == expected == loaded.generate([[5, 9, 3]], max_new_tokens=3)
     assert loaded.executor.stream.disk.statistics.bytes_taken > 3 * loaded.executor.stream.step_bytes
+    measured = jettison.bench.bench(loaded, prompt_tokens=4, new_tokens=2, rounds=1)
+    assert measured["streamed_bytes_per_step"] == loaded.executor.stream.step_bytes
+    assert measured["stream_gb_per_s"] > 0
     again = loaded.save_pretrained(tmp_path / "again")
     assert (again / STREAM_FILE).read_bytes() == (folder / STREAM_FILE).read_bytes()
     for damage, message in (
