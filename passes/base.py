@@ -166,9 +166,10 @@ class Pass:
                     continue
                 kept = node.meta["val"]
                 if not evaluated:
-                    for each, (*contents, value) in known.items():
+                    for each, (target, args, kwargs, value) in known.items():
                         if each.op == "call_function":
-                            evaluated[signatures.of_call(*contents, lambda n: known[n][3])] = _type_text(value)
+                            known_call = signatures.of_call(target, args, kwargs, lambda n: known[n][3])
+                            evaluated[known_call] = _type_text(value)
                 call = signatures.of_call(node.target, node.args, node.kwargs, lambda n: n.meta["val"])
                 if evaluated.get(call) == _type_text(kept):
                     continue
