@@ -39,7 +39,7 @@ def export_module(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shape
 
 @contextmanager
 def _no_stack_traces() -> Iterator[None]:
-    """Leave out which line of Python made a node, which takes an eighth of the time; nodes say their module anyway."""
+    """Leave out which line of Python made a node: finding it takes time, and nodes say their module anyway."""
     before = getattr(fx_config, "do_not_emit_stack_traces", False)  # not in torch 2.11
     fx_config.do_not_emit_stack_traces = True
     try:

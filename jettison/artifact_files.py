@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from jettison.codegen.onnx.emit import EmittedGraph, emit_program, weight_bytes
-from jettison.codegen.triton.emit import emit
+from jettison.codegen.triton.emit import EmittedProgram, emit
 from jettison.ir.errors import ArtifactError
 from jettison.ir.program import ModelInfo, Program, Retention, State, Storage
 from jettison.ir.progress import track
@@ -83,10 +83,11 @@ def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = Fa
         if contents.report.target == "onnx":
             _write_onnx(contents, writer, manifest)
         else:
-            _write_program(program, contents.report.target, writer)
+            emitted = emit(program) if contents.report.target == "triton" else None
+            _write_program(program, emitted, writer)
             manifest["weight_bytes"] = program.weight_bytes()
-        if contents.report.target == "triton":
-            manifest |= write_kernels(program, writer, contents.archs, contents.tune)
+            if emitted is not None:
+                manifest |= write_kernels(program, emitted, writer, contents.archs, contents.tune)
         contents.report.weight_bytes = manifest["weight_bytes"]
         writer.write_text("graph/before.txt", contents.graph_before)
         writer.write_text("graph/after.txt", contents.graph_after)
@@ -104,11 +105,10 @@ def save_artifact(contents: ArtifactContents, out: Path, *, overwrite: bool = Fa
         writer.finish(manifest)
 
 
-def _write_program(program: Program, target: str, writer: ArtifactWriter) -> None:
-    """Write graphs and weights; those that are streamed to the weight store alone."""
+def _write_program(program: Program, emitted: EmittedProgram | None, writer: ArtifactWriter) -> None:
+    """Write graphs and weights; those that are streamed to the weight store alone (of a GPU, if `emitted`)."""
     streamed = constants_on_disk(program)
-    is_gpu = target == "triton"
-    reads = [] if is_gpu else streamed_reads(program)
+    reads = streamed_reads(program) if emitted is None else []
     # A packed table of which rows are looked up lies there twice, as its kernel reads it and row by row.
     twice = {name for read in reads if read.is_table and read.is_multiplied and read.packed for name in read.constants}
     total = program.weight_bytes() + sum(program.constants[name].stored_bytes for name in twice)
@@ -119,8 +119,8 @@ def _write_program(program: Program, target: str, writer: ArtifactWriter) -> Non
             return
         with writer.path(STREAM_FILE).open("wb") as file:
             table = (
-                device_table_as_dict(write_device_store(program, emit(program), file, advance))
-                if is_gpu else table_as_dict(write_store(program, file, advance))
+                table_as_dict(write_store(program, file, advance))
+                if emitted is None else device_table_as_dict(write_device_store(program, emitted, file, advance))
             )  # fmt: skip
         writer.write_json(STREAM_TABLE_FILE, table)
 
@@ -249,9 +249,7 @@ def _store(artifact: Artifact) -> WeightStore:
     return WeightStore(table_from_dict(artifact.read_json(STREAM_TABLE_FILE), path), path)
 
 
-def _device_store(artifact: Artifact, program: Program) -> DeviceStore | None:
-    if not constants_on_disk(program):
-        return None
+def _device_store(artifact: Artifact) -> DeviceStore:
     path = artifact.path(STREAM_FILE)
     return DeviceStore(device_table_from_dict(artifact.read_json(STREAM_TABLE_FILE), path), path)
 
@@ -281,7 +279,8 @@ def load_artifact(
     def open_executor() -> Executor:
         if target == "triton":
             program = load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE))
-            return kernels_executor(artifact, program, trust_kernels, _device_store(artifact, program))
+            store = _device_store(artifact) if constants_on_disk(program) else None
+            return kernels_executor(artifact, program, trust_kernels, store)
         if target == "torch":
             program = load_program(artifact.path(PROGRAM_FILE), artifact.path(WEIGHTS_FILE), metadata=False)
             if threads is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jettison.codegen.triton.ahead_of_time import compile_ahead
-from jettison.codegen.triton.emit import FOLDER, emit, fallbacks, plan_text
+from jettison.codegen.triton.emit import FOLDER, EmittedProgram, emit, fallbacks, plan_text
 from jettison.codegen.triton.kernels.base import Tuning
 from jettison.codegen.triton.machine_code import StoredKernel, architecture, restore
 from jettison.codegen.triton.source import source_hash
@@ -25,11 +25,14 @@ PLAN_FILE = "graph/launches.txt"
 TUNINGS_FILE = f"{FOLDER}/tunings.json"
 
 
-def write_kernels(program: Program, writer: ArtifactWriter, archs: Sequence[str], tune: bool) -> dict[str, Any]:
+def write_kernels(
+    program: Program, emitted: EmittedProgram, writer: ArtifactWriter, archs: Sequence[str], tune: bool
+) -> dict[str, Any]:
     """Write the sources, the plan of launches, tunings and the machine code.
 
     Args:
         program: What was optimised.
+        emitted: What `emit` made of it.
         writer: Of its artifact.
         archs: GPUs to compile for, none to leave that to the first run.
         tune: Whether to measure which tile sizes are fastest on the GPU here.
@@ -41,7 +44,6 @@ def write_kernels(program: Program, writer: ArtifactWriter, archs: Sequence[str]
         CodegenError: A kernel does not compile.
         UnsupportedError: `tune`, and there is no GPU.
     """
-    emitted = emit(program)
     tunings: dict[str, Tuning] = {}
     if tune:
         document = measure(TritonExecutor(program, emitted=emitted), stopwatch())

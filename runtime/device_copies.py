@@ -15,6 +15,9 @@ from jettison.ir.errors import OptionError
 class Copies(Protocol):
     """Copies to the device beside what is computed there. A mark is a moment, as either side has been told to do it."""
 
+    def pin(self, memory: Tensor) -> None:
+        """Make some memory of the machine, `[n]` u8, fit to be copied from, as long as its storage lives."""
+
     def begin(self, target: Tensor, source: Tensor, after: Sequence[Any]) -> None:
         """Copy once some marks have been reached, and after the copies before."""
 
@@ -41,6 +44,22 @@ class CudaCopies:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
+    def pin(self, memory: Tensor) -> None:
+        """See `Copies`. Allocating it pinned would take the next power of two, up to twice the weights.
+
+        Raises:
+            OptionError: The system does not allow it.
+        """
+        cuda = torch.cuda.cudart()
+        found = cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(found) != 0:
+            raise OptionError(
+                f"[placement] {memory.nbytes:,} bytes cannot be pinned for the GPU (CUDA error {int(found)}). "
+                "Raise the limit of locked memory (`ulimit -l unlimited`), or place less on the host."
+            )
+        # The storage lives as long as any view of it.
+        weakref.finalize(memory.untyped_storage(), cuda.cudaHostUnregister, memory.data_ptr())
+
     def begin(self, target: Tensor, source: Tensor, after: Sequence[torch.cuda.Event]) -> None:
         """See `Copies`."""
         for mark in after:
@@ -65,41 +84,11 @@ class CudaCopies:
         mark.synchronize()
 
 
-def pinned_memory(size: int) -> Tensor:
-    """Memory of the machine that a GPU reads by itself: `[size]` u8.
-
-    `pin_memory` would take the next power of two, up to twice the weights.
-
-    Raises:
-        OptionError: See `pin`.
-    """
-    memory = torch.empty(size, dtype=torch.uint8)
-    pin(memory)
-    return memory
-
-
-def pin(memory: Tensor) -> None:
-    """Let a GPU read some memory by itself, as long as its storage lives.
-
-    Args:
-        memory: `[n]` u8 on the CPU.
-
-    Raises:
-        OptionError: The system does not allow it.
-    """
-    cuda = torch.cuda.cudart()
-    found = cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-    if int(found) != 0:
-        raise OptionError(
-            f"[placement] {memory.nbytes:,} bytes of memory cannot be pinned for the GPU (CUDA error {int(found)}). "
-            "Raise the limit of locked memory (`ulimit -l unlimited`), or place less on the host."
-        )
-    # The storage lives as long as any view of it.
-    weakref.finalize(memory.untyped_storage(), cuda.cudaHostUnregister, memory.data_ptr())
-
-
 class PlainCopies:
     """At once, where the device is the CPU."""
+
+    def pin(self, memory: Tensor) -> None:
+        """See `Copies`."""
 
     def begin(self, target: Tensor, source: Tensor, after: Sequence[Any]) -> None:
         """See `Copies`."""

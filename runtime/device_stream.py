@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jettison.ir.errors import OptionError
-from jettison.runtime.device_copies import Copies, CudaCopies, PlainCopies, pinned_memory
+from jettison.runtime.device_copies import Copies, CudaCopies, PlainCopies
 from jettison.runtime.device_store import Image, image_of
 from jettison.runtime.disk_copies import DiskCopies
 from jettison.runtime.segment_file import SegmentFile
@@ -61,9 +61,8 @@ class DeviceStream:
     ) -> None:
         self.device, self.bytes_copied, self.step_bytes = device, 0, 0
         self._limit = ring_bytes
-        self._is_gpu = device.type == "cuda"
-        self._copies: Copies = copies or (CudaCopies(device) if self._is_gpu else PlainCopies())
-        self.disk = None if file is None else DiskCopies(file, self._copies, is_pinned=self._is_gpu)
+        self._copies: Copies = copies or (CudaCopies(device) if device.type == "cuda" else PlainCopies())
+        self.disk = None if file is None else DiskCopies(file, self._copies)
         self._images: list[Image] = []
         # Of those on the host.
         self._memory: dict[int, Tensor] = {}
@@ -93,7 +92,8 @@ class DeviceStream:
         """
         image = image_of(tensors)
         number = self.add_stored(image)
-        memory = pinned_memory(image.nbytes) if self._is_gpu else torch.empty(image.nbytes, dtype=torch.uint8)
+        memory = torch.empty(image.nbytes, dtype=torch.uint8)
+        self._copies.pin(memory)
         for part, tensor in zip(image.parts, tensors, strict=True):
             part.of(memory).copy_(tensor)
         self._memory[number] = memory

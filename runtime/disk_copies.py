@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jettison.ir.errors import BugError
 from jettison.ir.placement import READ_AHEAD_BYTES
-from jettison.runtime.device_copies import Copies, pin
+from jettison.runtime.device_copies import Copies
 from jettison.runtime.segment_file import SegmentFile
 from jettison.runtime.weight_stream import StreamStatistics, WeightStream
 
@@ -25,11 +25,10 @@ class DiskCopies:
     Args:
         file: The store.
         copies: What copies them on.
-        is_pinned: Whether a GPU copies by itself, and needs memory that stays where it is.
     """
 
-    def __init__(self, file: SegmentFile, copies: Copies, *, is_pinned: bool) -> None:
-        self._file, self._copies, self._is_pinned = file, copies, is_pinned
+    def __init__(self, file: SegmentFile, copies: Copies) -> None:
+        self._file, self._copies = file, copies
         self._stream: WeightStream | None = None
         self._last: Any = None
 
@@ -50,7 +49,7 @@ class DiskCopies:
         """
         sizes = [segment.padded for segment in self._file.segments]
         size = min(max(2 * max(sizes), READ_AHEAD_BYTES), sum(sizes))
-        self._stream = WeightStream(self._file, order, size, *([pin] if self._is_pinned else []))
+        self._stream = WeightStream(self._file, order, size, self._copies.pin)
 
     def copy(self, segments: Sequence[int], target: Tensor, after: Sequence[Any]) -> None:
         """Copy some segments, one behind the other; waits until the last of them is on its way.

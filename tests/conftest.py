@@ -115,6 +115,7 @@ def captured_once() -> Iterator[None]:
     captured.remembers_modules = True
     yield
     captured.remembers_modules = False
+    captured.forget_modules()
 
 
 @pytest.fixture(scope="session")

@@ -33,3 +33,9 @@ def remembered(open_source: Callable[..., ModelSource]) -> Callable[..., ModelSo
         return dataclasses.replace(known, program=known.program.copy(), config=dict(known.config))
 
     return opened
+
+
+def forget_modules() -> None:
+    """Captures of modules are of use to one file; folders are shared by many."""
+    for key in [key for key in _known if not isinstance(key[0], (str, Path))]:
+        del _known[key]

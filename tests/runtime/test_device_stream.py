@@ -36,8 +36,13 @@ class TwoQueues:
         self.queues: dict[str, list[tuple[str, Any]]] = {"copy": [], "compute": []}
         self._done = dict.fromkeys(self.queues, 0)
         self._drawn = random.Random(0)
+        self.pinned: set[int] = set()
+
+    def pin(self, memory: Tensor) -> None:
+        self.pinned.add(memory.untyped_storage().data_ptr())
 
     def begin(self, target: Tensor, source: Tensor, after: Sequence[Any]) -> None:
+        assert source.untyped_storage().data_ptr() in self.pinned, "a GPU would not copy it by itself"
         self.queues["copy"] += [("wait", mark) for mark in after]
         # Half of it, and the rest: a copy is no single moment.
         half = len(source) // 2
