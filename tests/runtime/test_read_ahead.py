@@ -15,6 +15,7 @@ import pytest
 
 from jettison.ir.errors import ArtifactError
 from jettison.runtime.read_ahead import ReadAhead
+from tests.runtime.started import Started
 
 
 @dataclass(eq=False)
@@ -77,11 +78,12 @@ def run(reader: ReadAhead, chain: Any, steps: int, first: int = 0) -> None:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def threads() -> Iterator[Started]:
     """No thread is left behind."""
-    yield
+    started = Started("jettison-read-ahead")
+    yield started
     deadline = time.monotonic() + 60
-    while any(each.name == "jettison-read-ahead" for each in threading.enumerate()):
+    while started.alive():
         gc.collect()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -173,7 +175,7 @@ def test_a_slow_disk_can_be_interrupted(threads):
 def test_its_thread_ends_with_it(threads):
     reader = ReadAhead(40)
     run(reader, chain_of(Disk(), *SIZES), 1)
-    assert any(each.name == "jettison-read-ahead" for each in threading.enumerate())
+    assert threads.alive()
     del reader  # and the fixture waits for the thread
 
 

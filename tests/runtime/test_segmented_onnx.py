@@ -31,6 +31,7 @@ from jettison.runtime.segmented_onnx import SegmentedOnnxExecutor
 from jettison.segment_files import open_segments, packed_segments
 from tests.models.shortened import shortened
 from tests.runtime.placing import on_disk
+from tests.runtime.started import Started
 
 PROMPT = [[1, 40, 7, 300, 12], [1, 9, 77, 5, 210]]
 INT4 = "quantize-weights{bits=4,group=32}"
@@ -340,8 +341,7 @@ def test_after_an_error_within_a_step_the_next_one_runs(chain):
 
 
 def test_no_thread_and_no_file_is_left(chain):
-    def is_reading() -> bool:
-        return any(each.name == "jettison-read-ahead" for each in threading.enumerate())
+    readers = Started("jettison-read-ahead")
 
     def are_open() -> bool:
         paths = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
@@ -349,10 +349,10 @@ def test_no_thread_and_no_file_is_left(chain):
 
     model = jettison.load(chain, threads=1)
     model.generate(PROMPT, max_new_tokens=2)
-    assert is_reading()
+    assert readers.alive()
     assert are_open()
     model.executor.close()
-    assert not is_reading()
+    assert not readers.alive()
     with pytest.raises(OptionError, match="no entry 'forward'"):
         model.executor.run("forward", {}, {})
     del model

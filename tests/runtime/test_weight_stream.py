@@ -24,6 +24,7 @@ from jettison.runtime.segment_file_writer import BLOCK, Part, Segment
 from jettison.runtime.table_rows import TableRows
 from jettison.runtime.weight_store import Slab
 from jettison.runtime.weight_stream import READERS, WeightStream
+from tests.runtime.started import Started
 
 SIZES = [BLOCK * blocks - odd for blocks, odd in ((1, 0), (3, 100), (2, 1), (5, 4000), (1, 4095), (4, 64), (2, 0))]
 ORDER = list(range(len(SIZES)))
@@ -43,16 +44,14 @@ def store(tmp_path: Path) -> tuple[Path, list[Segment], list[bytes]]:
     return path, segments, contents
 
 
-def readers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("weight-reader")]
-
-
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    yield
-    if readers():  # collecting takes a second where much is alive
+def readers() -> Iterator[Started]:
+    """No thread is left behind."""
+    started = Started("weight-reader")
+    yield started
+    if started.alive():  # collecting takes a second where much is alive
         gc.collect()
-    assert not readers()
+    assert not started.alive()
 
 
 def taken(stream: WeightStream, number: int) -> bytes:
@@ -154,13 +153,13 @@ def test_a_system_without_memory_or_threads(store, monkeypatch: pytest.MonkeyPat
         WeightStream(SegmentFile(path, segments), ORDER, LARGEST)
 
 
-def test_threads_end_when_the_stream_is_closed_or_forgotten(store) -> None:
+def test_threads_end_when_the_stream_is_closed_or_forgotten(store, readers: Started) -> None:
     path, segments, _ = store
     stream = WeightStream(SegmentFile(path, segments), ORDER, LARGEST)
     stream.take(0)
-    assert len(readers()) == READERS
+    assert len(readers.alive()) == READERS
     stream.close()
-    assert not readers()
+    assert not readers.alive()
     with pytest.raises(ArtifactError, match="is closed"):
         stream.take(1)
     stream.close()
@@ -168,7 +167,7 @@ def test_threads_end_when_the_stream_is_closed_or_forgotten(store) -> None:
     forgotten.take(0)
     del forgotten
     gc.collect()
-    assert not readers()
+    assert not readers.alive()
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
