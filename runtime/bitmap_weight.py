@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,19 +21,22 @@ from jettison.codegen.cpu.compiled import compile_source, host_features, is_avai
 from jettison.ir.errors import ArtifactError
 from jettison.ir.ops.bitmap_linear import BLOCK, SLAB, check_bitmap, row_sizes, slab_chunks, unpack_bits
 from jettison.runtime.packed_linear import BLOCK_WEIGHTS, _product_dtype, _scratch
+from jettison.runtime.torch_threads import run_shared
 
 # From this many rows of x on, expanding blocks of the weight and multiplying them is faster.
 MANY_ROWS = 12
 # Rows of x that the kernel takes while a block of the weight is in registers.
 INPUTS = 4
 # A thread with fewer weights than this takes longer to be told than to compute.
-_FEWEST_WEIGHTS = 1 << 21
+_FEWEST_WEIGHTS = 1 << 18
+# Shares for every thread: one that is held up leaves the rest of its own to the others.
+_SHARES = 4
 _KINDS: dict[torch.dtype, Kind] = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 @dataclass(frozen=True)
 class BitmapKernels:
-    """Compiled for this processor.
+    """Compiled for this processor, each over a job of rows that threads share.
 
     Attributes:
         multiply: By the number of rows of x.
@@ -43,8 +44,8 @@ class BitmapKernels:
         dense: What weights are expanded to for many rows of x.
     """
 
-    multiply: dict[int, Callable[..., None]]
-    expand: Callable[..., None]
+    multiply: dict[int, Callable[[int], None]]
+    expand: Callable[[int], None]
     dense: torch.dtype
 
 
@@ -69,8 +70,8 @@ def bitmap_kernels(
     has_bf16 = "avx512bf16" in known and form == "vbmi2"
     kernel = BitmapKernel(kind, group, form, (1, INPUTS), name, has_bf16)
     function = compile_source(bitmap_source(kernel), features)
-    multiply = {inputs: function(f"multiply_{inputs}", 10) for inputs in kernel.inputs}
-    return BitmapKernels(multiply, function("expand", 8), dense)
+    multiply = {inputs: function(f"multiply_{inputs}_shared", 1) for inputs in kernel.inputs}
+    return BitmapKernels(multiply, function("expand_shared", 1), dense)
 
 
 def pack_bitmap(
@@ -221,12 +222,8 @@ class BitmapWeight:
 
     def _multiply_inputs(self, x: Tensor, out: Tensor, inputs: int) -> None:
         """The same for the first rows of x."""
-        multiply = self._kernels.multiply[inputs]
-
-        def run(start: int, stop: int) -> None:
-            multiply(*self._pointers(), x.data_ptr(), out.data_ptr(), start, stop, self.rows, self._blocks)
-
-        self._in_parallel(0, self.rows, inputs, run)
+        arguments = (x.data_ptr(), out.data_ptr(), 0, 0, self.rows, self._blocks)
+        self._share(self._kernels.multiply[inputs], 0, self.rows, inputs, arguments)
 
     def _multiply_expanded(self, x: Tensor, out: Tensor) -> None:
         """The same for many rows of x, in the dtype of products."""
@@ -240,31 +237,21 @@ class BitmapWeight:
 
     def _expand(self, dense: Tensor, first: int, last: int) -> None:
         """Rows of the weight into `[last - first, 64 * blocks]`."""
-
-        def run(start: int, stop: int) -> None:
-            place = dense[start - first].data_ptr()
-            self._kernels.expand(*self._pointers(), place, start, stop, self._blocks)
-
-        self._in_parallel(first, last, 1, run)
+        self._share(self._kernels.expand, first, last, 1, (dense.data_ptr(), first, 0, 0, self._blocks))
 
     def _pointers(self) -> list[int]:
         parts = (self._parts.get(name) for name in ("bitmap", "starts", "values", "scales"))
         return [0 if part is None else part.data_ptr() for part in parts]
 
-    def _in_parallel(self, first: int, last: int, inputs: int, run: Callable[[int, int], Any]) -> None:
-        """Share rows among the threads that torch may use, in whole slabs."""
-        weights = (last - first) * self._blocks * BLOCK * inputs
-        shares = max(1, min(torch.get_num_threads(), weights // _FEWEST_WEIGHTS))
-        step = -(-(last - first) // (shares * SLAB)) * SLAB
-        others = [_pool().submit(run, start, min(start + step, last)) for start in range(first + step, last, step)]
-        run(first, min(first + step, last))
-        for other in others:
-            other.result()
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="jettison-bitmap")
+    def _share(
+        self, kernel: Callable[[int], None], first: int, last: int, inputs: int, arguments: Sequence[int]
+    ) -> None:
+        """Have a kernel go over rows in the threads that torch may use, whole slabs at a time."""
+        slabs = -(-(last - first) // SLAB)
+        at_once = -(-_FEWEST_WEIGHTS // (SLAB * self._blocks * BLOCK * inputs))
+        threads = max(1, min(torch.get_num_threads(), slabs // at_once))
+        at_once = max(at_once, slabs // (threads * _SHARES)) if threads > 1 else slabs
+        run_shared(kernel, [first, last, at_once * SLAB, *self._pointers(), *arguments], threads)
 
 
 def row_begins(bitmap: Tensor, starts: Tensor, values: Tensor, bits: int) -> Tensor:

@@ -55,7 +55,7 @@ REPEATS, ROUNDS = 9, 3
 SLACK_BYTES = 24 << 20
 Linear = Callable[[torch.Tensor], torch.Tensor]
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
-_FORMAT = 4
+_FORMAT = 5
 _IDLE = """
 import re
 import jettison.api, jettison.runtime.tokenizer, jettison.runtime.torch_executor

@@ -3,10 +3,12 @@
 Functions of one module, over rows `[first, last)` of the weight, `first` a multiple of 64:
 
     multiply_I(bitmap, starts, values, scales, x, out, first, last, rows, blocks)
-    expand(bitmap, starts, values, scales, dense, first, last, blocks)
+    expand(bitmap, starts, values, scales, dense, begin, first, last, blocks)
+
+and `NAME_shared` of each, through which threads share rows (`jettison.codegen.cpu.row_shares`).
 
 `out[i, n] = sum over k of w[n, k] x[i, k]`, with `x` f32 `[I, 64 * blocks]`, zero behind column K, and `out` f32
-`[I, rows]`; `dense[n - first, k] = w[n, k]`, f32 or bf16 `[last - first, 64 * blocks]`. All keep a block of 64
+`[I, rows]`; `dense[n - begin, k] = w[n, k]`, f32 or bf16 `[last - begin, 64 * blocks]`. All keep a block of 64
 weights in registers: what differs is how it gets there.
 
 | form     | a block                                                                                       |
@@ -23,6 +25,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from jettison.codegen.cpu.row_shares import row_shares
 
 Form = Literal["vbmi2", "bmi2", "portable"]
 Kind = Literal["int4", "int8", "bf16", "f16", "f32"]
@@ -82,20 +86,19 @@ class _Writer:
         self.kernel = kernel
         self._lines: list[str] = []
         self._declared: dict[str, None] = {}
+        self._shared: list[str] = []
         self._names = 0
 
     def text(self) -> str:
         """All that was written."""
-        return "\n".join([*self._declared, "", *self._lines, ""])
+        return "\n".join([*self._declared, "", *self._lines, *self._shared])
 
     # ------------------------------------------------------------------------------------------------------ functions
 
     def multiply(self, count: int) -> None:
         """`multiply` for so many rows of x: sums stay in registers for a whole row of the weight."""
         inputs = range(count)
-        self._open(
-            f"multiply_{count}", "ptr noalias %x, ptr noalias %out, i64 %first, i64 %last, i64 %rows, i64 %blocks"
-        )
+        self._open(f"multiply_{count}", "ptr %x, ptr %out, i64 %first, i64 %last, i64 %rows, i64 %blocks")
         sums = [[self._variable(f"<{LANES} x float>") for _ in range(4)] for _ in inputs]
 
         def begin() -> None:
@@ -132,10 +135,10 @@ class _Writer:
 
     def expand(self) -> None:
         """`expand`: a block is written as it is."""
-        self._open("expand", "ptr noalias %dense, i64 %first, i64 %last, i64 %blocks")
+        self._open("expand", "ptr %dense, i64 %begin, i64 %first, i64 %last, i64 %blocks")
 
         def use(block: str, weight: Sequence[str]) -> None:
-            row = self._call(f"sub i64 {self._row}, %first")
+            row = self._call(f"sub i64 {self._row}, %begin")
             offset = self._call(f"add i64 {self._call(f'mul i64 {self._columns}, {row}')}, {block}")
             for part, values in enumerate(weight):
                 place = self._call(f"add i64 {offset}, {part * LANES}")
@@ -228,7 +231,7 @@ class _Writer:
         return self._one_by_one(mask, position)
 
     def _by_mask(self, mask: str, position: str, kept: str) -> list[str]:
-        """AVX-512: what is needed is loaded (no byte behind it), and moved apart."""
+        """AVX-512: as many values are loaded as may be needed, and those that are moved apart."""
         kind = self.kernel.kind
         if kind == "int4":
             loaded = self._load(32, "i8", position, kept)
@@ -253,15 +256,29 @@ class _Writer:
         return found
 
     def _load(self, lanes: int, stored: str, position: str, count: str) -> str:
-        """The first `count` elements at a place, zeros behind them; nothing else is read."""
-        full = self._intrinsic("i64", "llvm.x86.bmi.bzhi.64", ("i64", "-1"), ("i64", count))
+        """The first `count` elements at a place, and anything behind them; near the end of the weight, nothing else.
+
+        Only there by a mask: what is read by one does not tell the processor what to fetch from memory next.
+        """
         type_ = f"<{lanes} x {stored}>"
+        found, near, inside, done = self._variable(type_), self._name(), self._name(), self._name()
+        behind = self._at(position, stored, str(lanes))
+        self._line(f"br i1 {self._call(f'icmp ugt ptr {behind}, {self._end}')}, label %{near}, label %{inside}")
+        self._line(f"{near}:")
+        full = self._intrinsic("i64", "llvm.x86.bmi.bzhi.64", ("i64", "-1"), ("i64", count))
         suffix = f"v{lanes}{stored.replace('float', 'f32')}"
         wanted = self._bits(full, lanes)
-        return self._intrinsic(
+        values = self._intrinsic(
             type_, f"llvm.masked.load.{suffix}.p0", ("ptr", position), ("i32", "1"), (f"<{lanes} x i1>", wanted),
             (type_, "zeroinitializer"), signature=f"ptr, i32 immarg, <{lanes} x i1>, {type_}",
         )  # fmt: skip
+        self._put(type_, values, found)
+        self._line(f"br label %{done}")
+        self._line(f"{inside}:")
+        self._put(type_, self._call(f"load {type_}, ptr {position}, align 1"), found)
+        self._line(f"br label %{done}")
+        self._line(f"{done}:")
+        return self._get(type_, found)
 
     def _apart(self, lanes: int, stored: str, values: str, mask: str) -> str:
         type_ = f"<{lanes} x {stored}>"
@@ -422,14 +439,18 @@ class _Writer:
     # ----------------------------------------------------------------------------------------------------------- text
 
     def _open(self, name: str, more: str) -> None:
-        self._line(f"define void @{name}(ptr noalias %bitmap, ptr noalias %starts, ptr noalias %values, "
-                   f"ptr noalias %scales, {more}) #0 {{")  # fmt: skip
+        arguments = ["ptr %bitmap", "ptr %starts", "ptr %values", "ptr %scales", *more.split(", ")]
+        noalias = [each.replace("ptr ", "ptr noalias ") for each in arguments]
+        self._line(f"define void @{name}({', '.join(noalias)}) #0 {{")
         self._entry = len(self._lines)
+        self._shared.append(row_shares(name, [each.split()[0] for each in arguments], arguments.index("i64 %first")))
 
     def _close(self) -> None:
         self._line("ret void")
         self._line("}")
-        self._declare('attributes #0 = { nounwind "prefer-vector-width"="512" "min-legal-vector-width"="512" }')
+        self._declare(
+            'attributes #0 = { noinline nounwind "prefer-vector-width"="512" "min-legal-vector-width"="512" }'
+        )
 
     def _line(self, text: str) -> None:
         self._lines.append(text if text.startswith(("define", "}")) or text.endswith(":") else f"  {text}")

@@ -20,6 +20,7 @@ from jettison.runtime import bitmap_weight
 from jettison.runtime.bitmap_weight import MANY_ROWS, BitmapWeight, pack_bitmap
 from jettison.runtime.session import Session
 from jettison.runtime.torch_executor import TorchExecutor
+from jettison.runtime.torch_threads import run_shared
 from tests.helpers import run_pass
 from tests.passes.test_prune_weights import family_program
 
@@ -127,27 +128,23 @@ def test_parts_may_lie_elsewhere(of):
     assert not moved.linear(x, None).any()
 
 
-def test_threads_share_the_rows(monkeypatch):
+@pytest.mark.parametrize("fewest", [1, 1 << 16, 1 << 30])
+def test_threads_share_the_rows(fewest, monkeypatch):
     weight, operands = weight_of("int4", 1000, 512)
-    monkeypatch.setattr(bitmap_weight, "_FEWEST_WEIGHTS", 1 << 10)
-    alone = weight.linear(randn(1, 512), None)
-    seen = set()
-    original = BitmapWeight._pointers
-
-    def watched(self):
-        seen.add(threading.current_thread().name)
-        return original(self)
-
-    monkeypatch.setattr(BitmapWeight, "_pointers", watched)
+    x, many = randn(3, 512), randn(40, 512)
+    alone = weight.linear(x, None)
+    monkeypatch.setattr(bitmap_weight, "_FEWEST_WEIGHTS", fewest)
+    jobs = []
+    monkeypatch.setattr(bitmap_weight, "run_shared", lambda *job: (jobs.append(job), run_shared(*job)))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(weight.linear(randn(1, 512), None), alone)
-        many = randn(40, 512)
+        assert torch.equal(weight.linear(x, None), alone)
         assert torch.allclose(weight.linear(many, None), bitmap_linear(many, *operands), atol=0.3)
     finally:
         torch.set_num_threads(threads)
-    assert len(seen) >= 2
+    assert {threads for *_, threads in jobs} == ({1} if fewest == 1 << 30 else {3})
+    assert all(job[2] % 64 == 0 for _, job, _ in jobs), "only slabs have a start"
 
 
 def test_several_threads_may_read_one_weight():
