@@ -11,7 +11,7 @@ is pinned is what `place-weights` chose for them, with the rates of this machine
 predicted stands beside what was measured.
 
 `seconds_per_token` are medians over the rounds of medians over the tokens. `read_gb_per_s` is what the stream reached
-while it read, `direct_gb_per_s` what as many threads reach that only read what a step reads of the same file past the
+while it read, `direct_gb_per_s` what two threads reach that only read what a step reads of the same file past the
 page cache, several times, in the same round, by turns before and after (fio's sequential read), `bandwidth_share` their
 ratio, and `small_page_gb_per_s` the same into pages of 4 KiB instead of huge ones. `prediction_error` is predicted over
 measured less one, with the rates measured before the run; `prediction_error_at_direct_rate` with `direct_gb_per_s` for
@@ -53,8 +53,9 @@ from jettison.runtime.weight_store import SEGMENT_BYTES, table_from_dict
 from jettison.runtime.weight_stream import READERS
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "models" / "tiny-llama"
-# Of each stretch that direct reads are measured on.
+# Of each stretch that direct reads are measured on, and how many threads read it; more are no faster.
 DIRECT_PASSES = 3
+DIRECT_THREADS = 2
 INT4 = "quantize-weights{bits=4,group=128}"
 # Passes, and limits in megabytes.
 PIPELINES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -196,8 +197,8 @@ def measure(
                     answers[each.name].append(each.ask(1, prompt, new))
                 elif each.name in streamed:
                     store = streamed[each.name] / STREAM_FILE
-                    direct[each.name].append(direct_gb_per_s(store, sizes[each.name], READERS))
-                    small[each.name].append(direct_gb_per_s(store, sizes[each.name], READERS, small_pages))
+                    direct[each.name].append(direct_gb_per_s(store, sizes[each.name], DIRECT_THREADS))
+                    small[each.name].append(direct_gb_per_s(store, sizes[each.name], DIRECT_THREADS, small_pages))
             print(number, each.name, statistics.median(answers[each.name][-1]["step_seconds"]), flush=True)
     figures: dict[str, Any] = {}
     for each in contenders:

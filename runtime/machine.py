@@ -34,6 +34,7 @@ from jettison.runtime.artifact import library_versions
 from jettison.runtime.bitmap_weight import BitmapWeight, pack_bitmap
 from jettison.runtime.cache_folder import cache_folder
 from jettison.runtime.dense_linear import run_dense_linear
+from jettison.runtime.mounts import mount_of
 from jettison.runtime.packed_linear import pack_weight
 from jettison.runtime.transfer_memory import transfer_memory
 
@@ -77,7 +78,7 @@ def machine_rates(folder: Path | None = None, *, remeasure: bool = False) -> Rat
         OSError: It cannot be written to and its reads were never measured.
     """
     folder = Path(tempfile.gettempdir()) if folder is None else folder
-    place, kind = _mount(folder)
+    place, kind = mount_of(folder)
     if kind in _IN_MEMORY:
         raise UnsupportedError(
             f"[machine] {folder}: found {kind}, a file system in memory; needed one on a disk, because streamed "
@@ -354,19 +355,6 @@ def _read_every(descriptor: int, offsets: range) -> None:
     with transfer_memory(READ_BYTES) as buffer:
         for offset in offsets:
             os.preadv(descriptor, [buffer], offset)
-
-
-def _mount(folder: Path) -> tuple[str, str]:
-    """Where the file system of a folder is mounted, and its kind; both empty where the system does not say."""
-    resolved, found = str(folder.resolve()), ("", "")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/mounts").read_text().splitlines():
-            _, place, kind, *_ = line.split(" ")
-            place = place.replace("\\040", " ")
-            is_inside = resolved == place or resolved.startswith(place.rstrip("/") + "/")
-            if is_inside and len(place) >= len(found[0]):
-                found = place, kind
-    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- cache

@@ -13,15 +13,18 @@ import hashlib
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jettison.ir.errors import ArtifactError
+from jettison.runtime.mounts import has_large_folios
 
 # Read, hashed and dropped this many bytes at a time.
 PIECE_BYTES = 8 << 20
+HUGE_PAGE = 2 << 20
 _POPULATE_READ = 22  # Linux 5.14
 WRITE_AGAIN = "Copy the artifact again, or write it again with `jettison optimize`."
 
@@ -44,6 +47,8 @@ class Piece:
 
     def request(self) -> None:
         """Have it read into the page cache, without waiting."""
+        if self.file.has_huge_pages:
+            return  # what is asked for this way comes in small pages, which takes twice as long as it does to wait
         os.posix_fadvise(self.file.descriptor, self.offset, self.length, os.POSIX_FADV_WILLNEED)
 
     def read(self) -> None:
@@ -94,6 +99,7 @@ class MappedFile:
     Attributes:
         descriptor: Of the open file.
         advice: As given.
+        has_huge_pages: Whether it comes into memory in huge pages, or as good as.
         owner: Who mapped it: as long as a piece is known, its memory is that of the file.
 
     Raises:
@@ -103,6 +109,7 @@ class MappedFile:
     def __init__(self, path: Path, size: int, advice: str = WRITE_AGAIN) -> None:
         self.path, self.advice = path, advice
         self.owner: Any = None
+        self.has_huge_pages = has_large_folios(path)
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -144,23 +151,40 @@ class MappedFile:
 
     def forget(self, offset: int, length: int) -> None:
         """Drop a part of it from the page cache; a length of 0 means to its end."""
+        if self.has_huge_pages and length:  # only whole ones are dropped; what is still mapped of them stays
+            end = -(-(offset + length) // HUGE_PAGE) * HUGE_PAGE
+            offset = offset // HUGE_PAGE * HUGE_PAGE
+            length = end - offset
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
-    def pieces(self, ranges: Sequence[tuple[int, int]], mapped: Sequence[Mapping]) -> Iterator[Piece]:
+    def pieces(self, ranges: Sequence[tuple[int, int]], mapped: Sequence[Mapping], *, is_whole: bool) -> list[Piece]:
         """What is mapped of some ranges of it, in their order.
 
         Args:
             ranges: Offset and length of each.
             mapped: Mappings of it.
+            is_whole: Whether they are read from end to end, not a row here and there.
         """
+        found: list[Piece] = []
         for offset, length in ranges:
             for each in mapped:
                 low = max(offset & -mmap.PAGESIZE, each.offset)
                 high = min(offset + length, each.offset + each.length)
-                for first in range(low, high, PIECE_BYTES):
-                    address = each.address + first - each.offset
-                    yield Piece(self, first, address, min(PIECE_BYTES, high - first))
+                if low >= high:
+                    continue
+                moved = each.address - each.offset
+                if is_whole and self.has_huge_pages:
+                    self._ask_for_huge_pages(low + moved, high - low)
+                # Cut where huge pages are.
+                edges = [low, *range((low // PIECE_BYTES + 1) * PIECE_BYTES, high, PIECE_BYTES), high]
+                found += [Piece(self, first, first + moved, last - first) for first, last in pairwise(edges)]
+        return found
+
+    def _ask_for_huge_pages(self, address: int, length: int) -> None:
+        # At random: or what lies behind is read with them, which no segment may need.
+        asked = [_madvise(address, length, advice) for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_RANDOM)]
+        self.has_huge_pages = not any(asked)  # a kernel without them
 
     def mappings(self) -> list[Mapping]:
         """Where it is mapped in this process, but for what was written to."""

@@ -115,8 +115,8 @@ class _OpenSegment:
         for file, old in zip(self._files, before, strict=True):
             file.owner = self.session
             mapped, (whole, some) = added(old, file.mappings()), ranges[file.path]
-            self.pieces += file.pieces(whole, mapped)
-            self.on_demand += file.pieces(some, mapped)
+            self.pieces += file.pieces(whole, mapped, is_whole=True)
+            self.on_demand += file.pieces(some, mapped, is_whole=False)
         for piece in (*self.pieces, *self.on_demand):
             piece.drop()
         for file in self._files:

@@ -26,8 +26,9 @@ from jettison.ir.errors import ArtifactError, OptionError
 from jettison.runtime.segment_file import SegmentFile
 from jettison.runtime.transfer_memory import transfer_memory
 
-# Threads that read at once, 4 MiB each: more of them, or other sizes, are no faster.
-READERS = 2
+# Threads that read at once, 4 MiB each. One reaches the rate of the disk while nothing else runs; beside a computation
+# that keeps every processor busy, a read that is over waits for its thread, and others must be under way.
+READERS = 4
 
 
 @dataclass

