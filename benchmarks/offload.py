@@ -16,8 +16,10 @@ page cache, several times, in the same round, by turns before and after (fio's s
 ratio, and `small_page_gb_per_s` the same into pages of 4 KiB instead of huge ones. `prediction_error` is predicted over
 measured less one, with the rates measured before the run; `prediction_error_at_direct_rate` with `direct_gb_per_s` for
 the disk. `overlap` is the time in which reading and computing went on at once, over the shorter of the two.
-`rss_peak_bytes` and `anon_peak_bytes` are sampled every 10 ms over loading and all steps. `same_tokens` says that
-greedy tokens are those of the artifact with all weights in memory. Writes benchmarks/results/offload.json.
+`reached_byte_ratios` is, of two that stream, how much faster one is over how much less it reads, the median over rounds,
+as the rate of a disk changes between them. `rss_peak_bytes` and `anon_peak_bytes` are sampled every 10 ms over loading
+and all steps. `same_tokens` says that greedy tokens are those of the artifact with all weights in memory. Writes
+benchmarks/results/offload.json.
 """
 
 from __future__ import annotations
@@ -208,6 +210,7 @@ def measure(
             **each.about,
             "seconds_per_token": round(statistics.median(seconds), 4),
             "seconds_per_token_range": [round(min(seconds), 4), round(max(seconds), 4)],
+            "round_seconds_per_token": [round(each, 4) for each in seconds],
             "prefill_seconds": round(statistics.median(answer["prefill_seconds"] for answer in counted), 3),
             "load_seconds": each.load_seconds,
             "rss_peak_bytes": each.peaks["VmRSS"],
@@ -231,6 +234,21 @@ def measure(
                 "same_tokens": all(answer["tokens"] == resident[0]["tokens"] for answer in answers[each.name]),
             }
     return figures
+
+
+def reached_byte_ratios(figures: dict[str, Any]) -> dict[str, float]:
+    """Of each two that stream, one with fewer bytes: how much faster it is over how much less it reads, by rounds."""
+    streamed = [name for name in figures if "read_bytes_per_step" in figures[name]]
+    found = {}
+    for more in streamed:
+        for less in streamed[streamed.index(more) + 1 :]:
+            if more.split()[0] == less.split()[0]:
+                continue  # other limits, not other bytes
+            rounds = zip(*(figures[name]["round_seconds_per_token"] for name in (more, less)), strict=True)
+            faster = statistics.median(long / short for long, short in rounds)
+            fewer = figures[more]["read_bytes_per_step"] / figures[less]["read_bytes_per_step"]
+            found[f"{more} to {less}"] = round(faster / fewer, 3)
+    return found
 
 
 def main() -> None:
@@ -275,7 +293,8 @@ def main() -> None:
         for each in contenders:
             each.close()
     settings = {"threads": threads, "prompt": arguments.prompt, "new_tokens": arguments.new}
-    print(write("offload", {**settings, "readers": READERS, "rates": rates.as_dict(), **figures}, before))
+    ratios = {"reached_byte_ratios": reached_byte_ratios(figures)}
+    print(write("offload", {**settings, "readers": READERS, "rates": rates.as_dict(), **figures, **ratios}, before))
 
 
 if __name__ == "__main__":
