@@ -48,7 +48,7 @@ class Piece:
     def request(self) -> None:
         """Have it read into the page cache, without waiting."""
         if self.file.has_huge_pages:
-            return  # what is asked for this way comes in small pages, which takes twice as long as it does to wait
+            return  # what is asked for this way comes in small pages, which takes longer than to wait for huge ones
         os.posix_fadvise(self.file.descriptor, self.offset, self.length, os.POSIX_FADV_WILLNEED)
 
     def read(self) -> None:
@@ -182,9 +182,11 @@ class MappedFile:
         return found
 
     def _ask_for_huge_pages(self, address: int, length: int) -> None:
-        # At random: or what lies behind is read with them, which no segment may need.
-        asked = [_madvise(address, length, advice) for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_RANDOM)]
-        self.has_huge_pages = not any(asked)  # a kernel without them
+        if _madvise(address, length, mmap.MADV_HUGEPAGE):
+            self.has_huge_pages = False  # a kernel without them
+            return
+        # Or what lies behind is read with them, which no segment may need.
+        _madvise(address, length, mmap.MADV_RANDOM)
 
     def mappings(self) -> list[Mapping]:
         """Where it is mapped in this process, but for what was written to."""

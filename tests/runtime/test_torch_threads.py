@@ -108,6 +108,6 @@ def test_torch_has_the_threads_already(work: Any, three_threads: None) -> None:
 
 
 def test_linux_has_threads_of_torch() -> None:
-    """Or kernels are a third as fast, and no result shows it."""
+    """Or kernels wait for processors, and no result shows it."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     assert (torch_threads._parallel() is not None) == (library.exists() and torch.backends.openmp.is_available())
