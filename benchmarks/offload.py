@@ -16,10 +16,10 @@ page cache, several times, in the same round, by turns before and after (fio's s
 ratio, and `small_page_gb_per_s` the same into pages of 4 KiB instead of huge ones. `prediction_error` is predicted over
 measured less one, with the rates measured before the run; `prediction_error_at_direct_rate` with `direct_gb_per_s` for
 the disk. `overlap` is the time in which reading and computing went on at once, over the shorter of the two.
-`reached_byte_ratios` is, of two that stream, how much faster one is over how much less it reads, the median over rounds,
-as the rate of a disk changes between them. `rss_peak_bytes` and `anon_peak_bytes` are sampled every 10 ms over loading
-and all steps. `same_tokens` says that greedy tokens are those of the artifact with all weights in memory. Writes
-benchmarks/results/offload.json.
+`reached_byte_ratios` is, of two that stream, how much faster one is over how much less it reads: the median over the
+rounds, between which the rate of a disk changes. `rss_peak_bytes` and `anon_peak_bytes` are sampled every 10 ms over
+loading and all steps. `same_tokens` says that greedy tokens are those of the artifact with all weights in memory.
+Writes benchmarks/results/offload.json.
 """
 
 from __future__ import annotations
