@@ -104,7 +104,7 @@ def test_torch_has_the_threads_already(work: Any, three_threads: None) -> None:
     torch.randn(1 << 20).sin()
     before = len(os.listdir("/proc/self/task"))
     ran(work, range(64), 1, 3)
-    assert len(os.listdir("/proc/self/task")) == before
+    assert len(os.listdir("/proc/self/task")) <= before  # one that another test left may end
 
 
 def test_linux_has_threads_of_torch() -> None:
