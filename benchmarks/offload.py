@@ -49,15 +49,14 @@ from jettison.artifact_files import STREAM_FILE, STREAM_TABLE_FILE
 from jettison.ir.cost import Workload
 from jettison.ir.roofline import Rates
 from jettison.planner import Wanted, open_program, plan
-from jettison.runtime.machine import machine_rates
+from jettison.runtime.machine import DIRECT_THREADS, machine_rates
 from jettison.runtime.transfer_memory import transfer_memory
 from jettison.runtime.weight_store import SEGMENT_BYTES, table_from_dict
 from jettison.runtime.weight_stream import READERS
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "models" / "tiny-llama"
-# Of each stretch that direct reads are measured on, and how many threads read it; more are no faster.
+# Of each stretch that direct reads are measured on.
 DIRECT_PASSES = 3
-DIRECT_THREADS = 2
 INT4 = "quantize-weights{bits=4,group=128}"
 # Passes, and limits in megabytes.
 PIPELINES: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -40,10 +40,11 @@ from jettison.runtime.transfer_memory import transfer_memory
 
 # What is read must not fit the last cache of a processor.
 MEMORY_BYTES = 256 << 20
-# The file that direct reads are measured on, one read, and how many run at once: as weights are streamed.
+# The file that direct reads are measured on, one read as long as a streamed one, and how many run at once: more are no
+# faster where nothing else runs.
 FILE_BYTES = 256 << 20
 READ_BYTES = 4 << 20
-READERS = 2
+DIRECT_THREADS = 2
 # A weight of one row's products, and how many of them are used in turn.
 WEIGHT_SHAPE, WEIGHTS = (8192, 2048), 4
 # Weights as small as those of small layers, more than a cache holds, and rows of a prompt.
@@ -318,8 +319,12 @@ def disk_rate(folder: Path) -> float:
         def read() -> None:
             descriptor = _open_direct(path)
             try:
-                with ThreadPoolExecutor(READERS) as readers:
-                    list(readers.map(lambda first: _read_every(descriptor, offsets[first::READERS]), range(READERS)))
+                with ThreadPoolExecutor(DIRECT_THREADS) as readers:
+                    list(
+                        readers.map(
+                            lambda first: _read_every(descriptor, offsets[first::DIRECT_THREADS]), range(DIRECT_THREADS)
+                        )
+                    )
             finally:
                 os.close(descriptor)
 
